@@ -10,8 +10,8 @@ Shapes in annotations and comments:
     V  vocabulary                    G  responses per prompt (a group)
     N  mini-batches per global step
 
-Three policies, one token: `logp_rollout` is log μ_old (the inference engine that sampled), `logp_old` is log π_old (the same weights in the
-training engine), `logp` is log π_θ (the target policy, which alone carries gradient). All log-probabilities are in nats.
+Three policies, one token: `logp_rollout` is log μ_old (the inference engine that sampled), `logp_old` is log π_old (the
+same weights in the training engine), `logp` is log π_θ (the target policy, which alone carries gradient), all in nats.
 """
 
 __version__ = "0.1.0"

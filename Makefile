@@ -1,0 +1,53 @@
+# Each target is a `python -m` line in .venv, which the first of them creates. `make` alone lists them.
+
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lab notebooks benchmark lint format clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(INSTALLED)  ## train a small model and write its report to runs/demo
+	$(PYTHON) -m minirl_edu.cli demo --out runs/demo
+
+test: lint  ## everything that has to pass: ruff, pyright and all tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2
+
+check: $(INSTALLED)  ## the fast tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
+
+lab: $(INSTALLED)  ## open the first notebook
+	$(PYTHON) -m jupyter lab notebooks/00_quickstart.ipynb
+
+notebooks: $(INSTALLED)  ## generate and execute every notebook from notebooks/src
+	$(PYTHON) notebooks/build.py
+
+benchmark: $(INSTALLED)  ## time one training step on this machine
+	$(PYTHON) -m benchmarks
+
+lint: $(INSTALLED)  ## ruff and pyright
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright
+
+format: $(INSTALLED)  ## let ruff rewrite what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+clean:  ## remove the environment and the caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PYTHON):
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo 'minirl_edu needs Python 3.11 or newer. If it has another name: make PYTHON3=python3.12'; exit 1; }
+	@$(PYTHON3) -c 'import ensurepip, venv' || { \
+	  echo 'This Python has no venv module. On Debian or Ubuntu: sudo apt install python3-venv'; exit 1; }
+	$(PYTHON3) -m venv .venv
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
+	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,tasks,dev]"
+	@touch $@

@@ -1,0 +1,236 @@
+"""Checkpoints that a crash cannot spoil: safetensors and JSON, written under another name and renamed when complete.
+
+    checkpoints/step-000040/
+        model.safetensors, optimizer.safetensors, …   one file per group of tensors
+        state.json                                    everything else: counters, scheduler, optimizer groups
+        manifest.json                                 written last: size and SHA-256 of each file above
+
+Nothing is pickled, so reading a checkpoint never runs code from it, and files that the manifest doesn't name are not
+opened.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and what is wrong with it."""
+
+
+def save_checkpoint(
+    directory: str | Path,
+    step: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    keep_last: int,
+) -> Path:
+    """Write `directory/step-<step>` atomically, then delete all but the `keep_last` newest up to this step.
+
+    `tensors` maps a group such as "model" to its named tensors; tensors that share memory exactly (tied embeddings) are
+    stored once and shared again when loaded. `state` is JSON: string keys, lists rather than tuples.
+    A failure at any moment leaves earlier checkpoints as they were and nothing half-written that `latest_checkpoint`
+    would take; what a killed process left is removed by the next save. One process saves at a time.
+
+    Raises ValueError for a group name that is no plain file name, CheckpointError where an intact checkpoint of this
+    step exists (a damaged one is replaced), OSError for a full disk.
+    """
+    if keep_last < 1:
+        raise ValueError(f"keep_last = {keep_last}: expected at least 1, the checkpoint being written")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.glob(".step-*.tmp"):
+        shutil.rmtree(leftover)
+
+    final = directory / f"step-{step:06d}"
+    if final.exists():
+        try:
+            _verify(final)
+        except CheckpointError:
+            shutil.rmtree(final)
+        else:
+            raise CheckpointError(f"{final}: this step is already saved; resume from it or choose another folder")
+
+    partial = directory / f".{final.name}.tmp"
+    try:
+        partial.mkdir()
+        tied = {}
+        for group, named in tensors.items():
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", group):
+                raise ValueError(f"tensors: group {group!r}: expected letters, digits, - and _, as it names a file")
+            stored, tied[group] = _untie(named)
+            safetensors.torch.save_file(stored, partial / f"{group}.safetensors")
+        (partial / "state.json").write_text(json.dumps({"state": state, "tied": tied}), encoding="utf-8")
+        files = {}
+        for path in sorted(partial.iterdir()):
+            _flush(path)
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        manifest = partial / _MANIFEST
+        manifest.write_text(json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1), encoding="utf-8")
+        _flush(manifest)
+        _flush(partial)
+        os.rename(partial, final)
+        _flush(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk stays full otherwise
+        raise
+
+    steps = _steps(directory)
+    for old in steps[: steps.index(final) + 1][:-keep_last]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(directory: str | Path) -> Path | None:
+    """The newest checkpoint in `directory` whose files are what the manifest says; None if there is none.
+
+    A damaged one is passed over with a warning that names the file.
+    """
+    for path in reversed(_steps(Path(directory))):
+        try:
+            _verify(path)
+        except CheckpointError as error:
+            warnings.warn(f"{error}; looking for an earlier checkpoint", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The `tensors` (on the CPU) and the `state` that `save_checkpoint` was given.
+
+    Raises CheckpointError for a file that is missing, truncated or changed.
+    """
+    path = Path(path)
+    files = _verify(path)
+    try:
+        saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        tensors = {}
+        for group, aliases in saved["tied"].items():
+            name = f"{group}.safetensors"
+            if name not in files:
+                raise ValueError(f"{name} is not in the manifest")
+            named = safetensors.torch.load_file(path / name)
+            tensors[group] = named | {alias: named[original] for alias, original in aliases.items()}
+        return tensors, saved["state"]
+    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:  # the checksums were right
+        raise CheckpointError(f"{path}: not written by save_checkpoint: {error!r}") from error
+
+
+def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """Split a torch optimizer's `state_dict()` into named tensors and the rest as JSON, without losing a bit.
+
+    Integer keys and tuples, which JSON has not, are kept. Raises TypeError for a value that is neither a tensor nor
+    plain data. `unflatten_optimizer` is the inverse.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def encode(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"dict": [[key, encode(item, f"{name}.{key}".lstrip("."))] for key, item in value.items()]}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [encode(item, f"{name}.{i}") for i, item in enumerate(value)]}
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        raise TypeError(f"optimizer state {name} is a {type(value).__name__}: expected a tensor or plain data")
+
+    return tensors, encode(state_dict, "")
+
+
+def unflatten_optimizer(tensors: Mapping[str, Tensor], state: Any) -> dict[str, Any]:
+    """The `state_dict` that `flatten_optimizer` was given."""
+
+    def decode(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, content),) = value.items()
+        if kind == "tensor":
+            return tensors[content]
+        if kind == "dict":
+            return {key: decode(item) for key, item in content}
+        return {"list": list, "tuple": tuple}[kind](decode(item) for item in content)
+
+    return decode(state)
+
+
+def _untie(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors that safetensors can store (contiguous, none sharing memory), and alias → name for those stored once."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    storages = set()
+    for name, tensor in named.items():
+        tensor = tensor.detach()
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        view = (*storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and view in first:
+            aliases[name] = first[view]
+            continue
+        first[view] = name
+        # A different view of memory that is already stored gets a copy of its own.
+        stored[name] = tensor.contiguous().clone() if storage in storages else tensor.contiguous()
+        storages.add(storage)
+    return stored, aliases
+
+
+def _steps(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, oldest first, intact or not."""
+    found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """The files of the manifest, each of the right size and checksum; CheckpointError otherwise."""
+    try:
+        manifest = json.loads((path / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT or path.name != f"step-{manifest['step']:06d}":
+            raise ValueError(f"format {manifest['format']}, step {manifest['step']}")
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        if "state.json" not in expected:
+            raise ValueError("state.json is not listed")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path / _MANIFEST}: missing, so this is no complete checkpoint") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / _MANIFEST}: damaged: {error!r}") from error
+    for name, (size, digest) in expected.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file}: {file.stat().st_size} bytes where {size} were written")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file}: its contents changed after it was written (SHA-256 differs)")
+    return expected
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file's contents, or a folder's entries, survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""Cold starts: fine-tuning a fresh model on a teacher's demonstrations, so that RL has something to reinforce.
+
+The teacher errs on purpose, so the model starts in the middle of the scale; RL then has both failures and successes to
+learn from. Which teacher it was shapes the style of the responses (the paper's Figure 5 compares three).
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, get_scheduler
+
+from minirl_edu.models import tiny_dense, tiny_moe
+from minirl_edu.rollout import Sampling, sample
+from minirl_edu.seeding import derive_seed
+from minirl_edu.tasks import Demonstrable
+
+ARCHITECTURES = {"moe": tiny_moe, "dense": tiny_dense}
+
+
+def new_model(task: Demonstrable, architecture: str, *, seed: int) -> PreTrainedModel:
+    """A fresh tiny model (`moe` or `dense`) with the vocabulary and the special tokens of the task's tokenizer."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"architecture: {architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
+    tokenizer = task.tokenizer
+    return ARCHITECTURES[architecture](
+        len(tokenizer), seed=seed, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+
+
+def cold_start(
+    task: Demonstrable,
+    model: PreTrainedModel,
+    *,
+    style: str | None = None,
+    error_rate: float = 0.25,
+    steps: int = 2500,
+    batch_size: int = 128,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[float]:
+    """Fine-tune `model` in place on demonstrations: minimise the mean of −log π over their tokens, EOS included.
+
+    AdamW (β 0.9, 0.95) with a cosine schedule over `steps` batches of fresh problems; the teacher errs at each step of
+    its working with probability `error_rate`. Returns the loss of every step, in nats per token.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    losses = []
+    model.train()
+    bar = tqdm(range(steps), unit="step", disable=not progress)
+    for step in bar:
+        tokens, labels = _batch(task, batch_size, style, error_rate, derive_seed(seed, "demonstrations", step))
+        logits = model(input_ids=tokens[:, :-1].to(model.device), use_cache=False).logits.float()
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(model.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+    model.eval()
+    return losses
+
+
+def _batch(task: Demonstrable, size: int, style: str | None, error_rate: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Tokens [b, S] padded on the left to the longest prompt and on the right, and labels (−100 outside the response).
+
+    Left padding needs no mask here because a fixed-width task has none; prompts of several widths are refused.
+    """
+    rng = random.Random(seed)
+    problems = task.sample(size, seed=seed)
+    prompts = [task.encode(problem) for problem in problems]
+    widths = {len(prompt) for prompt in prompts}
+    if len(widths) > 1:
+        raise ValueError(
+            f"task {task.name!r}: prompts of several widths {sorted(widths)}; cold starts need a fixed one"
+        )
+    texts = [task.demonstration(p, rng=rng, style=style, error_rate=error_rate) for p in problems]
+    eos, pad = task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
+    responses = [[*ids, eos] for ids in task.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    longest = max(map(len, responses))
+    tokens = torch.tensor([p + r + [pad] * (longest - len(r)) for p, r in zip(prompts, responses, strict=True)])
+    labels = torch.tensor(
+        [[-100] * len(p) + r + [-100] * (longest - len(r)) for p, r in zip(prompts, responses, strict=True)]
+    )
+    return tokens, labels
+
+
+def measure(task: Demonstrable, model: PreTrainedModel, *, problems: int = 1024, seed: int = 0) -> dict[str, float]:
+    """What a cold start can do, sampled at temperature 1 on held-out problems.
+
+    `score`: share answered right. `solvable`: share right in at least one of 8 samples, what RL has to reinforce.
+    `response_length`: mean number of response tokens. `ended`: share that closed with EOS.
+    """
+    held_out = task.evaluation(problems)
+    rollout = sample(
+        model,
+        [task.encode(problem) for problem in held_out],
+        group_size=8,
+        sampling=Sampling(task.max_new_tokens),
+        seed=derive_seed(seed, "evaluation"),
+    )
+    texts = task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    right = torch.tensor([task.reward(held_out[row // 8], text) for row, text in enumerate(texts)]).view(-1, 8)
+    lengths = rollout.response_mask.sum(1)
+    last = rollout.tokens[torch.arange(len(lengths)), rollout.prompt_length + lengths - 1]
+    return {
+        "score": right.mean().item(),
+        "solvable": right.amax(1).gt(0).float().mean().item(),
+        "response_length": lengths.float().mean().item(),
+        "ended": last.eq(task.tokenizer.eos_token_id).float().mean().item(),
+    }
+
+
+def save_cold_start(out: str | Path, model: PreTrainedModel, task: Demonstrable, record: dict[str, Any]) -> Path:
+    """Write model and tokenizer as transformers does, and `record` (command, settings, metrics) as cold_start.json."""
+    out = Path(out)
+    model.save_pretrained(out)
+    task.tokenizer.save_pretrained(out)
+    (out / "cold_start.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return out

@@ -1,0 +1,339 @@
+"""One YAML file, one tree of dataclasses: everything that a training run can be told.
+
+Each section checks its fields when it is built, so a file, an override on the command line and Python code get the
+same errors, and an unknown key is refused rather than ignored. The defaults train the `chain` task on a laptop CPU.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from math import inf
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the dotted field, the value seen and what would be right."""
+
+
+class _Bound(NamedTuple):
+    holds: Callable[[float], bool]  # False for NaN, as every comparison with it is
+    expected: str
+
+
+_Count = Annotated[int, _Bound(lambda n: n >= 1, "an integer of at least 1")]
+_CountOrZero = Annotated[int, _Bound(lambda n: n >= 0, "an integer of at least 0")]
+_GroupSize = Annotated[
+    int,
+    _Bound(lambda n: n >= 2, "at least 2: an advantage is a reward minus its group's mean, always 0 in a group of one"),
+]
+_Positive = Annotated[float, _Bound(lambda x: 0 < x < inf, "a number above 0")]
+_PositiveOrInf = Annotated[float, _Bound(lambda x: x > 0, "a number above 0, or .inf")]
+_NonNegative = Annotated[float, _Bound(lambda x: 0 <= x < inf, "a number of at least 0")]
+_Beta = Annotated[float, _Bound(lambda x: 0 <= x < 1, "a number from 0 to below 1")]
+
+
+class _Section:
+    """Checks every field against its annotation at construction."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            value = _checked(getattr(self, name), hint, ".".join(filter(None, (section, name))))
+            object.__setattr__(self, name, value)  # the sections are frozen for everyone else
+
+
+@dataclass(frozen=True)
+class TaskConfig(_Section):
+    """What the model is asked to do."""
+
+    name: str = "chain"
+    """A task of `minirl_edu.tasks`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of that task; the task checks them."""
+
+
+@dataclass(frozen=True)
+class ModelConfig(_Section):
+    """The policy that is trained."""
+
+    name: str = "chain-steps"
+    """A cold start shipped with the package, a hub id or a local path."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights in the training engine; log-probabilities are float32 whatever it is."""
+    attn_implementation: str = "sdpa"
+    """As in transformers' `from_pretrained`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model. Only for code that was read."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig(_Section):
+    """The inference engine, whose policy is μ_old."""
+
+    engine: str = "hf"
+    """An engine of `minirl_edu.rollout`."""
+    precision: str = "fp8_e4m3"
+    """Number format that the engine computes in, or two as `WEIGHTS/ACTIVATIONS`, such as `int3/int4`: see
+    `minirl_edu.precision`."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How values reach that format. Nearest errs the same way each time, which training can learn to compensate;
+    stochastic is unbiased."""
+    quantise_router: bool = False
+    """Round the MoE routers as well; deployments usually keep them in full precision."""
+    temperature: _Positive = 1.0
+    """Divides the logits, in sampling and in the trainer alike. There is no top-p or top-k: what they cut off, no
+    importance weight brings back."""
+    max_new_tokens: _Count | None = None
+    """Tokens per response, the end token included. None: the task's own limit."""
+
+
+@dataclass(frozen=True)
+class AlgorithmConfig(_Section):
+    """What is optimised: equation (7) of the paper with its ablations, or an algorithm that the paper compares with."""
+
+    objective: Literal["minirl", "grpo", "cispo"] = "minirl"
+    advantages: Literal["group_mean", "group_mean_std", "leave_one_out"] | None = None
+    """None: the objective's own, `group_mean` for minirl and `group_mean_std` for grpo and cispo."""
+    eps_low: _Positive | None = None
+    """Clip where r = π_θ/π_old < 1 − eps_low. None: the objective's own (0.2 for minirl)."""
+    eps_high: _PositiveOrInf | None = None
+    """Clip where r = π_θ/π_old > 1 + eps_high. None: the objective's own (0.27 for minirl)."""
+    is_cap: _PositiveOrInf = 5.0
+    """Largest importance weight π_θ/μ_old (minirl); `.inf` for none."""
+    clip: bool = True
+    """False: M = 1, every token counts (minirl)."""
+    is_correction: bool = True
+    """False: π_old/μ_old is taken as 1, only the staleness π_θ/π_old is corrected (minirl)."""
+    length_norm: bool = False
+    """True: divide a response's sum over tokens by its length (minirl)."""
+    replay: Literal["none", "R2", "R3"] = "none"
+    """Experts used in gradient updates. R2: the training engine's at θ_old; R3: the inference engine's."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(_Section):
+    """The training loop. A global step samples mini_batches × mini_batch_prompts prompts, then makes mini_batches
+    gradient steps."""
+
+    global_steps: _Count = 100
+    """Rollouts, each followed by mini_batches gradient steps."""
+    mini_batch_prompts: _Count = 32
+    """Prompts per gradient step."""
+    group_size: _GroupSize = 8
+    """G, responses per prompt."""
+    mini_batches: _Count = 1
+    """N, gradient steps per rollout; 1 is on-policy. The mini-batch keeps its size while N varies."""
+    lr: _NonNegative = 3e-4
+    """Peak learning rate of AdamW, per gradient step."""
+    lr_schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+    ] = "constant"
+    """A scheduler of transformers, counted in gradient steps."""
+    warmup_steps: _CountOrZero = 0
+    """Gradient steps until lr is reached."""
+    adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    adam_eps: _Positive = 1e-8
+    """Added to AdamW's denominator. A larger value keeps Adam from turning a vanishing gradient into full steps."""
+    weight_decay: _NonNegative = 0.0
+    """AdamW's, decoupled: a weight loses lr × weight_decay of itself per gradient step."""
+    max_grad_norm: _PositiveOrInf = 1.0
+    """The gradient's norm is scaled down to this; `.inf` for never."""
+    tokens_per_micro_batch: _Count = 16384
+    """Padded tokens in one forward and backward: bounds memory, does not change the gradient."""
+    reference_old_logp: bool = False
+    """True: compute π_old in a forward of its own even on-policy, where π_θ detached is the same thing for less."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lr_schedule == "constant" and self.warmup_steps:
+            raise ConfigError(
+                f"train.warmup_steps = {self.warmup_steps}: train.lr_schedule 'constant' ignores it; "
+                "use 'constant_with_warmup'"
+            )
+
+
+@dataclass(frozen=True)
+class EvalConfig(_Section):
+    """Held-out problems, solved while training."""
+
+    every: _CountOrZero = 10
+    """Global steps between evaluations; 0: never."""
+    problems: _Count = 256
+    through_rollout: bool = True
+    """Also score the same problems through the rollout engine: what a user of the deployed model would see."""
+
+
+@dataclass(frozen=True)
+class OutputConfig(_Section):
+    """What a run leaves behind."""
+
+    save_every: _CountOrZero = 20
+    """Global steps between checkpoints; 0: only after the last one."""
+    keep_last: _Count = 2
+    """Checkpoints kept."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers of accelerate that also get the metrics, such as `tensorboard`."""
+
+
+@dataclass(frozen=True)
+class Config(_Section):
+    """A whole run. `Config()` is the quickstart; read one from YAML with `load_config`."""
+
+    seed: _CountOrZero = 0
+    """Source of all randomness of the run."""
+    task: TaskConfig = field(default_factory=TaskConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Config":
+        """Build from nested mappings, as YAML gives them; what is absent keeps its default.
+
+        Raises ConfigError for an unknown key, a wrong type and a value out of range.
+        """
+        return _build(data, cls, "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested dictionaries and lists that JSON and YAML can hold; `Config.from_dict` gives the same config back."""
+        data = asdict(self)
+        data["train"]["adam_betas"] = list(self.train.adam_betas)
+        return data
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: the defaults), then apply overrides such as `train.lr=1e-4`, whose value is YAML too.
+
+    Raises ConfigError for anything that is not a valid config, OSError for a file that cannot be read.
+    """
+    text = "" if path is None else Path(path).read_text(encoding="utf-8")
+    data = _parse(text, str(path))
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected sections such as `train:`, got {data!r}")
+    for override in overrides:
+        dotted, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r}: expected FIELD=VALUE, such as train.lr=1e-4")
+        *sections, name = dotted.strip().split(".")
+        node = data
+        for section in sections:
+            if node.get(section) is None:
+                node[section] = {}
+            node = node[section]
+            if not isinstance(node, dict):
+                raise ConfigError(f"override {override!r}: {section} = {node!r} has no fields")
+        node[name] = _parse(value, override)
+    return _build(data, Config, "")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write every field, defaults included, as YAML that `load_config` reads back to an equal config."""
+    Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+
+
+def _build(data: Any, cls: Any, path: str) -> Any:
+    """An instance of the dataclass `cls` from a mapping; `path` is its dotted name."""
+    if data is None:  # a section whose lines are all commented out
+        data = {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{path or 'config'} = {data!r}: expected a mapping of its fields")
+    hints = get_type_hints(cls, include_extras=True)
+    values = {}
+    for key, value in data.items():
+        dotted = f"{path}.{key}".lstrip(".")
+        if key not in hints:
+            raise ConfigError(f"{dotted}: unknown field{_suggestion(dotted, _dotted_names(Config))}")
+        # Checked here as well as at construction: a run-time type checker would see the raw value first.
+        values[key] = (_build if is_dataclass(hints[key]) else _checked)(value, hints[key], dotted)
+    return cls(**values)
+
+
+def _dotted_names(cls: Any, prefix: str = "") -> list[str]:
+    """Every field of the tree, sections included: `seed`, `task`, `task.name`, …"""
+    names = []
+    for name, hint in get_type_hints(cls).items():
+        names += [prefix + name, *(_dotted_names(hint, f"{name}.") if is_dataclass(hint) else ())]
+    return names
+
+
+def _suggestion(seen: str, names: Sequence[str]) -> str:
+    """What the writer may have meant: the same field in another section, then similar spellings, nearest first."""
+    leaf = seen.rpartition(".")[2].lower()
+    same = [name for name in names if name.rpartition(".")[2].lower() == leaf]
+    lower = {name.lower(): name for name in names}
+    close = [lower[match] for match in difflib.get_close_matches(seen.lower(), lower, n=3)]
+    found = list(dict.fromkeys(same + close))
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _checked(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the annotation `hint` wants it, or ConfigError."""
+
+    def refuse(expected: str) -> ConfigError:
+        return ConfigError(f"{path} = {value!r}: expected {expected}")
+
+    arguments = get_args(hint)
+    if get_origin(hint) is Annotated:
+        number = _checked(value, arguments[0], path)
+        if not arguments[1].holds(number):
+            raise refuse(arguments[1].expected)
+        return number
+    if get_origin(hint) is Literal:
+        if value not in arguments:
+            raise refuse("one of " + ", ".join(arguments) + _suggestion(str(value), arguments))
+        return value
+    if NoneType in arguments:  # X | None
+        (inner,) = (a for a in arguments if a is not NoneType)
+        if value is None:
+            return None
+        try:
+            return _checked(value, inner, path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, or null") from None
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            raise refuse(f"a list of {len(arguments)} numbers")
+        return tuple(_checked(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
+    if get_origin(hint) is list:
+        if not isinstance(value, list | tuple):
+            raise refuse("a list")
+        return [_checked(v, arguments[0], f"{path}[{i}]") for i, v in enumerate(value)]
+    if get_origin(hint) is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise refuse("a mapping with names for keys")
+        return dict(value)
+    if hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as text
+            try:
+                return float(value)
+            except ValueError:
+                raise refuse("a number") from None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise refuse("a number")
+        return float(value)
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise refuse("an integer")
+    if hint is bool and not isinstance(value, bool):
+        raise refuse("true or false")
+    if hint is str and (not isinstance(value, str) or not value):
+        raise refuse("text")
+    if is_dataclass(hint) and not isinstance(value, hint):
+        raise refuse(f"a {hint.__name__}")
+    return value

@@ -1,0 +1,277 @@
+"""Metrics that say whether the first-order approximation still holds, and `CollapseDetector`, which watches them.
+
+Tensors are `[B, T]` over response tokens, log-probabilities in nats, `mask` true (or 1) on response tokens. Values
+outside the mask, NaN included, are ignored; with nothing in the mask a mean is 0 and an effective sample size is 1.
+Arithmetic is fp32, or float64 for float64 inputs. Log-ratios are clamped at ±20 before `exp`, as in the losses.
+Results stay on the device as scalar tensors until `policy_metrics` fetches them, all at once.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_MAX_LOG_RATIO = 20.0
+
+
+def masked_mean(values: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
+    """Mean of `values` over the true positions of `mask`; 0 when there are none."""
+    return _zero_outside(values, mask).sum() / mask.bool().sum().clamp(min=1)
+
+
+def kl_k1(logp_rollout: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
+    """The paper's training–inference KL, nats per token: E_{y~μ_old}[log μ_old − log π_old]; can be < 0."""
+    return masked_mean(-_log_ratio(logp_old, logp_rollout, mask), mask)
+
+
+def kl_k3(logp_rollout: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
+    """The same KL by E_{y~μ_old}[r − 1 − log r], r = π_old/μ_old: every term ≥ 0, less noise when r is near 1.
+
+    Source: J. Schulman, "Approximating KL divergence", 2020.
+    """
+    log_ratio = _log_ratio(logp_old, logp_rollout, mask)
+    return masked_mean(_clamped(log_ratio).expm1() - log_ratio, mask)
+
+
+def token_ess(logp: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
+    """Effective sample size of the token weights w = π_θ/μ_old, as a fraction in (0, 1]: (Σ w)² / (n Σ w²)."""
+    mask = mask.bool()
+    return _ess(_log_ratio(logp, logp_rollout, mask), mask)
+
+
+def sequence_ess(logp: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
+    """Effective sample size of the sequence weights Π_t π_θ/μ_old, as a fraction in (0, 1].
+
+    The share of the responses that equation (2) really averages over. Responses with an empty mask are left out.
+    """
+    mask = mask.bool()
+    return _ess(_log_ratio(logp, logp_rollout, mask).sum(1), mask.any(1))
+
+
+def ratio_decomposition(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    mask: Tensor,
+) -> dict[str, Float[Tensor, ""]]:
+    """How large the two factors of equation (5) are: π_θ/μ_old = (π_old/μ_old) × (π_θ/π_old).
+
+    Statistics of |log-ratio| in nats over response tokens, for `mismatch` (π_old/μ_old, training–inference discrepancy)
+    and `staleness` (π_θ/π_old): `{factor}_mean`, `_q50`, `_q90`, `_q99` (nearest observed values) and `_max`.
+    """
+    tokens = mask.bool()
+    statistics = {}
+    for factor, log_ratio in (
+        ("mismatch", _log_ratio(logp_old, logp_rollout, mask)),
+        ("staleness", _log_ratio(logp, logp_old, mask)),
+    ):
+        size = log_ratio.abs()
+        statistics[f"{factor}_mean"] = masked_mean(size, mask)
+        # Sorted by hand: torch.quantile refuses more than 16 M values, one long-context batch.
+        ordered = size[tokens].sort().values if tokens.any() else size.new_zeros(1)
+        for key, quantile in (("q50", 0.5), ("q90", 0.9), ("q99", 0.99), ("max", 1.0)):
+            statistics[f"{factor}_{key}"] = ordered[round(quantile * (len(ordered) - 1))]
+    return statistics
+
+
+def clip_fractions(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "..."],
+    mask: Tensor,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.27,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Fractions of the response tokens that MiniRL's M_t drops, with r_t = π_θ/π_old.
+
+    A pair: those with Â > 0 and r_t > 1 + ε_high, and those with Â < 0 and r_t < 1 − ε_low. `advantages` is `[B]` or
+    `[B, T]`.
+    """
+    ratio = _clamped(_log_ratio(logp, logp_old, mask)).exp()
+    if advantages.ndim == 1:
+        advantages = advantages[:, None]
+    # Outside the mask the ratio is 1, so nothing there counts as clipped.
+    tokens = mask.bool().sum().clamp(min=1)
+    pos = ((advantages > 0) & (ratio > 1 + eps_high)).sum() / tokens
+    neg = ((advantages < 0) & (ratio < 1 - eps_low)).sum() / tokens
+    return pos, neg
+
+
+def first_order_gap(logp: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
+    """Mean over responses of |Π_t r_t − (1 + Σ_t (r_t − 1))|, r_t = π_θ/μ_old.
+
+    What the token-level objective drops of a response with reward 1: the sequence weight of (1) minus its first-order
+    expansion. It is 0 where the approximation is exact and grows with the square of the ratios' distance from 1 and
+    with the length. Each log-ratio and their sum are clamped at ±20, so it stays finite (at most 5·10⁸ or so a token).
+    """
+    log_ratio = _log_ratio(logp, logp_rollout, mask)
+    # Π r − 1 and r − 1 through expm1: the difference of two numbers near 1 would be all rounding.
+    return (_clamped(log_ratio.sum(1)).expm1() - _clamped(log_ratio).expm1().sum(1)).abs().mean()
+
+
+def entropy_from_logits(logits: Float[Tensor, "*positions V"]) -> Float[Tensor, "*positions"]:
+    """Token entropy H = −Σ_w π(w) log π(w) in nats, one number a position.
+
+    A logit of −∞ (a forbidden token) counts as probability 0. Positions are independent: where `[B, T, V]` does not
+    fit in memory, call it on chunks and concatenate.
+    """
+    logp = _working(logits).log_softmax(-1)
+    return -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+
+
+@torch.no_grad()
+def policy_metrics(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "..."],
+    mask: Tensor,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.27,
+    is_cap: float = 5.0,
+    is_correction: bool = True,
+    clip: bool = True,
+) -> dict[str, float]:
+    """The metrics of one gradient step that follow from the three log-probabilities; one transfer from the device.
+
+        kl_rollout_old         `kl_k1`, the paper's training–inference KL, nats per token
+        k3_rollout_old         `kl_k3`, the same KL with less noise
+        ess                    `token_ess`, effective sample size of the weights π_θ/μ_old, a fraction
+        clip_frac_pos, _neg    `clip_fractions`; 0 with `clip=False`
+        is_weight_mean, _max   min(π_θ/μ_old, is_cap), or min(π_θ/π_old, is_cap) with `is_correction=False`
+        log_ratio_mismatch     mean |log π_old/μ_old|, nats
+        log_ratio_staleness    mean |log π_θ/π_old|, nats
+        first_order_gap        see `first_order_gap`
+        response_length        mean number of response tokens
+
+    `advantages` is `[B]` or `[B, T]`; `eps_*`, `is_cap`, `is_correction` and `clip` are those of the loss.
+    """
+    ratio = _clamped(_log_ratio(logp, logp_rollout if is_correction else logp_old, mask)).exp()
+    is_weight = _zero_outside(ratio.clamp(max=is_cap), mask)
+    if not clip:
+        eps_low = eps_high = math.inf
+    clip_frac_pos, clip_frac_neg = clip_fractions(logp, logp_old, advantages, mask, eps_low=eps_low, eps_high=eps_high)
+    metrics = {
+        "kl_rollout_old": kl_k1(logp_rollout, logp_old, mask),
+        "k3_rollout_old": kl_k3(logp_rollout, logp_old, mask),
+        "ess": token_ess(logp, logp_rollout, mask),
+        "clip_frac_pos": clip_frac_pos,
+        "clip_frac_neg": clip_frac_neg,
+        "is_weight_mean": masked_mean(is_weight, mask),
+        "is_weight_max": is_weight.max(),
+        "log_ratio_mismatch": masked_mean(_log_ratio(logp_old, logp_rollout, mask).abs(), mask),
+        "log_ratio_staleness": masked_mean(_log_ratio(logp, logp_old, mask).abs(), mask),
+        "first_order_gap": first_order_gap(logp, logp_rollout, mask),
+        "response_length": mask.bool().sum() / len(mask),
+    }
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+class CollapseDetector:
+    """Early warning for a training run: takes the metrics of every gradient step, returns what has just gone wrong.
+
+    Two moving averages of a metric are compared: a fast one, where it is now (over about `FAST` updates), and a slow
+    one, its running baseline (`SLOW` updates). The alarms, at most one for each metric:
+
+        entropy          fast < `entropy_drop` × slow: a sharp fall (a slow one, normal in RL, moves both averages)
+        kl_rollout_old   fast > `kl_rise` × slow, and fast > `kl_floor` nats: engine and trainer are drifting apart
+        reward           fast < the best fast value so far − `reward_drop`
+        score            the same, of the values themselves and from the start: evaluations are rare and large
+        any of these     NaN or infinite
+
+    Metrics missing from an update are skipped.
+
+    Args:
+        entropy_drop: fraction of the baseline below which entropy has collapsed.
+        kl_rise: multiple of the baseline above which the KL has taken off.
+        kl_floor: nats per token; a KL below this is harmless however fast it grows.
+        reward_drop: in units of the reward.
+        warmup: updates of a metric before it is judged.
+    """
+
+    FAST, SLOW = 10, 50
+
+    def __init__(
+        self,
+        *,
+        entropy_drop: float = 0.5,
+        kl_rise: float = 2.0,
+        kl_floor: float = 1e-3,
+        reward_drop: float = 0.15,
+        warmup: int = 20,
+    ):
+        self.entropy_drop, self.kl_rise, self.kl_floor = entropy_drop, kl_rise, kl_floor
+        self.reward_drop, self.warmup = reward_drop, warmup
+        self._averages: dict[str, dict[str, float]] = {}  # metric -> count, fast, slow, best
+        self._raised: list[str] = []
+
+    def update(self, metrics: Mapping[str, float | int]) -> list[str]:
+        """Take one step's metrics, `global_step` among them; return the warnings this step raises, usually none."""
+        warnings = []
+        for name in ("entropy", "kl_rollout_old", "reward", "score"):
+            if name in metrics and (reason := self._reason(name, metrics[name])) and name not in self._raised:
+                self._raised.append(name)
+                warnings.append(f"step {metrics.get('global_step', '?')}: {name} {reason}")
+        return warnings
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, in JSON types (floats survive JSON exactly). The limits are not part of it."""
+        return {"averages": {name: dict(a) for name, a in self._averages.items()}, "raised": list(self._raised)}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Go on exactly where the detector that gave `state` stood."""
+        self._averages = {name: dict(a) for name, a in state["averages"].items()}
+        self._raised = list(state["raised"])
+
+    def _reason(self, name: str, value: float) -> str | None:
+        if not math.isfinite(value):
+            return f"is {value}"
+        window, warmup = (1, 0) if name == "score" else (self.FAST, self.warmup)
+        a = self._averages.setdefault(name, {"count": 0, "fast": 0.0, "slow": 0.0, "best": value})
+        a["count"] += 1
+        # A plain mean until the window is full, exponential from there: one odd first value must not set the baseline.
+        a["fast"] += (value - a["fast"]) / min(a["count"], window)
+        a["slow"] += (value - a["slow"]) / min(a["count"], self.SLOW)
+        if a["count"] <= warmup:
+            a["best"] = a["fast"]
+            return None
+        a["best"] = max(a["best"], a["fast"])
+        fast, slow, best = a["fast"], a["slow"], a["best"]
+        if name == "entropy":
+            if fast < self.entropy_drop * slow:
+                return f"{fast:.3g} nats is below {self.entropy_drop:g} × its running baseline, {slow:.3g}"
+        elif name == "kl_rollout_old":
+            if fast > max(self.kl_rise * slow, self.kl_floor):
+                return f"{fast:.3g} nats is above {self.kl_rise:g} × its running baseline, {slow:.3g}"
+        elif fast < best - self.reward_drop:
+            return f"{fast:.3g} is more than {self.reward_drop:g} below its best, {best:.3g}"
+        return None
+
+
+def _working(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _zero_outside(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask.bool(), _working(values), 0.0)
+
+
+def _log_ratio(logp_numerator: Tensor, logp_denominator: Tensor, mask: Tensor) -> Tensor:
+    """0 (a ratio of 1) outside the mask."""
+    return _zero_outside(_working(logp_numerator) - _working(logp_denominator), mask)
+
+
+def _clamped(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+
+
+def _ess(log_weights: Tensor, mask: Tensor) -> Float[Tensor, ""]:
+    log_weights = log_weights.masked_fill(~mask, -math.inf)
+    # Scaled so that the largest weight is 1: nothing overflows and the fraction is unchanged.
+    weights = (log_weights - log_weights.max()).exp()
+    fraction = weights.sum().square() / (mask.sum() * weights.square().sum())
+    return torch.where(mask.any(), fraction, 1.0)

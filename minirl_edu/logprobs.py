@@ -1,0 +1,230 @@
+"""The training engine's forward: log π(y_t | x, y_<t) and entropy of the response tokens, with routes replayed or
+recorded.
+
+A `Layout` says where each token of a rollout stands in one forward. The plain layout is the batch as it is. The shared
+layout puts a prompt and
+all its responses in one row, the prompt once: responses see the prompt and themselves, not each other. Both give the
+same
+log-probabilities (to float tolerance); the shared one computes each prompt once instead of G times and no padding
+between responses.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minirl_edu.rollout.base import Rollout
+from minirl_edu.routing import Routes
+
+
+class ResponseLogprobs(NamedTuple):
+    """`logp` [B, T]: log-probability of each response token in nats, with gradient; `entropy` [B, T]: −Σ_w π(w) log
+    π(w) in nats, without. 0 where masked."""
+
+    logp: Float[Tensor, "B T"]
+    entropy: Float[Tensor, "B T"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a rollout stand in one forward of R rows and C columns.
+
+    inputs    the model's keyword arguments: input_ids and position_ids [R, C], attention_mask (None, [R, C], or
+              additive [R, 1, C, C])
+    source    [R, C] which token of the flat [B·S] batch a slot holds, −1 where it is padding
+    slot      [B, S] which flat slot of [R·C] holds a token as an input, −1 where none does
+    predictor [n] the flat slots whose logits predict the response tokens, in the order of `response_mask`'s True
+    entries
+    targets   [n] those response tokens
+    mask      [B, T] the response mask
+    """
+
+    inputs: dict[str, Tensor | None]
+    source: Int[Tensor, "R C"]
+    slot: Int[Tensor, "B S"]
+    predictor: Int[Tensor, "n"]
+    targets: Int[Tensor, "n"]
+    mask: Bool[Tensor, "B T"]
+
+    @property
+    def slots(self) -> int:
+        """Token slots of the forward, padding included: what a micro-batch costs."""
+        return self.source.numel()
+
+    def pack(self, routes: Routes) -> Routes:
+        """Routes of the batch [B, S], re-laid for this forward [R, C]."""
+        index = self.source.clamp(min=0)
+        experts = routes.experts.flatten(0, 1)[index]
+        return Routes(experts, routes.valid.flatten()[index] & (self.source >= 0), routes.layers)
+
+    def unpack(self, routes: Routes) -> Routes:
+        """Routes recorded in this forward [R, C], back to the batch [B, S]."""
+        index = self.slot.clamp(min=0)
+        experts = routes.experts.flatten(0, 1)[index]
+        return Routes(experts, self.slot >= 0, routes.layers)
+
+
+def lay_out(rollout: Rollout, *, share_prompts: bool) -> Layout:
+    """Lay a rollout out for one forward, each prompt once (`share_prompts`) or the batch as it is.
+
+    Sharing needs a model whose attention honours a 4-D mask (`can_share_prompts`); its attention mask takes C² numbers
+    per row.
+    """
+    inputs = rollout.inputs
+    position = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
+    layout = _shared if share_prompts and rollout.group_size > 1 else _plain
+    return layout(rollout, inputs, position)
+
+
+def _predictors(rollout: Rollout, slot: Tensor) -> Tensor:
+    """Response token t is predicted at the slot of the token before it."""
+    before = slot[:, rollout.prompt_length - 1 : -1]
+    return before[rollout.response_mask]
+
+
+def _plain(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
+    rows, width = rollout.tokens.shape
+    columns = int(inputs.any(0).nonzero()[-1]) + 1  # the last token of the longest response is never an input
+    source = torch.arange(rows * width, device=inputs.device).view(rows, width)[:, :columns]
+    slot = torch.arange(rows * columns, device=inputs.device).view(rows, columns)
+    slot = nn.functional.pad(slot, (0, width - columns), value=-1).where(inputs, -1)
+    # Padding on the right needs no mask (attention is causal), and without one the faster causal kernel runs.
+    left_padded = not bool(rollout.attention_mask[:, 0].all())
+    return Layout(
+        inputs={
+            "input_ids": rollout.tokens[:, :columns],
+            "position_ids": position[:, :columns],
+            "attention_mask": rollout.attention_mask[:, :columns] if left_padded else None,
+        },
+        source=source.where(inputs[:, :columns], -1),
+        slot=slot,
+        predictor=_predictors(rollout, slot),
+        targets=rollout.tokens[:, rollout.prompt_length :][rollout.response_mask],
+        mask=rollout.response_mask,
+    )
+
+
+def _shared(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
+    rows, width = rollout.tokens.shape
+    groups, group_size = len(rollout.prompts), rollout.group_size
+    device = inputs.device
+    in_prompt = torch.arange(width, device=device) < rollout.prompt_length
+    first = torch.arange(rows, device=device) % group_size == 0
+    kept = inputs & (~in_prompt | first[:, None])  # a prompt is kept from the first response of its group
+    # Number the kept tokens of each group in order: prompt, response 1, response 2, …
+    column = kept.view(groups, -1).cumsum(1) - 1
+    lengths = column[:, -1] + 1
+    columns = int(lengths.max())
+    slot = (column + torch.arange(groups, device=device)[:, None] * columns).view(rows, width)
+    source = torch.full((groups * columns,), -1, device=device)
+    source[slot[kept]] = kept.flatten().nonzero()[:, 0]
+    # The prompt's tokens of the other rows are the first row's.
+    of_first = slot.view(groups, group_size, width)[:, :1].expand(-1, group_size, -1).reshape(rows, width)
+    slot = torch.where(in_prompt, of_first, slot).where(inputs, -1)
+
+    index = source.clamp(min=0)
+    segment = torch.where(in_prompt, 0, torch.arange(rows, device=device)[:, None] % group_size + 1)  # 0: the prompt
+    segment = segment.flatten()[index].where(source >= 0, -1).view(groups, columns)
+    sees = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
+    sees &= torch.ones(columns, columns, dtype=torch.bool, device=device).tril()
+    blocked = torch.finfo(torch.float32).min
+    source = source.view(groups, columns)
+    index = index.view(groups, columns)
+    return Layout(
+        inputs={
+            "input_ids": rollout.tokens.flatten()[index],
+            "position_ids": position.flatten()[index],
+            "attention_mask": torch.zeros(sees.shape, device=device).masked_fill_(~sees, blocked)[:, None],
+        },
+        source=source,
+        slot=slot,
+        predictor=_predictors(rollout, slot),
+        targets=rollout.tokens[:, rollout.prompt_length :][rollout.response_mask],
+        mask=rollout.response_mask,
+    )
+
+
+def micro_batches(rollout: Rollout, tokens: int, *, share_prompts: bool) -> list[tuple[slice, Layout]]:
+    """Cut a rollout into runs of rows whose layouts take at most `tokens` slots each, padding included.
+
+    Groups stay whole under `share_prompts`; one that takes more than `tokens` by itself is laid out row by row instead.
+    A single row may exceed the budget: there is nothing left to cut.
+    """
+    fed = (rollout.response_mask.sum(1) - 1).tolist()  # the last token of a response is never an input
+    prompt, size = rollout.prompt_length, rollout.group_size if share_prompts else 1
+    groups = [prompt + sum(fed[row : row + size]) for row in range(0, len(fed), size)]
+    cuts: list[tuple[int, int, bool]] = []
+    for start, stop in _within(groups, tokens):
+        if groups[start] <= tokens or size == 1:
+            cuts.append((start * size, stop * size, share_prompts))
+        else:
+            rows = range(start * size, stop * size)
+            cuts += [(rows[a], rows[b - 1] + 1, False) for a, b in _within([prompt + fed[r] for r in rows], tokens)]
+    return [(slice(a, b), lay_out(rollout.rows(a, b), share_prompts=share)) for a, b, share in cuts]
+
+
+def _within(widths: list[int], budget: int) -> list[tuple[int, int]]:
+    """Greedy runs start..stop of consecutive items whose (number · widest) stays within the budget."""
+    runs, start = [], 0
+    for item in range(1, len(widths) + 1):
+        if item == len(widths) or (item + 1 - start) * max(widths[start : item + 1]) > budget:
+            runs.append((start, item))
+            start = item
+    return runs
+
+
+def response_logprobs(model: nn.Module, layout: Layout, *, temperature: float = 1.0) -> ResponseLogprobs:
+    """log softmax(logits / T) of the response tokens, and the entropy of that distribution, in fp32.
+
+    Open `RoutingReplay.replay(layout.pack(routes))` or `.record()` around this call (and around `backward`) to force
+    or keep the experts.
+    Logits are normalised only where a response token is predicted.
+    """
+    inputs = dict(layout.inputs)
+    mask = inputs["attention_mask"]
+    if mask is not None and mask.dim() == 4:
+        dtype = next(model.parameters()).dtype
+        inputs["attention_mask"] = mask.to(dtype).clamp(min=torch.finfo(dtype).min)
+    logits = model(**inputs, use_cache=False).logits
+    logits = logits.flatten(0, 1).index_select(0, layout.predictor).float() / temperature
+    log_probs = torch.log_softmax(logits, -1)
+    logp = log_probs.gather(1, layout.targets[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+    empty = torch.zeros(layout.mask.shape, device=logits.device)
+    return ResponseLogprobs(empty.masked_scatter(layout.mask, logp), empty.masked_scatter(layout.mask, entropy))
+
+
+@torch.no_grad()
+def can_share_prompts(model: PreTrainedModel) -> bool:
+    """Whether the shared layout gives this model's log-probabilities: tried on a few tokens rather than inferred from
+    its class.
+
+    False for attention that ignores a 4-D mask (flash kernels), linear attention and recurrent layers, and sliding
+    windows (which the mask would lift).
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (
+        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    ):
+        return False
+    vocab, device = config.vocab_size, model.device
+    tokens = (torch.arange(2 * 11, device=device) * 7 + 1).remainder(vocab).view(2, 11)
+    tokens[1, :5] = tokens[0, :5]
+    ones = torch.ones_like(tokens, dtype=torch.bool)
+    probe = Rollout(tokens, ones, 5, ones[:, 5:], torch.zeros(2, 6, device=device), None, [tokens[0, :5].tolist()], 0)
+    training = model.training
+    model.eval()
+    try:
+        plain, shared = (response_logprobs(model, lay_out(probe, share_prompts=s)).logp for s in (False, True))
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    finally:
+        model.train(training)
+    # fp32 sums in another order differ by about 1e-6; bf16 by about 1e-2; a wrong mask by 1e-1 and more.
+    return bool((plain - shared).abs().max() < (1e-4 if model.dtype == torch.float32 else 5e-2))

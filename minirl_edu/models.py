@@ -1,0 +1,153 @@
+"""Models: tiny dense and Mixture-of-Experts transformers built from a seed, the shipped cold starts, and any hub id or
+local path.
+
+The tiny models are ordinary `transformers` models. Their sizes suit a laptop CPU and real engines alike: vLLM needs a
+head dimension of at least
+32 and a hidden size that is a multiple of 32.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+COLD_STARTS = Path(__file__).parent / "cold_starts"
+
+
+def tiny_moe(
+    vocab_size: int,
+    *,
+    seed: int,
+    layers: int = 2,
+    hidden: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    experts: int = 8,
+    top_k: int = 2,
+    expert_hidden: int = 128,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
+    """A Qwen3-MoE of 0.9 M parameters (0.3 M active per token) with weights drawn from `seed`, in fp32 on the CPU.
+
+    `top_k` of `experts` feed-forward experts of width `expert_hidden` serve each token. No load-balancing loss (the
+    paper has none).
+    Raises ValueError if `hidden` is not a multiple of 32 or `top_k` exceeds `experts`.
+    """
+    if top_k > experts:
+        raise ValueError(f"top_k: {top_k} experts per token cannot exceed experts = {experts}")
+    config = Qwen3MoeConfig(
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=expert_hidden,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.0,
+        **_common(vocab_size, layers, hidden, heads, kv_heads, top_k * expert_hidden, eos_token_id, pad_token_id),
+    )
+    return _seeded(config, seed)
+
+
+def tiny_dense(
+    vocab_size: int,
+    *,
+    seed: int,
+    layers: int = 2,
+    hidden: int = 128,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn_hidden: int = 256,
+    eos_token_id: int | None = None,
+    pad_token_id: int | None = None,
+) -> PreTrainedModel:
+    """The dense twin of `tiny_moe`: a Qwen3 whose feed-forward is as wide as the experts that serve one token there."""
+    config = Qwen3Config(**_common(vocab_size, layers, hidden, heads, kv_heads, ffn_hidden, eos_token_id, pad_token_id))
+    return _seeded(config, seed)
+
+
+def _common(
+    vocab_size: int,
+    layers: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    ffn_hidden: int,
+    eos: int | None,
+    pad: int | None,
+) -> dict:
+    if hidden % 32:
+        raise ValueError(f"hidden: {hidden} is not a multiple of 32, which vLLM's kernels need")
+    return dict(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=ffn_hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+
+
+def _seeded(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator: restore it afterwards
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def cold_starts() -> list[str]:
+    """Names of the cold starts that ship with the library; each folder's `cold_start.json` says what made it and how
+    it scores."""
+    return sorted(path.parent.name for path in COLD_STARTS.glob("*/cold_start.json"))
+
+
+def model_path(name: str) -> str:
+    """The folder of a shipped cold start called `name`; any other name (a local path, a hub id) is returned as it
+    is."""
+    return str(COLD_STARTS / name) if name in cold_starts() else name
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a causal LM: a shipped cold start by name, a local folder, or a hub id.
+
+    Raises ValueError naming the shipped cold starts if `name` is none of these.
+    """
+    path = model_path(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(_not_found(name)) from error
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `load_model(name)`, padding on the left. Raises ValueError as `load_model` does."""
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name), padding_side="left", trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise ValueError(_not_found(name)) from error
+
+
+def _not_found(name: str) -> str:
+    return (
+        f"model.name: {name!r} is no shipped cold start ({', '.join(cold_starts())}), no local folder with a "
+        "transformers model, and no hub id that could be read; check the spelling or the path"
+    )

@@ -1,0 +1,203 @@
+"""The three policy losses, as pure functions of tensors.
+
+    minirl_loss   MiniRL, equation (7) of arXiv 2512.01374
+    grpo_loss     GRPO, Appendix A
+    cispo_loss    CISPO, Appendix A
+
+Shared contract. Tensors are `[B, T]` over response tokens; `mask` is true (or 1) on real tokens, end-of-sequence
+included; `advantages` is `[B]` or `[B, T]`. Log-probabilities are in nats. The arithmetic is fp32 whatever comes in,
+except that float64 `logp` stays float64. Only `logp` carries gradient. Log-ratios are clamped at ±20 before `exp`.
+What stands outside the mask, NaN included, touches neither value nor gradient. A response with an empty mask
+contributes 0 and still counts in B; with nothing in the mask at all, loss and gradient are 0.
+
+Adding up. The divisor defaults to this batch's count. A batch that is split over micro-batches or ranks passes the
+global count (`num_responses`, for CISPO `num_tokens`); the parts' losses then sum to the loss of the whole.
+
+Metrics (detached scalars over response tokens, left on the device; 0 where there are no tokens):
+
+    is_weight_mean, is_weight_max   the weight as the loss uses it, after the cap (CISPO: the clip): of π_θ/μ_old, or of
+                                    π_θ/π_old without the train–inference correction
+    is_capped_frac                  fraction of tokens whose weight the cap (CISPO: the clip) changed
+    clip_frac_pos, clip_frac_neg    fraction of tokens whose gradient the clip removed (M_t = 0), by the sign of Â
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5·10⁸ is far outside every trust region and still harmless in fp32
+
+
+class PolicyLoss(NamedTuple):
+    """A scalar `loss` to minimise and its `metrics`, detached scalars by name (listed in the module's docstring)."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def minirl_loss(
+    logp: Float[Tensor, "..."],
+    logp_old: Float[Tensor, "..."],
+    logp_rollout: Float[Tensor, "..."] | None,
+    advantages: Float[Tensor, "..."],
+    mask: Tensor,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.27,
+    is_cap: float = 5.0,
+    clip: bool = True,
+    is_correction: bool = True,
+    length_norm: bool = False,
+    num_responses: int | None = None,
+) -> PolicyLoss:
+    """MiniRL, equation (7): REINFORCE with a truncated token importance weight and decoupled-PPO clipping.
+
+        loss = −(1/B) Σ_b Σ_t  M_t · sg[min(π_θ/μ_old, is_cap)] · Â · log π_θ(y_t)
+
+        r_t = π_θ/π_old,   M_t = 0 if Â > 0 and r_t > 1 + ε_high,   0 if Â < 0 and r_t < 1 − ε_low,   else 1
+
+    A sum over tokens and a mean over responses. The cap acts on the product π_θ/μ_old = (π_old/μ_old)·(π_θ/π_old),
+    equation (5).
+
+    Args:
+        logp, logp_old, logp_rollout: log π_θ, log π_old, log μ_old of the response tokens, `[B, T]`.
+        advantages: Â, `[B]` or `[B, T]`; the paper's is `advantages.group_mean_advantages`.
+        mask: `[B, T]`, true on response tokens.
+        is_cap: the largest importance weight; `math.inf` for none.
+        clip: False sets M = 1 (ablation "no clipping").
+        is_correction: False sets π_old/μ_old to 1 and keeps π_θ/π_old (ablation "− train–infer IS"); `logp_rollout`
+            is then unused and may be None.
+        length_norm: True divides each response's sum by its length |y| (ablation "+ length norm").
+        num_responses: B of the whole mini-batch where this call sees a part of it.
+
+    Raises:
+        ValueError: a shape does not fit that of `logp`; a value inside the mask is not finite; no `logp_rollout`.
+    """
+    if not is_correction:
+        logp_rollout = logp_old
+    elif logp_rollout is None:
+        raise ValueError("logp_rollout is None: pass log μ_old from the rollout engine, or set is_correction=False")
+    mask, logp, logp_old, logp_rollout, advantages = _response_tokens(
+        mask, logp=logp, logp_old=logp_old, logp_rollout=logp_rollout, advantages=advantages
+    )
+    ratio_to_rollout = _ratio(logp.detach(), logp_rollout)
+    is_weight = ratio_to_rollout.clamp(max=is_cap)
+    coefficient = is_weight * advantages
+    dropped = torch.zeros_like(mask)
+    if clip:
+        dropped = _dropped_by_clip(_ratio(logp.detach(), logp_old), advantages, eps_low, eps_high)
+        coefficient = coefficient.masked_fill(dropped, 0.0)
+    if length_norm:
+        coefficient = coefficient / mask.sum(1, keepdim=True).clamp(min=1)
+    loss = -(coefficient * logp).sum() / (num_responses or len(logp))
+    return PolicyLoss(loss, _metrics(is_weight, is_weight != ratio_to_rollout, dropped, advantages, mask))
+
+
+def grpo_loss(
+    logp: Float[Tensor, "..."],
+    logp_old: Float[Tensor, "..."],
+    advantages: Float[Tensor, "..."],
+    mask: Tensor,
+    *,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    num_responses: int | None = None,
+) -> PolicyLoss:
+    """GRPO, Appendix A: PPO's clipped ratio with a mean over tokens inside a mean over responses.
+
+        loss = −(1/B) Σ_b (1/|y_b|) Σ_t  min(r_t Â, clip(r_t, 1 − ε_low, 1 + ε_high) Â),    r_t = π_θ/π_old
+
+    No train–inference correction. Its advantages are `advantages.group_mean_std_advantages`. Arguments and errors as in
+    `minirl_loss`. Source: DeepSeekMath, arXiv 2402.03300, without its KL penalty.
+    """
+    mask, logp, logp_old, advantages = _response_tokens(mask, logp=logp, logp_old=logp_old, advantages=advantages)
+    ratio = _ratio(logp, logp_old)
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
+    loss = -(surrogate.sum(1) / mask.sum(1).clamp(min=1)).sum() / (num_responses or len(logp))
+    ratio = ratio.detach()
+    dropped = _dropped_by_clip(ratio, advantages, eps_low, eps_high)
+    return PolicyLoss(loss, _metrics(ratio, torch.zeros_like(mask), dropped, advantages, mask))
+
+
+def cispo_loss(
+    logp: Float[Tensor, "..."],
+    logp_old: Float[Tensor, "..."],
+    advantages: Float[Tensor, "..."],
+    mask: Tensor,
+    *,
+    eps_low: float = 1.0,
+    eps_high: float = 4.0,
+    num_tokens: int | None = None,
+) -> PolicyLoss:
+    """CISPO, Appendix A: the weight is clipped, no token's gradient is dropped; a mean over the batch's tokens.
+
+        loss = −1/(Σ_b |y_b|) Σ_b Σ_t  sg[clip(r_t, 1 − ε_low, 1 + ε_high)] · Â · log π_θ(y_t),    r_t = π_θ/π_old
+
+    The default range is [0, 5]. ε_low = 1 is no lower bound, as in MiniMax-M1 (arXiv 2506.13585), which tunes ε_high
+    alone and prints no value; the ceiling of 5 is ScaleRL's (arXiv 2510.13786, insensitive over 4, 5, 8), and the same
+    number as MiniRL's cap.
+
+    `num_tokens` is Σ|y| of the whole mini-batch where this call sees a part of it. Other arguments and errors as in
+    `minirl_loss`.
+    """
+    mask, logp, logp_old, advantages = _response_tokens(mask, logp=logp, logp_old=logp_old, advantages=advantages)
+    ratio = _ratio(logp.detach(), logp_old)
+    is_weight = ratio.clamp(1 - eps_low, 1 + eps_high)
+    loss = -(is_weight * advantages * logp).sum() / (num_tokens or mask.sum().clamp(min=1))
+    return PolicyLoss(loss, _metrics(is_weight, is_weight != ratio, torch.zeros_like(mask), advantages, mask))
+
+
+def _response_tokens(mask: Tensor, *, logp: Tensor, **inputs: Tensor) -> list[Tensor]:
+    """The mask as bool, then every input as `[B, T]` in the working dtype, finite inside the mask and zero outside."""
+    if logp.ndim != 2:
+        raise ValueError(f"logp has shape {list(logp.shape)}; expected [B, T], responses × response tokens")
+    if mask.shape != logp.shape:
+        raise ValueError(f"mask has shape {list(mask.shape)}, logp has {list(logp.shape)}; they must agree")
+    mask = mask.bool()
+    dtype = torch.float64 if logp.dtype == torch.float64 else torch.float32
+    # where, not multiplication: NaN · 0 is NaN, in the value and again in the gradient.
+    clean = {"logp": torch.where(mask, logp.to(dtype), 0.0)}
+    for name, values in inputs.items():
+        if name == "advantages" and values.shape == logp.shape[:1]:
+            values = values[:, None]
+        elif values.shape != logp.shape:
+            allowed = "[B, T] or [B]" if name == "advantages" else "[B, T]"
+            raise ValueError(f"{name} has shape {list(values.shape)}, logp has {list(logp.shape)}; expected {allowed}")
+        clean[name] = torch.where(mask, values.detach().to(dtype), 0.0)
+    # One reduction in the good case; which input is to blame is worked out only when there is something to blame.
+    if not math.isfinite(torch.stack([values.detach() for values in clean.values()]).sum().item()):
+        for name, values in clean.items():
+            bad = ~torch.isfinite(values)
+            if bad.any():
+                response, token = bad.nonzero()[0].tolist()
+                raise ValueError(
+                    f"{name} is {values[response, token].item()} at response {response}, token {token}; "
+                    "inside the mask every value must be finite: mask the token out or mend the engine that produced it"
+                )
+    return [mask, *clean.values()]
+
+
+def _ratio(logp_numerator: Tensor, logp_denominator: Tensor) -> Tensor:
+    return (logp_numerator - logp_denominator).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _dropped_by_clip(ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
+    """True where M_t = 0."""
+    return torch.where(advantages > 0, ratio > 1 + eps_high, (advantages < 0) & (ratio < 1 - eps_low))
+
+
+def _metrics(is_weight: Tensor, capped: Tensor, dropped: Tensor, advantages: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    # `dropped` is already false outside the mask, where advantages are zero.
+    tokens = mask.sum().clamp(min=1)
+    is_weight = is_weight * mask
+    dropped_pos = (dropped & (advantages > 0)).sum()
+    return {
+        "is_weight_mean": is_weight.sum() / tokens,
+        "is_weight_max": is_weight.max(),
+        "is_capped_frac": (capped & mask).sum() / tokens,
+        "clip_frac_pos": dropped_pos / tokens,
+        "clip_frac_neg": (dropped.sum() - dropped_pos) / tokens,
+    }

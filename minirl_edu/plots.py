@@ -1,0 +1,431 @@
+"""Figures: pure functions from metrics to a matplotlib `Figure`.
+
+No pyplot, hence no global state: safe in threads, in notebooks and in tests. In a notebook a figure shows itself, and
+
+    handle = display(four_curves(runs), display_id=True)     # once
+    handle.update(four_curves(runs))                         # whenever new metrics came in
+
+is a live plot. Colours are Okabe and Ito's (safe for colour-blind readers); every method also has its own line and
+marker, so that figures read in greyscale.
+"""
+
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image
+
+Metrics = dict[str, np.ndarray]
+"""One run: a column per key of metrics.jsonl, a row per gradient step, NaN where there is no value."""
+Runs = Mapping[str, Metrics | Sequence[Metrics]]
+"""A label per method; under it one run, or one run per seed."""
+
+METHOD_STYLE: dict[str, dict[str, Any]] = {
+    "MiniRL": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
+    "− IS": {"color": "#D55E00", "linestyle": "--", "marker": "X"},
+    "+ length norm": {"color": "#E69F00", "linestyle": "-.", "marker": "s"},
+    "no clipping": {"color": "#CC79A7", "linestyle": ":", "marker": "v"},
+    "R2": {"color": "#56B4E9", "linestyle": (0, (7, 2)), "marker": "^"},
+    "R3": {"color": "#009E73", "linestyle": (0, (5, 1, 1, 1)), "marker": "D"},
+    "GRPO": {"color": "#000000", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "P"},
+    "CISPO": {"color": "#777777", "linestyle": (0, (1, 1)), "marker": "*"},
+}
+"""How each method is drawn, everywhere. "MiniRL + R3" and "R3" are the same method."""
+
+# 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond that the normal's 1.96 is less than 4 % off.
+_T_975 = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
+    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+_INK, _SOFT = "#222222", "#767676"
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def read_records(path: Path | str) -> list[dict[str, Any]]:
+    """The lines of a `metrics.jsonl`, one dict per gradient step, in order of `grad_step`.
+
+    A run that was killed may leave half a last line: it is dropped. A step written twice (a resumed run) counts once;
+    the later line's values win. Raises FileNotFoundError where there is no file, ValueError where it holds no step or a
+    broken line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no metrics at {path}: give a run's folder that holds a metrics.jsonl")
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    steps: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            step = int(record["grad_step"])
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number} is not a step with a grad_step: {line[:60]!r}") from error
+        steps[step] = steps.get(step, {}) | {key: value for key, value in record.items() if value is not None}
+    if not steps:
+        raise ValueError(f"{path} holds no complete step yet: wait for the first one, or check that training started")
+    return [steps[step] for step in sorted(steps)]
+
+
+def read_metrics(path: Path | str) -> Metrics:
+    """The numeric columns of a `metrics.jsonl` as float64 arrays, a row per gradient step; null and absent become NaN.
+
+    Raises as `read_records`.
+    """
+    records = read_records(path)
+    keys = dict.fromkeys(key for record in records for key, value in record.items() if isinstance(value, int | float))
+    return {key: np.array([record.get(key, math.nan) for record in records], dtype=np.float64) for key in keys}
+
+
+def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean over seeds and half-width of its 95 % t-interval; `values` is [seeds, steps]. NaN widths with one seed."""
+    n = len(values)
+    if n == 1:
+        return values[0], np.full(values.shape[1], math.nan)
+    quantile = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96
+    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(n)
+
+
+def _column(run: Metrics, key: str, *, smooth: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values where the run has a finite value for `key`.
+
+    `smooth`: a running mean over about a thirtieth of the run, in whole global steps, because staleness and what
+    follows from it start again at each.
+    """
+    values = run.get(key, np.full(len(run["grad_step"]), math.nan))
+    known = np.isfinite(values)
+    steps, values = run["grad_step"][known], values[known]
+    if smooth and len(values):
+        mini_batches = round(run["grad_step"][-1] / max(1.0, run["global_step"][-1]))
+        window = mini_batches * max(1, round(len(values) / 30 / mini_batches))
+        window = min(window, len(values))
+        start = np.clip(np.arange(len(values)) - window // 2, 0, len(values) - window)
+        total = np.concatenate([[0.0], np.cumsum(values)])
+        values = (total[start + window] - total[start]) / window
+    return steps, values
+
+
+def _seeds(runs: Metrics | Sequence[Metrics]) -> list[Metrics]:
+    return [runs] if isinstance(runs, Mapping) else list(runs)
+
+
+def _align(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Union of the steps [n], values [seeds, n] with NaN where a seed has none; empty ones left out."""
+    columns = [column for column in columns if column[0].size]
+    steps = np.unique(np.concatenate([np.empty(0), *(steps for steps, _ in columns)]))
+    table = np.full((len(columns), len(steps)), math.nan)
+    for row, (own, values) in zip(table, columns, strict=True):
+        row[np.searchsorted(steps, own)] = values
+    return steps, table
+
+
+# ------------------------------------------------------------------------------------------------------------ style
+
+
+def _canonical(label: str) -> str:
+    return label.replace("-", "−").removeprefix("MiniRL").strip(" +") or "MiniRL"
+
+
+def method_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, line and marker per label: METHOD_STYLE's for a known method, else the unused ones in order."""
+    known = {_canonical(name): style for name, style in METHOD_STYLE.items()}
+    labels = list(labels)
+    taken = [known[_canonical(label)] for label in labels if _canonical(label) in known]
+    spare = [style for style in METHOD_STYLE.values() if style not in taken] or list(METHOD_STYLE.values())
+    unknown = [label for label in labels if _canonical(label) not in known]
+    markers = "hd<>p8H"  # when the spare styles run out they come again, with other markers
+    extra = {
+        label: spare[i % len(spare)]
+        | ({"marker": markers[(i + i // len(spare)) % len(markers)]} if i >= len(spare) else {})
+        for i, label in enumerate(unknown)
+    }
+    return {label: known.get(_canonical(label)) or extra[label] for label in labels}
+
+
+class _Figure(Figure):
+    """A Figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        width, height = self.get_size_inches()
+        return to_png(self), {"width": round(width * 100), "height": round(height * 100)}
+
+
+def to_png(figure: Figure, *, scale: int = 2) -> bytes:
+    """The figure as PNG, at `scale` × 100 pixels per inch, in 128 colours: a third of the bytes, equal to the eye."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100 * scale)
+    image = Image.open(buffer).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
+
+
+def _panels(
+    count: int, columns: int, *, panel: tuple[float, float] = (4.9, 3.1), **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
+    rows = -(-count // columns)
+    figure = _Figure(figsize=(panel[0] * columns, panel[1] * rows + 0.5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs).ravel().tolist()
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(_SOFT)
+        ax.tick_params(color=_SOFT, labelcolor=_INK, labelsize=10, labelleft=True, labelbottom=True)
+        ax.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _name(ax: Axes, title: str, ylabel: str, xlabel: str = "gradient step", *, note: str = "") -> None:
+    ax.set_title(title, loc="left", fontsize=12, color=_INK)
+    ax.set_title(note, loc="right", fontsize=9, color=_SOFT)
+    ax.set_ylabel(ylabel, fontsize=10.5, color=_INK)
+    ax.set_xlabel(xlabel, fontsize=10.5, color=_INK)
+
+
+def _legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
+    """One legend above all panels, in as many columns as fit."""
+    handles = [Line2D([], [], linewidth=2, markersize=6, **style) for style in styles.values()]
+    columns = int(figure.get_figwidth() * 12.5 / (max(map(len, styles)) + 8))
+    legend = figure.legend(
+        handles, list(styles), loc="outside upper left", ncols=max(1, min(columns, len(styles))),
+        frameon=False, fontsize=10.5, handlelength=3.2, labelcolor=_INK,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a label is text: "$5" is no formula
+
+
+def _set_scale(ax: Axes, values: np.ndarray) -> None:
+    """A log axis where the values span two decades or more; zeros and negative noise get a linear strip below."""
+    positive = values[values > 0]
+    if not positive.size:
+        return
+    low, high = np.quantile(positive, [0.02, 0.98])
+    floor = max(low, -values.min())
+    if high >= 100 * floor:
+        if values.min() > 0:
+            ax.set_yscale("log")
+        else:
+            ax.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(floor)))
+
+
+def _draw(
+    ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = "", log: bool = False, markers: int = 8
+) -> np.ndarray:
+    """One metric of every method: mean over seeds and its 95 % interval as far as *all* seeds got, single seeds beyond.
+
+    `smooth` draws a running mean and the raw values faintly; `faint` names a second metric to draw faintly in the same
+    colour. Returns all values of the thick lines.
+    """
+    drawn = [np.empty(0)]
+    styles = method_styles(runs)
+    for order, (label, seeds) in enumerate(runs.items()):
+        seeds = _seeds(seeds)
+        style = styles[label]
+        thin: dict[str, Any] = {"color": style["color"], "alpha": 0.3, "linewidth": 0.7}
+        steps, table = _align([_column(run, key, smooth=smooth) for run in seeds])
+        if not steps.size:
+            continue
+        drawn.append(table[np.isfinite(table)])
+        shared = np.isfinite(table).all(0)
+        mean, half = mean_interval(table[:, shared])
+        gap = max(1, shared.sum() // markers)
+        first = order * gap // len(runs)  # the markers of different methods do not hide each other
+        ax.plot(
+            steps[shared], mean, linewidth=1.9, markersize=5.5, markevery=slice(first, None, gap), gid=f"{key}:{label}",
+            markeredgecolor="white", markeredgewidth=0.5, zorder=3, **style,
+        )  # fmt: skip
+        if len(table) > 1:
+            ax.fill_between(steps[shared], mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+            end = steps[shared].max() if shared.any() else -math.inf
+            for own in table:
+                ax.plot(steps[steps >= end], own[steps >= end], gid=f"seed:{key}:{label}", **thin)
+        for other in [key] * smooth + [faint] * bool(faint):
+            steps, table = _align([_column(run, other) for run in seeds])
+            shared = np.isfinite(table).all(0)
+            if steps.size:
+                thin |= {"alpha": 0.5, "linewidth": 1.1} if other == faint else {}
+                ax.plot(steps[shared], table[:, shared].mean(0), gid=f"faint:{other}:{label}", **thin)
+    values = np.concatenate(drawn)
+    if not values.size:
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=_SOFT, fontsize=12)
+        ax.set(xticks=[], yticks=[])
+    elif log:
+        _set_scale(ax, values)
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def four_curves(runs: Runs, *, columns: int = 2) -> Figure:
+    """The paper's four panels: held-out score, training reward, token entropy, training–inference KL.
+
+    With several seeds per method: mean and 95 % t-interval. The faint score is the rollout engine's. Entropy and KL
+    (nats per token) are on a log axis where they span decades. `columns=1` stacks the panels for a narrow page.
+    Source: figures 1 to 4 of the paper.
+    """
+    figure, axes = _panels(4, columns)
+    _draw(axes[0], runs, "score", faint="score_rollout", markers=12)
+    _draw(axes[1], runs, "reward", smooth=True)
+    _draw(axes[2], runs, "entropy", log=True)
+    _draw(axes[3], runs, "kl_rollout_old", smooth=True, log=True)
+    two = any(_column(run, "score_rollout")[0].size for seeds in runs.values() for run in _seeds(seeds))
+    _name(axes[0], "Held-out score", "score, 0 to 1", note="faint: through the rollout engine" if two else "")
+    _name(axes[1], "Training reward", "mean reward", note="faint: each step")
+    _name(axes[2], "Token entropy", "nats per token")
+    _name(axes[3], "Training–inference KL", "nats per token")
+    _legend(figure, method_styles(runs))
+    return figure
+
+
+def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
+    """The two factors of equation (5) on one scale, and what the first-order approximation drops because of them.
+
+    `log π_θ/μ_old = log π_old/μ_old (training–inference discrepancy) + log π_θ/π_old (policy staleness)`, each drawn as
+    its mean absolute value in nats per token; then the mean of `|Π_t r_t − 1 − Σ_t (r_t − 1)|`, `r_t = π_θ/μ_old`.
+    """
+    figure, axes = _panels(3, columns, panel=(3.6, 3.1))
+    left = _draw(axes[0], runs, "log_ratio_mismatch", smooth=True)
+    right = _draw(axes[1], runs, "log_ratio_staleness", smooth=True)
+    if left.size and right.size:
+        axes[1].sharey(axes[0])
+        _set_scale(axes[0], np.concatenate([left, right]))
+    _draw(axes[2], runs, "first_order_gap", smooth=True, log=True)
+    _name(axes[0], "Training–inference discrepancy", r"mean $|\log\,\pi_{old}/\mu_{old}|$, nats")
+    _name(axes[1], "Policy staleness", r"mean $|\log\,\pi_\theta/\pi_{old}|$, nats")
+    _name(axes[2], "First-order gap", r"mean $|\Pi r - 1 - \Sigma(r - 1)|$")
+    _legend(figure, method_styles(runs))
+    return figure
+
+
+def routing_flips(runs: Runs) -> Figure:
+    """Fraction of tokens whose set of experts differs between the two engines, per MoE layer."""
+    figure, (ax,) = _panels(1, 1)
+    _draw(ax, runs, "routing_flip_rate", smooth=True)
+    ax.set_ylim(bottom=0)
+    _name(ax, "Routing flips", "fraction of tokens, per layer")
+    _legend(figure, method_styles(runs))
+    return figure
+
+
+def clipping(runs: Runs, *, columns: int = 2) -> Figure:
+    """Fraction of tokens that the clip mask `M_t` of equation (7) drops, by the sign of the advantage."""
+    figure, axes = _panels(2, columns, sharey=True)
+    _draw(axes[0], runs, "clip_frac_pos", smooth=True)
+    _draw(axes[1], runs, "clip_frac_neg", smooth=True)
+    axes[0].set_ylim(bottom=0)
+    _name(axes[0], "Clipped, advantage above 0", "fraction of tokens")
+    _name(axes[1], "Clipped, advantage below 0", "fraction of tokens")
+    _legend(figure, method_styles(runs))
+    return figure
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """A list, array or tensor (with gradient or without) as a float64 array."""
+    return np.asarray(values.detach().cpu().float() if hasattr(values, "detach") else values, dtype=np.float64)
+
+
+def rollout_tokens(tokens: Sequence[str], logp_rollout: Any, logp_old: Any, logp: Any) -> Figure:
+    """One response, token by token, under the three policies.
+
+    Above, the log-probability (nats) of each sampled token under μ_old, π_old and π_θ; below, the two factors of
+    equation (5): `log π_old − log μ_old` (discrepancy) and `log π_θ − log π_old` (staleness). All arguments have one
+    entry per response token; raises ValueError where they have not.
+    """
+    series = {"logp_rollout": _numbers(logp_rollout), "logp_old": _numbers(logp_old), "logp": _numbers(logp)}
+    for name, values in series.items():
+        if values.shape != (len(tokens),):
+            raise ValueError(f"{name} has shape {values.shape} for {len(tokens)} tokens: pass one response, unpadded")
+    rollout, old, new = series.values()
+    figure, (top, bottom) = _panels(2, 1, panel=(min(14.0, max(8.0, 0.3 * len(tokens) + 3)), 2.5), sharex=True)
+    at = np.arange(len(tokens))
+    for shift, values, name, color, marker in (
+        (-0.2, rollout, r"$\mu_{old}$ rollout engine", "#D55E00", "o"),
+        (0.0, old, r"$\pi_{old}$ training engine", "#0072B2", "s"),
+        (0.2, new, r"$\pi_\theta$ after updates", "#009E73", "D"),
+    ):
+        top.plot(at + shift, values, linestyle="none", marker=marker, markersize=6, color=color, label=name)
+    bars: dict[str, Any] = {"width": 0.38, "edgecolor": "white", "linewidth": 0.5}
+    bottom.bar(at - 0.2, old - rollout, color="#D55E00", label=r"discrepancy $\log\,\pi_{old}/\mu_{old}$", **bars)
+    bottom.bar(
+        at + 0.2, new - old, color="#009E73", hatch="///", label=r"staleness $\log\,\pi_\theta/\pi_{old}$", **bars
+    )
+    bottom.axhline(0, color=_SOFT, linewidth=0.8)
+    every = -(-len(tokens) // 60)  # more labels than that do not fit
+    visible = [token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") for token in tokens]
+    for ax in (top, bottom):
+        ax.set_xticks(at[::every], visible[::every])
+        ax.margins(x=0.02)
+        for text in ax.get_xticklabels():
+            text.set(parse_math=False, rotation=90 if len(text.get_text()) > 2 else 0)
+    _name(top, "Log-probability of each sampled token", "nats", "")
+    _name(bottom, "What separates the policies", "nats", "sampled token")
+    top.tick_params(labelbottom=False)
+    for ax in (top, bottom):
+        ax.legend(frameon=False, fontsize=9.5, labelcolor=_INK, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def precision_dial(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """How far each low-precision rollout engine is from the training engine: KL and routing flips.
+
+    Each row: `precision` (its name), `kl` (nats per token, at least 0: the k3 estimate), `flip_rate` (fraction of
+    tokens with another expert set; None for a dense model) and, optionally, `kl_r3` (the KL with rollout routing
+    replay). The KL axis is logarithmic with a place of its own for exact zeros. Raises ValueError for a negative KL.
+    """
+    for row in rows:
+        for key in ("kl", "kl_r3"):
+            if (row.get(key) or 0.0) < 0:
+                raise ValueError(f"{key} of {row['precision']} is {row[key]}: give an estimate ≥ 0, such as k3")
+    figure, (left, right) = _panels(2, 2, panel=(4.9, 0.36 * len(rows) + 1.2), sharey=True)
+    at = np.arange(len(rows))
+    series = {
+        "kl": ("no replay", METHOD_STYLE["MiniRL"], 10, "none"),
+        "kl_r3": ("with R3", METHOD_STYLE["R3"], 6, None),
+    }
+    columns = {key: _numbers([math.nan if row.get(key) is None else row[key] for row in rows]) for key in series}
+    positive = np.concatenate([values[values > 0] for values in columns.values()])
+    bounds = np.log10([positive.min(), positive.max()]) if positive.size else np.array([-6.0, 0.0])
+    zero = 10.0 ** (math.floor(bounds[0]) - 1)
+    left.set_xscale("log")
+    left.set_xlim(zero / 2, 10.0 ** (bounds[1] + 0.3))
+    for key, (name, style, size, fill) in series.items():
+        values = columns[key]
+        known = np.isfinite(values)
+        if known.any():
+            left.plot(
+                np.where(values > 0, values, zero)[known], at[known], linestyle="none", markersize=size,
+                color=style["color"], marker=style["marker"], markerfacecolor=fill, label=name, gid=key,
+            )  # fmt: skip
+    left.axvline(zero * 3, color=_SOFT, linewidth=0.8, linestyle=":")
+    decades = range(math.floor(bounds[0]), math.floor(bounds[1]) + 1)
+    left.set_xticks([zero, *(10.0**n for n in decades)], ["0", *(f"$10^{{{n}}}$" for n in decades)])
+    left.xaxis.minorticks_off()
+    if np.isfinite(columns["kl_r3"]).any():
+        left.legend(frameon=False, fontsize=10, labelcolor=_INK)
+    flips = _numbers([math.nan if row.get("flip_rate") is None else row["flip_rate"] for row in rows])
+    right.barh(at, np.nan_to_num(flips), height=0.55, color=METHOD_STYLE["MiniRL"]["color"])
+    for y, flip in zip(at, flips, strict=True):
+        text = "dense" if math.isnan(flip) else f"{100 * flip:.3g} %"
+        right.annotate(
+            text, (np.nan_to_num(flip), y), (4, 0), textcoords="offset points", va="center", fontsize=10, color=_INK
+        )
+    right.margins(x=0.15)
+    right.set_xlim(left=0)
+    for ax in (left, right):
+        ax.set_yticks(at, [str(row["precision"]) for row in rows])
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+    _name(left, "Training–inference KL", "", "nats per token")
+    _name(right, "Tokens with another expert set", "", "fraction of tokens")
+    return figure

@@ -1,0 +1,201 @@
+"""Emulated low-precision inference engines: round weights and activations as a low-precision matmul would see them.
+
+A rollout engine that multiplies in fp8 differs from a bf16 trainer because both operands of every matrix product are
+rounded first. `round_weights_` and `round_activations` give any transformers model that behaviour on any hardware:
+weights are rounded once per output channel, inputs of every linear layer and of both expert products once per token, as
+in vLLM's dynamic fp8; sums stay fp32. Embeddings, norms, attention scores and the output head stay in full
+precision, as they do in deployed fp8 models; the router too, unless asked.
+
+Rounding to nearest makes an engine repeat the same errors (a bias). Stochastic rounding's errors are zero on average.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class Format(NamedTuple):
+    """A grid: `mantissa_bits` after the leading one, exponents from `min_exponent`, magnitudes to `max_value`.
+
+    `mantissa_bits=None` is a uniform grid of step 1 (integers). Values are scaled to the grid by row; with `block`,
+    that many consecutive values by a power of two (the Open Compute Project's MX formats); `scaled=False`: not at all.
+    """
+
+    mantissa_bits: int | None
+    min_exponent: int
+    max_value: float
+    block: int | None = None
+    scaled: bool = True
+
+
+FORMATS: dict[str, Format | None] = {
+    "fp32": None,
+    "bf16": Format(7, -126, torch.finfo(torch.bfloat16).max, scaled=False),
+    "fp8_e4m3": Format(3, -6, 448.0),
+    "fp8_e5m2": Format(2, -14, 57344.0),
+    "mxfp4": Format(1, 0, 6.0, block=32),
+    **{f"int{bits}": Format(None, 0, 2.0 ** (bits - 1) - 1) for bits in range(8, 2, -1)},
+}
+
+
+def _to_grid(x: Tensor, grid: Format, generator: torch.Generator | None) -> Tensor:
+    """Round fp32 values to the grid: to nearest (ties to even), or stochastically when a generator is given."""
+    if grid.mantissa_bits is None:
+        step: Tensor | float = 1.0
+    else:
+        # The exponent bits alone are 2^e, the power of two at or below |x|.
+        power = torch.bitwise_and(x.view(torch.int32), 0x7F800000).view(torch.float32)
+        step = power.clamp_(min=2.0**grid.min_exponent).mul_(2.0**-grid.mantissa_bits)
+    if generator is not None:
+        return (
+            (x / step + torch.rand(x.shape, generator=generator, device=x.device))
+            .floor_()
+            .mul_(step)
+            .clamp_(-grid.max_value, grid.max_value)
+        )
+    # Adding 1.5 · 2^23 steps leaves an fp32 number no bits below one step: the addition itself rounds. (torch's own
+    # fp8 cast is 3× slower.)
+    shift = step * (1.5 * 2**23)
+    return ((x + shift) - shift).clamp_(-grid.max_value, grid.max_value)
+
+
+def quantise(
+    x: Float[Tensor, "*rows n"], fmt: str, generator: torch.Generator | None = None
+) -> Float[Tensor, "*rows n"]:
+    """Round `x` to the format `fmt` and back: scale · grid(x / scale); a row's largest |x| goes to the grid's.
+
+    `generator=None` rounds to nearest (ties to even); with a generator, up or down at random so that E[quantise(x)] = x
+    (but for mxfp4's values beyond its largest, which saturate). Raises ValueError for an unknown format.
+    """
+    if fmt not in FORMATS:
+        raise ValueError(f"precision: unknown format {fmt!r}; choose one of {', '.join(FORMATS)}")
+    grid = FORMATS[fmt]
+    if grid is None:
+        return x
+    if not grid.scaled:
+        if generator is None:
+            return x.to(torch.bfloat16).to(x.dtype)
+        return _to_grid(x.float(), grid, generator).to(x.dtype)
+    values = x.float()
+    if grid.block is not None:
+        size = values.shape[-1]
+        values = nn.functional.pad(values, (0, -size % grid.block)).unflatten(-1, (-1, grid.block))
+        amax = values.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        # The shared exponent is that of the largest value, less the grid's own largest exponent (2 for e2m1).
+        largest = torch.frexp(torch.tensor(grid.max_value))[1]
+        scale = torch.ldexp(torch.ones_like(amax), torch.frexp(amax)[1] - largest)
+        return (_to_grid(values / scale, grid, generator) * scale).flatten(-2)[..., :size].to(x.dtype)
+    scale = (
+        values.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * grid.max_value) / grid.max_value
+    )
+    return (_to_grid(values / scale, grid, generator) * scale).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What the emulated engine rounds: `weights` and `activations` name a format of `FORMATS`; `router` includes the
+    routers' matmul."""
+
+    weights: str = "fp32"
+    activations: str = "fp32"
+    rounding: str = "nearest"
+    router: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("weights", "activations"):
+            if (value := getattr(self, field)) not in FORMATS:
+                raise ValueError(f"precision: {field} format {value!r} is unknown; choose one of {', '.join(FORMATS)}")
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ValueError(f"rounding: {self.rounding!r} is unknown; choose 'nearest' or 'stochastic'")
+
+    @classmethod
+    def parse(cls, spec: str, rounding: str = "nearest", router: bool = False) -> "Precision":
+        """`"fp8_e4m3"` for weights and activations alike, `"int3/int4"` for weights/activations. Raises ValueError."""
+        weights, _, activations = spec.partition("/")
+        return cls(weights, activations or weights, rounding, router)
+
+    def __str__(self) -> str:
+        name = self.weights if self.weights == self.activations else f"{self.weights}/{self.activations}"
+        return name + (" stochastic" if self.rounding == "stochastic" else "") + (" +router" if self.router else "")
+
+
+def _targets(model: nn.Module, router: bool) -> Iterator[tuple[nn.Module, list[str]]]:
+    """Modules whose matmuls are rounded, and their weights' names: linear layers and stacked experts, not the head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    for module in model.modules():
+        if re.search(r"Top[kK]Router$", type(module).__name__):
+            if router:
+                yield module, ["weight"]
+        elif hasattr(module, "_apply_gate"):  # stacked experts of transformers: [E, out, in] parameters
+            yield module, [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        elif isinstance(module, nn.Linear) and module is not head:
+            yield module, ["weight"]
+
+
+@torch.no_grad()
+def round_weights_(model: nn.Module, precision: Precision, generator: torch.Generator | None = None) -> None:
+    """Round the matmul weights in place, one scale per output channel; stochastic rounding needs a generator."""
+    if precision.weights == "fp32":
+        return
+    generator = _generator_for(precision, generator)
+    for module, names in _targets(model, precision.router):
+        for name in names:
+            weight = getattr(module, name)
+            # Scales run along the contracted dimension; gpt-oss stores its experts as [E, in, out].
+            transposed = getattr(module, "is_transposed", False)
+            source = weight.mT if transposed else weight
+            rounded = quantise(source.contiguous(), precision.weights, generator)
+            weight.copy_(rounded.mT if transposed else rounded)
+
+
+def _generator_for(precision: Precision, generator: torch.Generator | None) -> torch.Generator | None:
+    if precision.rounding == "nearest":
+        return None
+    if generator is None:
+        raise ValueError("generator: stochastic rounding needs a torch.Generator; pass one, seeded")
+    return generator
+
+
+@contextmanager
+def round_activations(
+    model: nn.Module, precision: Precision, generator: torch.Generator | None = None
+) -> Iterator[None]:
+    """Inside, the inputs of every linear layer and of both expert products are rounded, one scale per token.
+
+    Raises ValueError if the model's experts run through an implementation of transformers whose second product's input
+    cannot be reached (`grouped_mm` and `batched_mm` can).
+    """
+    if precision.activations == "fp32":
+        yield
+        return
+    generator = _generator_for(precision, generator)
+    last: list[Tensor] = []  # an input and its rounding: q, k and v read the same one
+
+    def round_input(module: nn.Module, args: tuple) -> tuple:
+        nonlocal last
+        if not last or last[0] is not args[0]:
+            last = [args[0], quantise(args[0], precision.activations, generator)]
+        return (last[1], *args[1:])
+
+    def round_gated(apply_gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: quantise(apply_gate(x), precision.activations, generator)
+
+    with ExitStack() as undo:
+        for module, _ in _targets(model, precision.router):
+            undo.callback(module.register_forward_pre_hook(round_input).remove)
+            if hasattr(module, "_apply_gate"):
+                implementation = getattr(module.config, "_experts_implementation", None)
+                if implementation not in ("grouped_mm", "batched_mm"):
+                    raise ValueError(
+                        f"experts_implementation: {implementation!r} hides the input of the experts' second product; "
+                        "call model.set_experts_implementation('grouped_mm')"
+                    )
+                undo.callback(vars(module).pop, "_apply_gate")
+                vars(module)["_apply_gate"] = round_gated(module._apply_gate)  # type: ignore[arg-type]
+        yield

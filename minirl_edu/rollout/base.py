@@ -1,0 +1,147 @@
+"""The batch that flows through everything, and the contract of an engine that makes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minirl_edu.routing import Routes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn: softmax(logits / `temperature`), no top-p or top-k, until an end token or
+    `max_new_tokens`."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens} leaves no room for a response; use 1 or more")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: {self.temperature} must be positive; rollouts are sampled, not greedy")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses to `len(prompts)` prompts, `group_size` each and grouped by prompt, as one batch of B rows and S = P +
+    T columns.
+
+    tokens          [B, S] prompt (padded on the left to P = `prompt_length`), then response (padded on the right)
+    attention_mask  [B, S] True on real tokens
+    response_mask   [B, T] True on response tokens, the end token included
+    logp_rollout    [B, T] log μ_old(y_t | x, y_<t) in nats under the distribution each token was drawn from
+                    (temperature included); 0 where masked
+    routes          the experts chosen by the engine, row t for token t as an input ([B, S]; the last token of a
+                    response was never an input), or None
+    prompts         the problems or token ids that were asked for, one per group
+    weight_version  which sync of the engine sampled this
+    """
+
+    tokens: Int[Tensor, "B S"]
+    attention_mask: Bool[Tensor, "B S"]
+    prompt_length: int
+    response_mask: Bool[Tensor, "B T"]
+    logp_rollout: Float[Tensor, "B T"]
+    routes: Routes | None
+    prompts: Sequence[Any]
+    weight_version: int
+
+    @property
+    def group_size(self) -> int:
+        """Responses per prompt, G."""
+        return len(self.tokens) // len(self.prompts)
+
+    @property
+    def responses(self) -> list[list[int]]:
+        """The response token ids of each row, without padding and with the end token."""
+        return [
+            row[mask].tolist()
+            for row, mask in zip(self.tokens[:, self.prompt_length :], self.response_mask, strict=True)
+        ]
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """The responses `start` to `stop`: whole groups if the bounds fall between groups, else each row its own."""
+        size, rows = self.group_size, slice(start, stop)
+        whole = start % size == 0 and stop % size == 0
+        groups = range(start // size, stop // size) if whole else [row // size for row in range(start, stop)]
+        return replace(
+            self,
+            tokens=self.tokens[rows],
+            attention_mask=self.attention_mask[rows],
+            response_mask=self.response_mask[rows],
+            logp_rollout=self.logp_rollout[rows],
+            routes=None if self.routes is None else self.routes[rows],
+            prompts=[self.prompts[g] for g in groups],
+        )
+
+    def validate(self, *, num_experts: int | None = None) -> "Rollout":
+        """Check the contract and return self; raises ValueError naming the field and the row. `num_experts` bounds the
+        routes' ids."""
+        (rows, width), length = self.tokens.shape, self.response_mask.shape[1]
+        if width != self.prompt_length + length:
+            raise ValueError(f"tokens: {width} columns, but prompt_length + T = {self.prompt_length} + {length}")
+        for name in ("attention_mask", "response_mask", "logp_rollout"):
+            expected = (rows, width if name == "attention_mask" else length)
+            if (shape := tuple(getattr(self, name).shape)) != expected:
+                raise ValueError(f"{name}: shape {shape}, expected {expected}")
+        if not self.prompts or rows % len(self.prompts):
+            raise ValueError(
+                f"prompts: {rows} rows are not a whole number of responses to each of {len(self.prompts)} prompts"
+            )
+        if not torch.equal(self.attention_mask[:, self.prompt_length :], self.response_mask):
+            raise ValueError("attention_mask: its response columns differ from response_mask")
+        prompt = self.attention_mask[:, : self.prompt_length]
+        if (prompt[:, :-1] & ~prompt[:, 1:]).any() or not prompt[:, -1].all():
+            raise ValueError("attention_mask: prompts must be padded on the left and hold at least one token")
+        if (~self.response_mask[:, :-1] & self.response_mask[:, 1:]).any() or not self.response_mask[:, 0].all():
+            raise ValueError(
+                "response_mask: each response must be one run of at least one token that starts at column 0"
+            )
+        wrong = ~torch.isfinite(self.logp_rollout) | (self.logp_rollout > 1e-4)
+        if (wrong & self.response_mask).any():
+            row, column = (wrong & self.response_mask).nonzero()[0].tolist()
+            value = self.logp_rollout[row, column].item()
+            raise ValueError(f"logp_rollout: {value} at row {row}, token {column} is no log-probability")
+        if self.routes is not None:
+            if self.routes.valid.shape != self.tokens.shape:
+                raise ValueError(
+                    f"routes: rows for {tuple(self.routes.valid.shape)} tokens, but the batch is {(rows, width)}"
+                )
+            missing = self.inputs & ~self.routes.valid
+            if missing.any():
+                row, column = missing.nonzero()[0].tolist()
+                raise ValueError(f"routes: none for row {row}, token {column}, which was an input of the engine")
+            if num_experts is not None:
+                self.routes.validate(num_experts)
+        return self
+
+    @property
+    def inputs(self) -> Bool[Tensor, "B S"]:
+        """True on tokens that the engine read as inputs: all real tokens but the last of each response."""
+        follows = torch.zeros_like(self.attention_mask)
+        follows[:, :-1] = self.attention_mask[:, 1:]
+        return self.attention_mask & follows
+
+
+@runtime_checkable
+class RolloutEngine(Protocol):
+    """An inference engine that samples responses with its own copy of the weights, μ_old."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, group_size: int, sampling: Sampling, seed: int) -> Rollout:
+        """Sample `group_size` responses to each prompt (token ids). The same seed, weights and prompts give the same
+        rollout."""
+        ...
+
+    def sync(self, model: PreTrainedModel, *, version: int) -> None:
+        """Take the training engine's weights as the new θ_old; whatever was cached for the old ones is dropped."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes. An engine that was closed refuses to generate."""
+        ...

@@ -1,0 +1,191 @@
+"""A rollout engine on any transformers causal LM, with emulated low precision.
+
+Each prompt is prefilled once for its G responses, and rows leave the batch when they end, so the engine's work is that
+of the tokens it returns.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from minirl_edu.precision import Precision, round_activations, round_weights_
+from minirl_edu.rollout.base import Rollout, Sampling
+from minirl_edu.routing import Routes, RoutingReplay
+from minirl_edu.seeding import derive_seed
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask [len(prompts), longest], padded on the left. Raises ValueError for no prompts or an empty
+    one."""
+    if not prompts or not all(prompts):
+        raise ValueError("prompts: need at least one prompt, each with at least one token")
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+    lengths = torch.tensor([len(p) for p in prompts])
+    return tokens, torch.arange(width) >= width - lengths[:, None]
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The token ids that end a response, from the model's generation config (falling back to its config)."""
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = model.config.eos_token_id if eos is None else eos
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    sampling: Sampling,
+    seed: int,
+    replay: RoutingReplay | None = None,
+    version: int = 0,
+) -> Rollout:
+    """Sample `group_size` responses to each prompt from softmax(logits / temperature), with a KV cache; routes are
+    recorded if `replay` is given.
+
+    The draw depends on `seed` alone, never on global random state. Log-probabilities are taken in fp32 from the very
+    distribution sampled.
+    Returns a `Rollout` whose T is the longest response drawn. Raises ValueError for empty prompts.
+    """
+    device = model.device
+    pad = model.config.pad_token_id or 0
+    ends = torch.tensor(end_tokens(model), dtype=torch.long, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    prompt_tokens, prompt_mask = (x.to(device) for x in pad_left(prompts, pad))
+    (groups, width), limit = prompt_tokens.shape, sampling.max_new_tokens
+    rows = groups * group_size
+
+    tokens = torch.full((rows, width + limit), pad, device=device)
+    mask = torch.zeros((rows, width + limit), dtype=torch.bool, device=device)
+    logp_rollout = torch.zeros((rows, limit), device=device)
+    tokens[:, :width] = prompt_tokens.repeat_interleave(group_size, 0)
+    mask[:, :width] = prompt_mask.repeat_interleave(group_size, 0)
+    padded = not bool(prompt_mask.all())
+    next_position = prompt_mask.sum(1).repeat_interleave(group_size, 0)  # of each row's first response token
+    recorded: list[tuple[Tensor, Routes]] = []  # (rows, their routes), step by step
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        with replay.record() if replay is not None else nullcontext() as tape:
+            output = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        if tape is not None:
+            recorded.append((alive, tape.routes))
+        return output.logits[:, -1]
+
+    cache = DynamicCache(config=model.config)
+    alive = torch.arange(rows, device=device)
+    positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    logits = forward(prompt_tokens, prompt_mask if padded else None, positions).repeat_interleave(group_size, 0)
+    if group_size > 1:
+        cache.batch_repeat_interleave(group_size)
+    for step in range(limit):
+        logp = torch.log_softmax(logits.float() / sampling.temperature, -1)
+        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
+        column = width + step
+        tokens[alive, column] = drawn[:, 0]
+        mask[alive, column] = True
+        logp_rollout[alive, step] = logp.gather(1, drawn)[:, 0]
+        going = ~torch.isin(drawn[:, 0], ends)
+        if step + 1 == limit or not going.any():
+            break
+        if not going.all():
+            keep = going.nonzero()[:, 0]
+            alive, drawn = alive[keep], drawn[keep]
+            cache.batch_select_indices(keep)
+        attention_mask = mask[alive, : column + 1] if padded else None
+        logits = forward(drawn, attention_mask, (next_position[alive] + step)[:, None])
+
+    length = step + 1
+    end = width + length
+    routes = _assemble(recorded, rows, group_size) if recorded else None
+    return Rollout(
+        tokens=tokens[:, :end],
+        attention_mask=mask[:, :end],
+        prompt_length=width,
+        response_mask=mask[:, width:end],
+        logp_rollout=logp_rollout[:, :length],
+        routes=routes,
+        prompts=prompts,
+        weight_version=version,
+    )
+
+
+def _assemble(recorded: list[tuple[Tensor, Routes]], rows: int, group_size: int) -> Routes:
+    """Routes [B, S] from those of the prefill (a row per prompt) and of each decoding step (a row per live one)."""
+    (_, prefill), *steps = recorded
+    of_prompts = prefill[torch.arange(rows, device=prefill.valid.device) // group_size]
+    routes = Routes.cat([of_prompts, *(step.at_rows(alive, rows) for alive, step in steps)], dim=1)
+    return routes.pad_to(routes.valid.shape[1] + 1)  # the last token drawn was never an input
+
+
+class HFEngine:
+    """The rollout engine of one process: a copy of the model, its weights and activations rounded to `precision`.
+
+    At `Precision()` (fp32) its log-probabilities and routes equal the training engine's to float tolerance, so that
+    any discrepancy is the
+    precision's. Stochastic rounding is drawn anew at every sync (weights) and every call (activations), from `seed`.
+    `record_routes` keeps the experts of every token (Mixture-of-Experts models).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, precision: Precision | None = None, *, seed: int = 0, record_routes: bool = False
+    ) -> None:
+        self.precision = precision or Precision()
+        self.seed = seed
+        self.model: PreTrainedModel | None = copy.deepcopy(model).requires_grad_(False).eval()
+        if self.precision.activations != "fp32" and model._can_set_experts_implementation():
+            self.model.set_experts_implementation("grouped_mm")
+        self.replay = RoutingReplay(self.model) if record_routes else None
+        self.version = 0
+        self.sync(model, version=0)
+
+    @torch.no_grad()
+    def sync(self, model: PreTrainedModel, *, version: int) -> None:
+        """Take `model`'s weights as the new θ_old and round them. There is no cache that outlives a call."""
+        target = self._open()
+        # Tensor by tensor and in place: a full second state never exists.
+        for ours, theirs in zip(target.state_dict().values(), model.state_dict().values(), strict=True):
+            ours.copy_(theirs)
+        round_weights_(target, self.precision, self._generator("weights", version))
+        self.version = version
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, group_size: int, sampling: Sampling, seed: int) -> Rollout:
+        """Sample `group_size` responses to each prompt (token ids); see `sample`. The rollout is validated."""
+        model = self._open()
+        with round_activations(model, self.precision, self._generator("activations", seed)):
+            rollout = sample(
+                model,
+                prompts,
+                group_size=group_size,
+                sampling=sampling,
+                seed=seed,
+                replay=self.replay,
+                version=self.version,
+            )
+        return rollout.validate()
+
+    def close(self) -> None:
+        """Give back the copy of the model."""
+        self.model = self.replay = None
+
+    def _generator(self, stream: str, step: int) -> torch.Generator:
+        assert self.model is not None
+        return torch.Generator(self.model.device).manual_seed(derive_seed(self.seed, stream, step))
+
+    def _open(self) -> PreTrainedModel:
+        if self.model is None:
+            raise RuntimeError("this engine was closed; make a new HFEngine")
+        return self.model

@@ -1,0 +1,201 @@
+import ast
+import inspect
+import json
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from math import inf
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from transformers import get_scheduler
+
+from minirl_edu import config as config_module
+from minirl_edu.config import Config, ConfigError, TrainConfig, load_config, save_config
+
+EVERY_FIELD = {  # a value other than the default for each field, as YAML would give it
+    "seed": 7,
+    "task": {"name": "math_jsonl", "options": {"path": "problems.jsonl", "operands": [3, 6]}},
+    "model": {
+        "name": "some/model",
+        "dtype": "bfloat16",
+        "attn_implementation": "eager",
+        "gradient_checkpointing": True,
+        "trust_remote_code": True,
+    },
+    "rollout": {
+        "engine": "vllm",
+        "precision": "int3/int4",
+        "rounding": "stochastic",
+        "quantise_router": True,
+        "temperature": 0.7,
+        "max_new_tokens": 12,
+    },
+    "algorithm": {
+        "objective": "grpo",
+        "advantages": "leave_one_out",
+        "eps_low": 0.1,
+        "eps_high": inf,
+        "is_cap": 2.0,
+        "clip": False,
+        "is_correction": False,
+        "length_norm": True,
+        "replay": "R3",
+    },
+    "train": {
+        "global_steps": 3,
+        "mini_batch_prompts": 4,
+        "group_size": 2,
+        "mini_batches": 8,
+        "lr": 1e-05,
+        "lr_schedule": "cosine",
+        "warmup_steps": 5,
+        "adam_betas": [0.8, 0.99],
+        "adam_eps": 1e-06,
+        "weight_decay": 0.1,
+        "max_grad_norm": inf,
+        "tokens_per_micro_batch": 512,
+        "reference_old_logp": True,
+    },
+    "eval": {"every": 0, "problems": 8, "through_rollout": False},
+    "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},
+}
+
+
+def leaves(data, prefix=""):
+    for key, value in data.items():
+        if isinstance(value, dict) and key != "options":
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_every_field_survives_the_round_trip_through_yaml_and_json(tmp_path):
+    config = Config.from_dict(EVERY_FIELD)
+    assert config.to_dict() == EVERY_FIELD
+    defaults = dict(leaves(Config().to_dict()))
+    assert defaults.keys() == dict(leaves(EVERY_FIELD)).keys()
+    assert all(defaults[name] != value for name, value in leaves(EVERY_FIELD))  # so no field can be lost unnoticed
+
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_overrides_are_yaml_and_win_over_the_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train:\n  lr: 1.0e-3\n  group_size: 4\neval:\n  # every: 5\n")  # `eval:` reads as None
+    config = load_config(
+        path,
+        [
+            "train.lr=2e-5",
+            "algorithm.replay=R3",
+            "task.options.operands=[3, 6]",
+            "rollout.max_new_tokens=",
+            "seed=3",
+        ],
+    )
+    assert config.train == TrainConfig(lr=2e-5, group_size=4)
+    assert (config.seed, config.algorithm.replay, config.task.options) == (3, "R3", {"operands": [3, 6]})
+    assert config.rollout.max_new_tokens is None
+    assert config.eval == Config().eval
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".0001"])
+def test_floats_are_read_however_they_are_spelt(text):
+    assert load_config(overrides=[f"train.lr={text}"]).train.lr == 1e-4  # yaml itself reads 1e-4 as text
+
+
+def test_an_integer_serves_as_a_float():
+    temperature = load_config(overrides=["rollout.temperature=1"]).rollout.temperature
+    assert isinstance(temperature, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.group_sise=4", r"train\.group_sise: unknown field; did you mean train\.group_size"),
+        ("trian.lr=1", r"trian: unknown field; did you mean train "),
+        ("lr=1e-4", r"lr: unknown field; did you mean train\.lr\?"),
+        ("rollout.lr=1e-4", r"rollout\.lr: unknown field; did you mean train\.lr"),
+        ("train.lr=fast", r"train\.lr = 'fast': expected a number"),
+        ("train.lr=.nan", r"train\.lr = nan: expected a number of at least 0"),
+        ("train.lr=true", r"train\.lr = True: expected a number"),
+        ("train.lr=.inf", r"train\.lr = inf"),
+        ("train.global_steps=1.5", r"train\.global_steps = 1\.5: expected an integer"),
+        ("train.global_steps=true", r"train\.global_steps = True: expected an integer"),
+        ("train.global_steps=0", r"train\.global_steps = 0: expected an integer of at least 1"),
+        ("train.group_size=1", r"train\.group_size = 1: expected at least 2: .*group of one"),
+        ("train.adam_betas=[0.9]", r"train\.adam_betas = \[0\.9\]: expected a list of 2 numbers"),
+        ("train.adam_betas=[0.9, 1]", r"train\.adam_betas\[1\] = 1: expected a number from 0 to below 1"),
+        ("train.warmup_steps=10", r"train\.warmup_steps = 10: .*'constant' ignores it; use 'constant_with_warmup'"),
+        ("train.lr_schedule=Cosine", r"train\.lr_schedule = 'Cosine': expected one of .*; did you mean cosine"),
+        ("algorithm.replay=r3", r"algorithm\.replay = 'r3': expected one of none, R2, R3; did you mean R3"),
+        ("algorithm.replay=no", r"algorithm\.replay = False: expected one of none, R2, R3"),
+        ("algorithm.eps_low=0", r"algorithm\.eps_low = 0: expected a number above 0"),
+        ("algorithm.eps_low=None", r"algorithm\.eps_low = 'None': expected a number, or null"),
+        ("algorithm.clip=1", r"algorithm\.clip = 1: expected true or false"),
+        ("rollout.temperature=0", r"rollout\.temperature = 0: expected a number above 0"),
+        ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens = 0: expected an integer of at least 1, or null"),
+        ("rollout.precision=8", r"rollout\.precision = 8: expected text"),
+        ("task.options=[1]", r"task\.options = \[1\]: expected a mapping"),
+        ("output.trackers=tensorboard", r"output\.trackers = 'tensorboard': expected a list"),
+        ("output.trackers=[1]", r"output\.trackers\[0\] = 1: expected text"),
+        ("train=3", r"train = 3: expected a mapping"),
+        ("seed.x=3", r"seed = \{'x': 3\}: expected an integer"),
+        ("train.lr", r"override 'train\.lr': expected FIELD=VALUE"),
+        ("train.lr=[1", r"train\.lr=\[1: not valid YAML"),
+        ("train.lr=!!python/object/apply:os.getcwd []", r"not valid YAML"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[override])
+
+
+def test_overrides_cannot_reach_into_a_scalar(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("train: 3")
+    with pytest.raises(ConfigError, match="train = 3 has no fields"):
+        load_config(path, ["train.lr=1"])
+
+
+@pytest.mark.parametrize("text", ["- 1", "text", "train: {lr: 1", "1: 2"])
+def test_a_file_that_is_no_config_is_refused(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(path)
+
+
+def test_python_code_gets_the_same_checks():
+    with pytest.raises(ConfigError, match=r"train\.group_size = 1"):
+        TrainConfig(group_size=1)
+    with pytest.raises(ConfigError, match=r"train\.lr = -1"):
+        replace(Config().train, lr=-1.0)
+    with pytest.raises(FrozenInstanceError):
+        Config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_defaults_are_the_papers_where_it_has_one():
+    algorithm = Config().algorithm
+    assert (algorithm.objective, algorithm.advantages, algorithm.is_cap) == ("minirl", None, 5.0)
+    assert (algorithm.clip, algorithm.is_correction, algorithm.length_norm) == (True, True, False)
+    assert Config().model.trust_remote_code is False
+
+
+def test_every_schedule_can_be_built_from_the_fields_there_are():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    for name in get_args(get_type_hints(TrainConfig)["lr_schedule"]):
+        get_scheduler(name, optimizer, num_warmup_steps=2, num_training_steps=10)
+
+
+def test_every_field_that_its_name_does_not_explain_is_documented():
+    obvious = {"Config": {f.name for f in fields(Config)}, "EvalConfig": {"problems"}}
+    obvious |= {"AlgorithmConfig": {"objective"}, "TrainConfig": {"adam_betas"}}
+    for cls in ast.parse(inspect.getsource(config_module)).body:
+        if not isinstance(cls, ast.ClassDef) or not is_dataclass(getattr(config_module, cls.name)):
+            continue
+        for node, after in zip(cls.body, [*cls.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert documented or node.target.id in obvious.get(cls.name, ()), f"{cls.name}.{node.target.id}"

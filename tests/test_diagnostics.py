@@ -1,0 +1,271 @@
+"""Every metric against a number worked out another way; the detector on curves whose story is known."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from minirl_edu.diagnostics import (
+    CollapseDetector,
+    clip_fractions,
+    entropy_from_logits,
+    first_order_gap,
+    kl_k1,
+    kl_k3,
+    masked_mean,
+    policy_metrics,
+    ratio_decomposition,
+    sequence_ess,
+    token_ess,
+)
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
+ZERO = torch.zeros(3, 3, dtype=torch.float64)
+
+
+def log_ratios(*values: float) -> torch.Tensor:
+    """Log of the given ratios on the four tokens of MASK, NaN elsewhere."""
+    filled = torch.full((3, 3), math.nan, dtype=torch.float64)
+    filled[MASK] = torch.tensor(values, dtype=torch.float64).log()
+    return filled
+
+
+def test_masked_mean_ignores_what_is_outside():
+    assert masked_mean(log_ratios(math.e, 1, 1, 1), MASK).item() == pytest.approx(0.25)
+    assert masked_mean(ZERO / 0, torch.zeros(3, 3)) == 0
+
+
+def test_kl_estimators_on_every_token_of_a_known_distribution():
+    """Σ_w μ(w)·estimate(w) is the exact KL(μ‖π), for k1 and k3 alike."""
+    mu = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    pi = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    exact = (mu * (mu / pi).log()).sum().item()
+    assert exact > 0
+    one = torch.ones(1, 1)
+    for estimator in (kl_k1, kl_k3):
+        estimates = [estimator(m.log()[None, None], p.log()[None, None], one) for m, p in zip(mu, pi, strict=True)]
+        assert (mu * torch.stack(estimates)).sum().item() == pytest.approx(exact, rel=1e-12)
+        assert all(e >= 0 for e in estimates) == (estimator is kl_k3)
+
+
+def test_kl_k1_is_not_clamped_and_k3_stays_finite():
+    rollout, old = torch.tensor([[0.0, 0.0]]), torch.tensor([[-66.0, -66.0]])
+    assert kl_k1(rollout, old, torch.ones(1, 2)) == 66
+    assert kl_k3(old, rollout, torch.ones(1, 2)).isfinite()
+
+
+def test_effective_sample_sizes_by_hand():
+    logp = log_ratios(1, 2, 3, 4)
+    assert token_ess(logp, ZERO, MASK).item() == pytest.approx((1 + 2 + 3 + 4) ** 2 / (4 * (1 + 4 + 9 + 16)))
+    # Two responses with tokens: weights 1·2·3 = 6 and 4. The third is empty and left out.
+    assert sequence_ess(logp, ZERO, MASK).item() == pytest.approx((6 + 4) ** 2 / (2 * (36 + 16)))
+
+
+@pytest.mark.parametrize("ess", [token_ess, sequence_ess])
+def test_effective_sample_size_limits(ess):
+    # Equal weights: all of the sample, even where every weight is e^-300 and would be 0 in fp32.
+    logp = torch.full((4, 3), -300.0)
+    assert ess(logp, torch.zeros(4, 3), torch.ones(4, 3)).item() == pytest.approx(1)
+    # One response dominates with e^500 per token: its share of the sample is left.
+    logp = torch.zeros(4, 1)
+    logp[0] = 500
+    assert ess(logp, torch.zeros(4, 1), torch.ones(4, 1)).item() == pytest.approx(0.25)
+    assert ess(logp, torch.zeros(4, 1), torch.zeros(4, 1)) == 1
+
+
+def test_ratio_decomposition_separates_the_factors():
+    rollout = ZERO
+    old = log_ratios(math.exp(0.1), math.exp(-0.2), math.exp(0.3), math.exp(-0.4))
+    logp = old + 0.05
+    d = {key: value.item() for key, value in ratio_decomposition(logp, old, rollout, MASK).items()}
+    assert d["mismatch_mean"] == pytest.approx(0.25) and d["mismatch_max"] == pytest.approx(0.4)
+    assert d["mismatch_q50"] in (pytest.approx(0.2), pytest.approx(0.3))
+    assert d["mismatch_q99"] == pytest.approx(0.4)
+    assert all(value == pytest.approx(0.05) for key, value in d.items() if key.startswith("staleness"))
+    assert ratio_decomposition(old - 66, old, rollout, MASK)["staleness_max"] == pytest.approx(66)  # not clamped
+    assert all(value == 0 for value in ratio_decomposition(logp, old, rollout, torch.zeros(3, 3)).values())
+
+
+def test_quantiles_are_those_of_the_sample():
+    values = torch.randperm(101, generator=torch.Generator().manual_seed(0)).double()[None]
+    d = ratio_decomposition(values, torch.zeros_like(values), values, torch.ones(1, 101))
+    assert [d[f"staleness_{key}"].item() for key in ("q50", "q90", "q99", "max")] == [50, 90, 99, 100]
+
+
+def test_clip_fractions_by_sign():
+    logp = log_ratios(1.3, 0.7, 1.0, 0.7)
+    pos, neg = clip_fractions(logp, ZERO, torch.tensor([1.0, -1.0, 1.0]), MASK)
+    assert (pos, neg) == (0.25, 0.25)  # 1.3 with Â > 0; 0.7 with Â < 0; not the 0.7 with Â > 0
+    pos, neg = clip_fractions(logp, ZERO, torch.tensor([1.0, -1.0, 1.0]), MASK, eps_low=0.35, eps_high=0.35)
+    assert (pos, neg) == (0, 0)
+
+
+def test_first_order_gap_by_hand():
+    # First response |1.1·0.8·1.5 − (1 + 0.1 − 0.2 + 0.5)| = 0.08; one token and none are exact: mean over three.
+    assert first_order_gap(log_ratios(1.1, 0.8, 1.5, 7.0), ZERO, MASK).item() == pytest.approx(0.08 / 3, rel=1e-9)
+
+
+def test_first_order_gap_keeps_its_digits_when_tiny_and_stays_finite_when_huge():
+    """δ = 1e-3 twice: the gap is δ² = 1e-6. As a difference of fp32 numbers near 1 its first digit would be wrong."""
+    small = torch.full((1, 2), math.log(1.001))
+    gap = first_order_gap(small, torch.zeros(1, 2), torch.ones(1, 2)).item()
+    assert gap == pytest.approx(1e-6, rel=1e-2)
+    assert first_order_gap(small * 1e6, torch.zeros(1, 2), torch.ones(1, 2)).isfinite()
+
+
+def test_entropy():
+    p = torch.tensor([[0.5, 0.25, 0.25]])
+    expected = 1.5 * math.log(2)
+    assert entropy_from_logits(p.log() + 7).item() == pytest.approx(expected)
+    assert entropy_from_logits(torch.zeros(2, 3, 18)).tolist() == [[pytest.approx(math.log(18))] * 3] * 2
+    forbidden = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log().requires_grad_()
+    entropy = entropy_from_logits(forbidden)
+    assert entropy.item() == pytest.approx(expected)
+    entropy.sum().backward()
+    assert forbidden.grad is not None and forbidden.grad.isfinite().all()
+    # bf16 logits are worked on in fp32.
+    assert entropy_from_logits(torch.zeros(1, 18).bfloat16()).item() == pytest.approx(math.log(18), rel=1e-6)
+
+
+KEYS = {
+    "kl_rollout_old",
+    "k3_rollout_old",
+    "ess",
+    "clip_frac_pos",
+    "clip_frac_neg",
+    "is_weight_mean",
+    "is_weight_max",
+    "log_ratio_mismatch",
+    "log_ratio_staleness",
+    "first_order_gap",
+    "response_length",
+}
+
+
+def test_policy_metrics_by_hand():
+    old = log_ratios(2.0, 1.0, 1.0, 1.0)
+    logp = old + log_ratios(1.0, 1.5, 0.5, 4.0)  # π_θ/μ_old = 2, 1.5, 0.5, 4
+    logp.requires_grad_()
+    advantages = torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64)
+    m = policy_metrics(logp, old, ZERO, advantages, MASK, is_cap=3.0)
+    assert set(m) == KEYS and all(type(value) is float for value in m.values())
+    assert m["kl_rollout_old"] == pytest.approx(-math.log(2) / 4)
+    assert m["k3_rollout_old"] == pytest.approx((2 - 1 - math.log(2)) / 4)
+    assert m["ess"] == pytest.approx(8**2 / (4 * (4 + 2.25 + 0.25 + 16)))
+    assert (m["clip_frac_pos"], m["clip_frac_neg"]) == (0.5, 0)
+    assert (m["is_weight_mean"], m["is_weight_max"]) == (pytest.approx((2 + 1.5 + 0.5 + 3) / 4), 3)
+    assert m["log_ratio_mismatch"] == pytest.approx(math.log(2) / 4)
+    assert m["log_ratio_staleness"] == pytest.approx((math.log(1.5) + math.log(2) + math.log(4)) / 4)
+    assert m["first_order_gap"] == pytest.approx(abs(2 * 1.5 * 0.5 - (1 + 1 + 0.5 - 0.5)) / 3)
+    assert m["response_length"] == pytest.approx(4 / 3)
+
+    ablated = policy_metrics(logp, old, ZERO, advantages, MASK, is_correction=False, clip=False)
+    assert (ablated["is_weight_mean"], ablated["is_weight_max"]) == (pytest.approx((1 + 1.5 + 0.5 + 4) / 4), 4)
+    assert (ablated["clip_frac_pos"], ablated["clip_frac_neg"]) == (0, 0)
+    assert {k: m[k] for k in ("ess", "first_order_gap")} == {k: ablated[k] for k in ("ess", "first_order_gap")}
+
+
+def test_policy_metrics_when_all_three_policies_agree():
+    logp = -torch.rand(8, 5, generator=torch.Generator().manual_seed(0))
+    m = policy_metrics(logp, logp, logp, torch.ones(8), torch.ones(8, 5))
+    ones = {"ess": 1, "is_weight_mean": 1, "is_weight_max": 1, "response_length": 5}
+    assert m == {key: ones.get(key, 0) for key in KEYS}
+
+
+def curve(kind: str, steps: int = 300, seed: int = 0) -> list[dict[str, float]]:
+    """A run as it is logged: noise of the size small batches have; from step 150 on, what `kind` says."""
+    rng = random.Random(seed)
+    run = []
+    for step in range(steps):
+        late = max(0, step - 150)
+        entropy, kl, reward = 0.5 * math.exp(-step / 150), 0.002 * (1 + step / 300), 0.9 - 0.5 * math.exp(-step / 60)
+        if kind == "entropy":
+            entropy *= math.exp(-late / 10)
+        if kind == "kl":
+            kl *= math.exp(late / 20)
+        if kind == "reward":
+            reward -= min(0.5, late / 100)
+        metrics = {
+            "global_step": step,
+            "entropy": entropy * (1 + 0.1 * rng.gauss(0, 1)),
+            "kl_rollout_old": kl + 0.001 * rng.gauss(0, 1),
+            "reward": reward + 0.05 * rng.gauss(0, 1),
+        }
+        if step % 20 == 0:
+            metrics["score"] = reward + 0.02 * rng.gauss(0, 1)
+        run.append(metrics)
+    return run
+
+
+def warnings_of(run: list[dict[str, float]], detector: CollapseDetector | None = None) -> list[str]:
+    detector = detector or CollapseDetector()
+    return [warning for metrics in run for warning in detector.update(metrics)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_healthy_run_raises_no_alarm(seed):
+    assert warnings_of(curve("healthy", seed=seed)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "metrics"), [("entropy", {"entropy"}), ("kl", {"kl_rollout_old"}), ("reward", {"reward", "score"})]
+)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_collapse_is_named_once_and_early(kind, metrics, seed):
+    warnings = warnings_of(curve(kind, seed=seed))
+    words = [warning.split() for warning in warnings]
+    assert sorted(w[2] for w in words) == sorted(metrics)  # "step 163: entropy 0.05 nats is below …"
+    assert all(150 < int(w[1].rstrip(":")) <= 200 for w in words), warnings
+
+
+def test_a_slow_decline_of_entropy_is_healthy_but_the_same_fall_at_once_is_not():
+    slow = [{"global_step": s, "entropy": 0.5 * math.exp(-s / 150)} for s in range(600)]
+    assert warnings_of(slow) == []
+    assert len(warnings_of([*slow[:100], *slow[400:]])) == 1
+
+
+def test_a_tiny_kl_may_grow_freely():
+    run = [{"global_step": s, "kl_rollout_old": 1e-7 * math.exp(s / 20)} for s in range(150)]
+    assert run[-1]["kl_rollout_old"] < 1e-3 and warnings_of(run) == []
+    assert len(warnings_of(run, CollapseDetector(kl_floor=1e-5))) == 1
+
+
+def test_a_flat_run_raises_no_alarm_however_early_it_is_judged():
+    flat = {"entropy": 0.5, "kl_rollout_old": 0.01, "reward": 0.5, "score": 0.5}
+    assert warnings_of([{"global_step": s, **flat} for s in range(100)], CollapseDetector(warmup=0)) == []
+
+
+def test_a_lucky_start_sets_no_record():
+    run = [{"global_step": s, "reward": 0.9 if s < 5 else 0.5} for s in range(60)]
+    assert warnings_of(run) == []
+    assert len(warnings_of(run, CollapseDetector(warmup=0))) == 1
+
+
+def test_not_a_number_is_an_alarm_at_once():
+    (warning,) = warnings_of([{"global_step": 3, "entropy": math.nan}, {"global_step": 4, "entropy": math.nan}])
+    assert warning == "step 3: entropy is nan"
+
+
+@pytest.mark.parametrize("cut", [5, 155, 250])
+def test_resuming_from_the_state_changes_nothing(cut):
+    run = curve("entropy")
+    whole, before, after = CollapseDetector(), CollapseDetector(), CollapseDetector()
+    expected = warnings_of(run, whole)
+    first = warnings_of(run[:cut], before)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert first + warnings_of(run[cut:], after) == expected != []
+    assert after.state_dict() == whole.state_dict()
+
+
+def test_a_saved_state_does_not_move_with_the_detector():
+    detector = CollapseDetector()
+    detector.update({"global_step": 0, "entropy": 1.0})
+    state = detector.state_dict()
+    detector.update({"global_step": 1, "entropy": 2.0})
+    other = CollapseDetector()
+    other.load_state_dict(state)
+    other.update({"global_step": 1, "entropy": 2.0})
+    assert other.state_dict() == detector.state_dict()
+    assert state["averages"]["entropy"]["count"] == 1

@@ -1,0 +1,271 @@
+"""Figures: what they draw is what the metrics say. No test looks at pixels."""
+
+import json
+import math
+import threading
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from minirl_edu import plots
+
+KEYS = ["reward", "entropy", "kl_rollout_old", "log_ratio_mismatch", "log_ratio_staleness", "first_order_gap"]
+KEYS += ["routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
+
+
+def metrics(steps: int = 20, *, mini_batches: int = 1, **columns) -> plots.Metrics:
+    """A run whose columns are 0.5 unless given, evaluated every 5 steps."""
+    grad_step = np.arange(steps + 1.0)
+    run = {"grad_step": grad_step, "global_step": np.ceil(grad_step / mini_batches)}
+    run |= {key: np.where(grad_step > 0, 0.5, math.nan) for key in KEYS}
+    run["score"] = np.where(grad_step % 5 == 0, grad_step / steps, math.nan)
+    return run | {key: np.asarray(value, dtype=float) for key, value in columns.items()}
+
+
+def lines(figure: Figure, gid: str):
+    return [line for ax in figure.axes for line in ax.lines if line.get_gid() == gid]
+
+
+def line(figure: Figure, gid: str) -> tuple[list[float], list[float]]:
+    (found,) = lines(figure, gid)
+    return list(map(float, found.get_xdata())), list(map(float, found.get_ydata()))  # type: ignore[arg-type]
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def write(path, *rows, tail=""):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    return path
+
+
+def test_columns_of_a_run(tmp_path):
+    path = write(
+        tmp_path / "metrics.jsonl",
+        {"global_step": 0, "grad_step": 0, "score": 0.4},
+        {"global_step": 1, "grad_step": 1, "reward": 0.5, "score": None, "warnings": ["step 1: entropy is nan"]},
+        {"global_step": 2, "grad_step": 2, "reward": math.nan, "score": 0.6},
+    )
+    run = plots.read_metrics(path)
+    np.testing.assert_array_equal(run["score"], [0.4, math.nan, 0.6])
+    np.testing.assert_array_equal(run["reward"], [math.nan, 0.5, math.nan])
+    assert "warnings" not in run
+    assert plots.read_records(path)[1]["warnings"] == ["step 1: entropy is nan"]
+
+
+@pytest.mark.parametrize("tail", ['{"global_step": 2, "grad_st', '{"global_step": 2', "2", "\ufffd"])
+def test_half_a_last_line_is_dropped(tmp_path, tail):
+    path = write(tmp_path / "metrics.jsonl", {"grad_step": 0, "score": 0.4}, {"grad_step": 1, "score": 0.5}, tail=tail)
+    assert plots.read_metrics(path)["score"].tolist() == [0.4, 0.5]
+
+
+def test_a_broken_line_elsewhere_is_an_error_that_names_it(tmp_path):
+    path = write(tmp_path / "metrics.jsonl", {"grad_step": 0}, tail='{"grad_st\n{"grad_step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+        plots.read_metrics(path)
+
+
+def test_a_step_written_twice_counts_once_and_the_later_line_wins(tmp_path):
+    rows = [{"grad_step": 1, "reward": 0.1, "score": 0.3}, {"grad_step": 2, "reward": 0.2}]
+    path = write(tmp_path / "metrics.jsonl", *rows, {"grad_step": 1, "reward": 0.7, "score": None})
+    run = plots.read_metrics(path)
+    assert run["grad_step"].tolist() == [1, 2]
+    assert run["reward"].tolist() == [0.7, 0.2]
+    assert run["score"][0] == 0.3  # a null takes nothing away
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        plots.read_metrics(tmp_path / "nowhere" / "metrics.jsonl")
+    empty = write(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no complete step"):
+        plots.read_metrics(empty)
+
+
+def test_mean_interval():
+    values = np.array([[1.0, 4.0], [2.0, 4.0], [3.0, 4.0]])
+    mean, half = plots.mean_interval(values)
+    # Three seeds: t(0.975, 2) = 4.303, standard deviation 1.
+    np.testing.assert_allclose(mean, [2, 4])
+    np.testing.assert_allclose(half, [4.303 / math.sqrt(3), 0], rtol=1e-12)
+    assert np.isnan(plots.mean_interval(values[:1])[1]).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ style
+
+
+def test_methods_look_the_same_in_every_company():
+    alone = plots.method_styles(["R3"])["R3"]
+    among = plots.method_styles(["something", "MiniRL + R3", "GRPO"])["MiniRL + R3"]
+    assert alone == among == plots.METHOD_STYLE["R3"]
+    assert plots.method_styles(["MiniRL - IS"])["MiniRL - IS"] == plots.METHOD_STYLE["− IS"]
+
+
+def test_methods_differ_in_greyscale():
+    styles = plots.METHOD_STYLE.values()
+    assert len({str(style["linestyle"]) for style in styles}) == len(plots.METHOD_STYLE)
+    assert len({style["marker"] for style in styles}) == len(plots.METHOD_STYLE)
+    assert len({style["color"] for style in styles}) == len(plots.METHOD_STYLE)
+
+
+def test_unknown_labels_get_unused_styles_and_always_the_same():
+    labels = ["MiniRL", *(f"idea {i}" for i in range(12))]
+    styles = plots.method_styles(labels)
+    assert styles == plots.method_styles(labels)
+    looks = [(s["color"], str(s["linestyle"]), s["marker"]) for s in styles.values()]
+    assert len(set(looks)) == len(labels)
+    assert styles["idea 0"]["color"] != styles["MiniRL"]["color"]
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def test_evaluations_are_joined_across_the_steps_without_one():
+    x, y = line(plots.four_curves({"MiniRL": metrics()}), "score:MiniRL")
+    assert x == [0, 5, 10, 15, 20]
+    assert y == [0, 0.25, 0.5, 0.75, 1]
+
+
+def test_the_rollout_engines_score_is_drawn_too():
+    run = metrics()
+    figure = plots.four_curves({"MiniRL": run | {"score_rollout": run["score"] / 2}})
+    assert line(figure, "faint:score_rollout:MiniRL")[1] == [0, 0.125, 0.25, 0.375, 0.5]
+    assert not lines(plots.four_curves({"MiniRL": run}), "faint:score_rollout:MiniRL")
+
+
+def test_colour_of_a_line_is_its_methods():
+    figure = plots.four_curves({"− IS": metrics(), "MiniRL": metrics()})
+    for method in ("− IS", "MiniRL"):
+        (drawn,) = lines(figure, f"score:{method}")
+        assert to_hex(drawn.get_color()).upper() == plots.METHOD_STYLE[method]["color"]
+
+
+def test_seeds_are_averaged_as_far_as_all_of_them_got():
+    long, short = metrics(20, score=np.full(21, 0.8)), metrics(10, score=np.full(11, 0.4))
+    figure = plots.four_curves({"MiniRL": [long, short]})
+    x, y = line(figure, "score:MiniRL")
+    assert x[-1] == 10
+    np.testing.assert_allclose(y, 0.6)
+    alone = [np.asarray(drawn.get_xdata()) for drawn in lines(figure, "seed:score:MiniRL")]
+    assert max(x.max() for x in alone) == 20
+    band = figure.axes[0].collections[0].get_datalim(figure.axes[0].transData)  # t(0.975, 1) = 12.706
+    np.testing.assert_allclose(band.height, 2 * 12.706 * 0.2, rtol=1e-6)
+
+
+def test_reward_is_smoothed_with_the_raw_values_behind():
+    noisy = np.concatenate([[math.nan], 0.5 + 0.1 * (-1.0) ** np.arange(120)])
+    figure = plots.four_curves({"MiniRL": metrics(120, reward=noisy)})
+    np.testing.assert_array_equal(line(figure, "faint:reward:MiniRL")[1], noisy[1:])
+    np.testing.assert_allclose(line(figure, "reward:MiniRL")[1], 0.5, atol=1e-12)
+
+
+def test_smoothing_leaves_no_saw_tooth_of_the_mini_batches():
+    staleness = np.concatenate([[math.nan], np.tile([0.0, 0.1, 0.2, 0.3], 30)])
+    figure = plots.ratio_decomposition({"R2": metrics(120, mini_batches=4, log_ratio_staleness=staleness)})
+    np.testing.assert_allclose(line(figure, "log_ratio_staleness:R2")[1], 0.15, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "entropy, scale",
+    [
+        (np.geomspace(1, 1e-4, 21), "log"),
+        (np.linspace(0.5, 0.4, 21), "linear"),
+        (np.append(np.geomspace(1, 1e-4, 20), 0.0), "symlog"),  # an exact 0 must not vanish from the axis
+        (np.zeros(21), "linear"),
+    ],
+)
+def test_entropy_is_logarithmic_where_it_spans_decades(entropy, scale):
+    assert plots.four_curves({"MiniRL": metrics(entropy=entropy)}).axes[2].get_yscale() == scale
+
+
+def test_noise_around_zero_keeps_a_linear_kl_axis():
+    kl = 1e-4 * np.random.default_rng(0).standard_normal(201)
+    assert plots.four_curves({"MiniRL": metrics(200, kl_rollout_old=kl)}).axes[3].get_yscale() == "linear"
+
+
+def test_the_two_factors_share_one_scale():
+    figure = plots.ratio_decomposition({"R3": metrics(log_ratio_staleness=np.full(21, 3.0))})
+    assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
+def test_a_metric_that_no_run_has_says_so():
+    dense = metrics(routing_flip_rate=np.full(21, math.nan))
+    assert texts(plots.routing_flips({"MiniRL": dense})) == ["not recorded"]
+    del dense["routing_flip_rate"]
+    assert texts(plots.routing_flips({"MiniRL": dense})) == ["not recorded"]
+
+
+def test_gaps_and_infinities_do_not_break_a_figure():
+    broken = metrics()
+    for key in KEYS:
+        broken[key] = np.where(np.arange(21) % 3 == 0, math.nan, broken[key])
+        broken[key][-1] = math.inf
+    runs = {"MiniRL": [broken, metrics(7)], "− IS": metrics(0), "odd $x_1$ _label": metrics()}
+    draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.clipping)
+    for figure in (function(runs) for function in draw):
+        assert plots.to_png(figure, scale=1).startswith(b"\x89PNG")
+        assert [t.get_text() for t in figure.legends[0].get_texts()] == list(runs)
+
+
+def test_figures_can_be_drawn_in_threads():
+    pictures: list[bytes] = []
+    run = {"MiniRL": metrics()}
+    threads = [threading.Thread(target=lambda: pictures.append(plots.to_png(plots.clipping(run)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pictures) == 4 and len(set(pictures)) == 1
+
+
+def test_a_figure_shows_itself_in_a_notebook():
+    png, size = plots.clipping({"MiniRL": metrics()})._repr_png_()  # type: ignore[attr-defined]
+    assert png.startswith(b"\x89PNG")
+    # Twice the pixels at the size of the page: width and height are in the PNG's header.
+    assert int.from_bytes(png[16:20]) == 2 * size["width"]
+
+
+def test_rollout_tokens_decomposes_each_ratio():
+    rollout, old = [-1.0, -2.0, -0.5], [-1.1, -1.8, -0.5]
+    new = torch.tensor([-1.0, -1.9, -0.3], requires_grad=True)
+    figure = plots.rollout_tokens([" a", "$5", "\n"], rollout, old, new)
+    heights = [float(bar.get_height()) for bar in figure.axes[1].patches]  # type: ignore[attr-defined]
+    np.testing.assert_allclose(heights, [-0.1, 0.2, 0, 0.1, -0.1, 0.2], atol=1e-6)
+    ticks = figure.axes[1].get_xticklabels()
+    assert [tick.get_text() for tick in ticks] == ["␣a", "$5", "⏎"]
+    assert not any(tick.get_parse_math() for tick in ticks)
+    plots.to_png(figure)
+
+
+def test_rollout_tokens_refuses_padding():
+    with pytest.raises(ValueError, match=r"logp_old has shape \(3,\) for 2 tokens"):
+        plots.rollout_tokens(["a", "b"], [-1, -1], [-1, -1, 0], [-1, -1])
+
+
+def test_precision_dial_shows_exact_zeros_as_zeros():
+    rows = [
+        {"precision": "none", "kl": 0.0, "flip_rate": 0.0},
+        {"precision": "fp8", "kl": 1e-5, "flip_rate": 0.06, "kl_r3": 0.0},
+        {"precision": "int3", "kl": 0.12, "flip_rate": None, "kl_r3": 0.06},
+    ]
+    figure = plots.precision_dial(rows)
+    plots.to_png(figure)
+    left = figure.axes[0]
+    x, y = line(figure, "kl")
+    zero = left.get_xticks()[0]
+    assert left.get_xticklabels()[0].get_text() == "0" and left.get_xscale() == "log"
+    assert x == [zero, 1e-5, 0.12] and y == [0, 1, 2]
+    assert line(figure, "kl_r3") == ([zero, 0.06], [1, 2])
+    assert texts(figure) == ["0 %", "6 %", "dense"]
+
+
+def test_precision_dial_refuses_a_negative_kl():
+    with pytest.raises(ValueError, match="kl of fp8 is -1e-05"):
+        plots.precision_dial([{"precision": "fp8", "kl": -1e-5, "flip_rate": 0.1}])

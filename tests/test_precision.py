@@ -1,0 +1,155 @@
+"""The emulated formats are the real ones, and exactly the stated operands are rounded."""
+
+import pytest
+import torch
+from torch import nn
+
+from minirl_edu.precision import FORMATS, Precision, quantise, round_activations, round_weights_
+from tests.conftest import build
+
+ROUNDED = [name for name in FORMATS if name != "fp32"]
+
+
+def values(rows: int = 64, columns: int = 128) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-4, 2, rows)[:, None]  # rows of very different size
+    return torch.randn(rows, columns, generator=generator) * spread
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype"), [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2), ("bf16", torch.bfloat16)]
+)
+def test_float_grids_are_torchs_own_casts(fmt: str, dtype: torch.dtype):
+    x = values()
+    scale = x.abs().amax(-1, keepdim=True) / FORMATS[fmt].max_value if FORMATS[fmt].scaled else 1.0
+    # The same division, the same product: equal to the last bit, subnormals included.
+    assert torch.equal(quantise(x, fmt), (x / scale).to(dtype).float() * scale)
+
+
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_integer_grids_are_symmetric_and_use_every_level(bits: int):
+    x = torch.linspace(-1, 1, 4001)[None]
+    assert quantise(x, f"int{bits}").unique().numel() == 2**bits - 1
+
+
+def test_mxfp4_is_e2m1_with_a_power_of_two_per_block_of_32():
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    x = values(16, 64)
+    blocks, rounded = x.unflatten(-1, (-1, 32)), quantise(x, "mxfp4").unflatten(-1, (-1, 32))
+    scale = 2.0 ** (blocks.abs().amax(-1, keepdim=True).log2().floor() - 2)
+    steps = (rounded / scale).abs()
+    assert torch.isin(steps, grid).all()
+    nearest = (blocks / scale).abs()[..., None].sub(grid).abs().amin(-1)
+    # float32 division by a power of two is exact, so the distance is that of the nearest grid point
+    torch.testing.assert_close((steps - (blocks / scale).abs()).abs(), nearest, rtol=0, atol=0)
+
+
+def test_a_row_length_that_is_no_multiple_of_the_block_keeps_its_shape():
+    assert quantise(values(4, 40), "mxfp4").shape == (4, 40)
+
+
+@pytest.mark.parametrize("fmt", ROUNDED)
+def test_stochastic_rounding_has_no_bias_and_lands_on_the_neighbours(fmt: str):
+    x = torch.rand(8, 128, generator=torch.Generator().manual_seed(1)) * 0.9
+    x.clamp_(max=0.75)  # 6/8 of a power of two: where mxfp4 saturates
+    generator = torch.Generator().manual_seed(2)
+    draws = torch.stack([quantise(x, fmt, generator) for _ in range(2000)])
+    assert torch.equal(quantise(x, fmt, torch.Generator().manual_seed(2)), draws[0])  # the generator decides
+    gap = (draws.amax(0) - draws.amin(0)).max()  # the widest pair of neighbours
+    # A draw's standard deviation is at most half a gap: allow the mean of 2,000 five standard errors.
+    bias = draws.mean(0) - x
+    assert bias.abs().max() <= 5 * 0.5 * gap / 2000**0.5
+    assert draws.sub(x).abs().max() <= gap * 1.0001  # never beyond a neighbour, but for the fp32 of the scale
+
+
+@pytest.mark.parametrize("fmt", ROUNDED)
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+def test_zeros_stay_zeros(fmt: str, generator: torch.Generator | None):
+    assert torch.equal(quantise(torch.zeros(3, 32), fmt, generator), torch.zeros(3, 32))
+
+
+def test_fewer_bits_mean_more_error():
+    x = values()
+    errors = [(quantise(x, fmt) - x).abs().mean().item() for fmt in ("bf16", "int8", "int6", "int5", "int4", "int3")]
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize(
+    ("spec", "weights", "activations"),
+    [("fp8_e4m3", "fp8_e4m3", "fp8_e4m3"), ("int3/int4", "int3", "int4"), ("fp32/int8", "fp32", "int8")],
+)
+def test_parse(spec: str, weights: str, activations: str):
+    precision = Precision.parse(spec, "stochastic", True)
+    assert precision == Precision(weights, activations, "stochastic", True)
+
+
+@pytest.mark.parametrize("spec", ["int2", "fp8", "", "int3/int4/int5"])
+def test_an_unknown_precision_names_the_choices(spec: str):
+    with pytest.raises(ValueError, match="fp8_e4m3"):
+        Precision.parse(spec)
+
+
+def test_an_unknown_rounding_names_the_choices():
+    with pytest.raises(ValueError, match="'nearest' or 'stochastic'"):
+        Precision.parse("int4", "up")
+
+
+@pytest.mark.parametrize("router", [False, True])
+def test_weights_of_every_matmul_are_rounded_and_nothing_else(router: bool):
+    model, original = build("moe"), build("moe")
+    round_weights_(model, Precision("int4", "fp32", router=router))
+    for (name, rounded), exact in zip(model.named_parameters(), original.parameters(), strict=True):
+        matmul = name.endswith(("_proj.weight", "gate_up_proj", "down_proj")) or (router and "mlp.gate." in name)
+        assert torch.equal(rounded, exact) != matmul, name
+        if matmul:
+            assert torch.equal(rounded, quantise(exact, "int4")), name
+
+
+def test_stochastic_weights_need_a_generator():
+    with pytest.raises(ValueError, match="generator"):
+        round_weights_(build("dense"), Precision("int4", rounding="stochastic"))
+
+
+def test_every_matmul_sees_rounded_inputs_and_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    """Watches the products themselves: every linear and grouped product gets int4 inputs, router and head do not."""
+    model = build("moe")
+    model.set_experts_implementation("grouped_mm")
+    head, routers = model.lm_head.weight, {layer.mlp.gate.weight for layer in model.model.layers}
+    seen: list[tuple[str, bool]] = []
+    linear, grouped = nn.functional.linear, nn.functional.grouped_mm
+
+    def levels(x: torch.Tensor) -> bool:
+        # At most 15 levels a row (int4), zero included, whatever the row's scale.
+        return all(row.unique().numel() <= 15 for row in x.flatten(0, -2).detach())
+
+    def watch_linear(x, weight, *args, **kwargs):
+        kind = "head" if weight is head else "router" if any(weight is r for r in routers) else "linear"
+        seen.append((kind, levels(x)))
+        return linear(x, weight, *args, **kwargs)
+
+    def watch_grouped(x, *args, **kwargs):
+        seen.append(("experts", levels(x)))
+        return grouped(x, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "linear", watch_linear)
+    monkeypatch.setattr(nn.functional, "grouped_mm", watch_grouped)
+    tokens = torch.arange(24).view(2, 12) % 18
+    before = model(input_ids=tokens).logits
+    assert not any(rounded for _, rounded in seen)
+    seen.clear()
+    with round_activations(model, Precision("fp32", "int4")):
+        model(input_ids=tokens)
+    assert {kind for kind, _ in seen} == {"linear", "router", "experts", "head"}
+    assert all(rounded == (kind in ("linear", "experts")) for kind, rounded in seen), seen
+    assert sum(kind == "experts" for kind, _ in seen) == 2 * 2  # both products of both layers
+    assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+def test_experts_whose_second_product_is_out_of_reach_are_refused():
+    model = build("moe")
+    model.set_experts_implementation("eager")
+    with (
+        pytest.raises(ValueError, match="set_experts_implementation"),
+        round_activations(model, Precision("fp32", "int4")),
+    ):
+        pass

@@ -1,0 +1,265 @@
+"""The report: its words and numbers are the data's, in bad cases too, and the page stands alone."""
+
+import json
+import math
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+import yaml
+
+from minirl_edu import plots
+from minirl_edu.config import Config
+from minirl_edu.report import PAPER, write_report
+
+EVERY = 10  # steps between evaluations
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small_figures():
+    """These tests read words; one pixel instead of a drawing makes each of them ten times faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "to_png", lambda figure, **_: b"\x89PNG")
+        yield
+
+
+def run_folder(
+    folder: Path,
+    scores: list[float] | None,
+    *,
+    steps: int | None = None,
+    planned: int | None = None,
+    last: dict | None = None,
+    tail: str = "",
+    settings: dict | None = None,
+    **constants,
+) -> Path:
+    """A run on disk with the given held-out scores at steps 0, 10, 20, …; other metrics are constant."""
+    steps = EVERY * (len(scores or [0]) - 1) if steps is None else steps
+    evaluations = {EVERY * i: score for i, score in enumerate(scores or [])}
+    lines: list[dict] = [{"global_step": 0, "grad_step": 0}]
+    constants = {"reward": 0.5, "entropy": 0.25, "kl_rollout_old": 0.0125, "routing_flip_rate": None} | constants
+    lines += [
+        {"global_step": step, "grad_step": step, **constants, "grad_norm": 1.0, "tokens": 300, "seconds": 0.5}
+        for step in range(1, steps + 1)
+    ]
+    for line in lines:
+        line["score"] = evaluations.get(line["grad_step"])
+    lines[-1] |= last or {}
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + tail)
+    config = Config.from_dict({"train": {"global_steps": planned or max(1, steps)}, **(settings or {})})
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    (folder / "environment.json").write_text(json.dumps({"python": "3.11.2", "packages": {"torch": "2.13.0"}}))
+    return folder
+
+
+def text(html: str) -> str:
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+def page(runs, tmp_path: Path, **options) -> str:
+    return write_report(runs, tmp_path / "out" / "report.html", **options).read_text(encoding="utf-8")
+
+
+def headline(runs, tmp_path: Path) -> str:
+    found = re.search(r"<div class=headline>(.*?)</div>", page(runs, tmp_path), re.DOTALL)
+    assert found
+    return text(found[1])
+
+
+def table(html: str, row: str) -> list[str]:
+    found = re.search(rf"<tr><th scope=row>{re.escape(row)}</th>(.*?)</tr>", html, re.DOTALL)
+    assert found, f"no row {row!r}"
+    return [text(cell) for cell in re.findall(r"<td>(.*?)</td>", found[1])]
+
+
+# --------------------------------------------------------------------------------------------------------- headline
+
+
+def test_an_improvement_is_told_with_its_numbers(tmp_path):
+    words = headline(run_folder(tmp_path / "a", [0.44, 0.8, 0.95]), tmp_path)
+    assert "MiniRL went from 0.44 to 0.95 on held-out problems in 20 gradient steps." in words
+    assert "Token entropy went from 0.25 to 0.25 nats" in words and "KL from 0.0125 to 0.0125" in words
+    assert "No collapse warnings." in words
+    assert "global step" not in words and "finite" not in words
+
+
+def test_a_change_within_noise_is_no_improvement(tmp_path):
+    words = headline(run_folder(tmp_path / "a", [0.44, 0.47, 0.46]), tmp_path)
+    assert "did not change beyond noise on held-out problems: 0.44 at step 0, 0.46 at step 20" in words
+
+
+def test_noise_shrinks_with_the_number_of_problems(tmp_path):
+    many = run_folder(tmp_path / "a", [0.44, 0.47], settings={"eval": {"problems": 10_000}})
+    assert "went from 0.44 to 0.47" in headline(many, tmp_path)
+
+
+def test_a_fall_from_the_peak_is_told(tmp_path):
+    words = headline(run_folder(tmp_path / "a", [0.44, 0.9, 0.6]), tmp_path)
+    assert "rose from 0.44 to 0.90 on held-out problems by step 10, then fell to 0.60 by step 20" in words
+    assert "below where it began" not in words
+    words = headline(run_folder(tmp_path / "b", [0.44, 0.9, 0.1]), tmp_path)
+    assert "then fell to 0.10 by step 20, below where it began" in words
+
+
+def test_a_mere_fall_is_told(tmp_path):
+    assert "fell from 0.90 to 0.30" in headline(run_folder(tmp_path / "a", [0.9, 0.6, 0.3]), tmp_path)
+
+
+def test_an_interrupted_run_with_half_a_line(tmp_path):
+    folder = run_folder(tmp_path / "a", [0.44, 0.6], planned=100, tail='{"global_step": 11, "grad')
+    words = headline(folder, tmp_path)
+    assert "went from 0.44 to 0.60 on held-out problems in 10 gradient steps" in words
+    assert "It got to global step 10 of 100" in words
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_that_ended_in_nan(tmp_path, value):
+    warned = {"entropy": value, "grad_norm": value, "warnings": ["step 20: entropy is nan"]}
+    words = headline(run_folder(tmp_path / "a", [0.44, 0.6, 0.7], planned=100, last=warned), tmp_path)
+    assert "It broke down at gradient step 20: no finite entropy and no finite grad_norm any more." in words
+    assert "1 collapse warning, the first at step 20: entropy is nan." in words
+
+
+def test_the_rollout_engines_score_is_told_and_marked_where_it_differs(tmp_path):
+    near = run_folder(tmp_path / "a", [0.4, 0.9], last={"score_rollout": 0.89})
+    far = run_folder(tmp_path / "b", [0.4, 0.9], last={"score_rollout": 0.5})
+    assert "(0.89 through the rollout engine)" in headline(near, tmp_path)
+    assert "(but 0.50 through the rollout engine)" in headline(far, tmp_path)
+
+
+def test_a_run_without_evaluations_speaks_of_its_reward(tmp_path):
+    words = headline(run_folder(tmp_path / "a", None, steps=30), tmp_path)
+    assert "was not evaluated; its training reward went from 0.50 to 0.50" in words
+    words = headline(run_folder(tmp_path / "b", [0.44], steps=0, planned=100), tmp_path)
+    assert "was evaluated only once, at step 0: 0.44" in words
+    assert "It got to global step 0 of 100" in words
+
+
+def test_runs_are_compared_at_equal_steps(tmp_path):
+    # At the shared step 20 the short run leads; the longer one ends higher.
+    long = run_folder(tmp_path / "a", [0.4, 0.5, 0.6, 0.99])
+    short = run_folder(tmp_path / "b", [0.4, 0.7, 0.8], planned=30)
+    html = page({"long": long, "short": short}, tmp_path)
+    words = text(html)
+    assert "at gradient step 20, the last at which every run was evaluated: short 0.80, long 0.60." in words
+    assert "Below the best by more than the noise of the evaluation: long." in words
+    assert "another seed may change the order" in words
+    assert table(html, "Score, full precision: at shared step 20") == ["0.600", "0.800"]
+    assert table(html, "Score, full precision: final") == ["0.990", "0.800"]
+
+
+def test_equal_runs_have_no_winner(tmp_path):
+    runs = {name: run_folder(tmp_path / name, [0.4, score]) for name, score in (("a", 0.80), ("b", 0.81))}
+    words = headline(runs, tmp_path)
+    assert "These differences are within the noise of the evaluation." in words
+    assert "Below the best" not in words
+
+
+def test_runs_that_were_never_evaluated_together_are_not_ranked(tmp_path):
+    runs = {"a": run_folder(tmp_path / "a", [0.4, 0.8]), "b": run_folder(tmp_path / "b", None, steps=10)}
+    assert "cannot be compared" in headline(runs, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------- page
+
+
+def test_the_table_holds_the_data(tmp_path):
+    folder = run_folder(tmp_path / "a", [0.44, 0.9, 0.85], last={"score_rollout": 0.8, "reward": 1.5}, tokens=300)
+    html = page(folder, tmp_path)
+    assert table(html, "Score, full precision: start") == ["0.440"]
+    assert table(html, "Score, full precision: best") == ["0.900 (step 10)"]
+    assert table(html, "Score, full precision: final") == ["0.850"]
+    assert table(html, "Score, rollout engine: final") == ["0.800"]
+    assert table(html, "Training reward, last") == ["0.6"]  # nine times 0.5 and once 1.5
+    assert table(html, "Training–inference KL, last (nats per token)") == ["0.0125"]
+    assert table(html, "Minutes, evaluations excluded") == ["0.2"]  # 20 × 0.5 s
+    assert table(html, "Tokens per second") == ["600"]
+    assert table(html, "Routing flips, last (fraction of tokens per layer)") == ["–"]
+
+
+def test_routing_has_a_section_only_where_experts_were_recorded(tmp_path):
+    assert "<h2>Expert routing</h2>" not in page(run_folder(tmp_path / "dense", [0.4, 0.5]), tmp_path)
+    assert "<h2>Expert routing</h2>" in page(run_folder(tmp_path / "moe", [0.4, 0.5], routing_flip_rate=0.1), tmp_path)
+
+
+def test_the_page_asks_for_nothing_outside_itself(tmp_path):
+    html = page(run_folder(tmp_path / "a", [0.4, 0.5], routing_flip_rate=0.1), tmp_path)
+    sources = re.findall(r'(?:src|srcset|data|poster|action)="([^"]*)"', html)
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"<(script|link|iframe|object|embed)\b|@import|url\(", html)
+    assert set(re.findall(r'href="([^"]*)"', html)) == {PAPER}
+    assert html.count("http") == 1
+
+
+def test_figures_lie_beside_the_page(tmp_path):
+    page(run_folder(tmp_path / "a", [0.4, 0.5], routing_flip_rate=0.1), tmp_path)
+    names = {path.name for path in (tmp_path / "out" / "figures").iterdir()}
+    assert names == {"four_curves.png", "ratio_decomposition.png", "routing_flips.png", "clipping.png"}
+
+
+def test_everything_is_escaped(tmp_path):
+    evil = "<script>alert('&')</script>"
+    folder = run_folder(
+        tmp_path / "a",
+        [0.4, 0.5],
+        last={"warnings": [evil]},
+        settings={"model": {"name": evil}},
+    )
+    (folder / "environment.json").write_text(json.dumps({evil: evil, "command": ["minirl", evil]}))
+    html = page({evil: folder, "b": run_folder(tmp_path / "b", [0.4, 0.5])}, tmp_path, title=evil)
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;") >= 8  # title twice, headline, tables, warning, settings, command, environment
+
+
+def test_settings_show_what_differs(tmp_path):
+    off = run_folder(tmp_path / "b", [0.4, 0.5], settings={"algorithm": {"is_correction": False}})
+    html = page({"MiniRL": run_folder(tmp_path / "a", [0.4, 0.5]), "− IS": off}, tmp_path)
+    assert table(html, "algorithm.is_correction") == ["true", "false"]
+    assert "<th scope=row>algorithm.clip</th>" not in html
+    assert "algorithm.clip: true" in html
+
+
+def test_one_run_is_named_by_its_method_and_compared_with_the_defaults(tmp_path):
+    off = run_folder(tmp_path / "a", [0.4, 0.9], settings={"algorithm": {"is_correction": False, "replay": "R3"}})
+    html = page(off, tmp_path)
+    assert "<b>MiniRL − IS + R3</b> went from 0.40 to 0.90" in html
+    assert table(html, "algorithm.is_correction") == ["true", "false"]
+
+
+def test_the_way_to_reproduce(tmp_path):
+    folder = run_folder(tmp_path / "a", [0.4, 0.5])
+    assert "minirl train --config config.yaml --out again" in page(folder, tmp_path)
+    (folder / "environment.json").write_text(json.dumps({"command": ["minirl", "train", "--out", "a b"]}))
+    html = text(page(folder, tmp_path))
+    assert "minirl train --out 'a b'" in html and "--out again" not in html
+
+
+def test_a_folder_with_only_metrics_is_enough(tmp_path):
+    folder = run_folder(tmp_path / "my run", [0.4, 0.9])
+    (folder / "config.yaml").unlink()
+    (folder / "environment.json").unlink()
+    html = page(folder, tmp_path)
+    assert "<b>my run</b> went from 0.40 to 0.90" in html
+    assert "No config.yaml was found" in html and "No environment.json was found" in html
+
+
+def test_missing_or_empty_metrics_name_the_path(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.metrics\.jsonl"):
+        page(tmp_path / "nowhere", tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty.metrics\.jsonl holds no complete step"):
+        page({"a": empty}, tmp_path)
+    with pytest.raises(ValueError, match="run_dirs is empty"):
+        page({}, tmp_path)
+
+
+def test_a_long_run_with_many_methods_stays_small(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    folder = run_folder(tmp_path / "a", [0.4 + 0.01 * i for i in range(41)], routing_flip_rate=0.1)
+    out = write_report({f"idea {i}": folder for i in range(6)}, tmp_path / "report.html")
+    assert out.stat().st_size < 2_000_000

@@ -10,25 +10,97 @@ from typing import Any
 
 from minirl_edu import __version__
 
-DEMO_STEPS = 80
+RECIPES = Path(__file__).parent / "recipes"
+DEMO_VARIANTS = {"MiniRL": [], "no clipping": ["algorithm.clip=false"]}
+"""The demo's runs: label and what differs from recipes/demo.yaml."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the `minirl` command; returns the exit status. User errors end in one line, not a traceback."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    """Entry point of the `minirl` command; returns the exit status. A user's error ends in one line, not a traceback.
+
+    Exit status: 0 done, 1 the run failed (what to resume is printed), 2 a wrong argument, setting or file.
+    """
+    arguments = _parser().parse_args(argv)
+    from minirl_edu.checkpoint import CheckpointError
     from minirl_edu.config import ConfigError
+    from minirl_edu.trainer import TrainingDiverged
 
     try:
         return arguments.run(arguments) or 0
     except (ConfigError, FileExistsError, FileNotFoundError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if type(error).__name__ not in ("TrainingDiverged", "CheckpointError"):
-            raise
+    except (TrainingDiverged, CheckpointError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from minirl_edu.config import load_config
+    from minirl_edu.report import write_report
+    from minirl_edu.trainer import MiniRLTrainer
+
+    out = Path(arguments.out)
+    source = arguments.config
+    if source is None and arguments.resume:
+        source = out / "config.yaml"  # go on with the settings that the run was started with
+        if not source.exists():
+            raise FileNotFoundError(f"--resume: {out} holds no run (no config.yaml)")
+    config = load_config(source, arguments.set)
+    _quiet()
+    trainer = MiniRLTrainer(config, out, resume=arguments.resume)
+    trainer.train()
+    print(f"report: {write_report(out, out / 'report.html')}")
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from minirl_edu.config import load_config
+    from minirl_edu.plots import read_records
+    from minirl_edu.report import write_report
+    from minirl_edu.trainer import MiniRLTrainer
+
+    out, runs = Path(arguments.out), {}
+    _quiet()
+    for name, overrides in DEMO_VARIANTS.items():
+        folder = runs[name] = out / name.replace(" ", "-")
+        config = load_config(RECIPES / "demo.yaml", [*overrides, *arguments.set])
+        resume = (folder / "config.yaml").exists()
+        trainer = MiniRLTrainer(config, folder, resume=resume)
+        if trainer.step < config.train.global_steps:
+            print(f"{name}: {'going on' if resume else 'training'} in {folder}", flush=True)
+            trainer.train()
+        if trainer.step < config.train.global_steps:
+            print(f"stopped; the same command goes on where it was: minirl demo --out {out}")
+            return 130
+    report = write_report(runs, out / "report.html", title="MiniRL on a laptop: what the clip is for")
+    for name, folder in runs.items():
+        scores = [record["score"] for record in read_records(folder / "metrics.jsonl") if "score" in record]
+        print(f"{name}: held-out score {scores[0]:.2f} → {scores[-1]:.2f} (best {max(scores):.2f})")
+    print(f"report: {report}  (trained already? delete {out} to train again)")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from minirl_edu.report import write_report
+
+    folders = [Path(folder) for folder in arguments.runs]
+    out = Path(arguments.out) if arguments.out else folders[0] / "report.html"
+    print(write_report({folder.name: folder for folder in folders}, out))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from minirl_edu.doctor import report
+
+    text, status = report()
+    print(text)
+    return status
+
+
+def _quiet() -> None:
+    """Keep transformers' loading bars out of the way of the training bar."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _cold_start(arguments: argparse.Namespace) -> None:
@@ -65,13 +137,29 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
+    command = add("train", _train, "Train with MiniRL as a YAML config says; see config.py for every field.")
+    command.add_argument("--config", help="YAML file; without one, the defaults")
+    command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
+    command.add_argument("--out", required=True, help="folder of the run")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+
+    command = add("demo", _demo, "Train the shipped tiny MoE with MiniRL beside one ablation and write a report.")
+    command.add_argument("--out", default="runs/demo", help="folder for both runs and the report")
+    command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field in both runs")
+
+    command = add("report", _report, "Write the report of one run, or of several side by side.")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    command.add_argument("--out", help="HTML file (default: report.html in the first folder)")
+
+    add("doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
+
     command = add("cold-start", _cold_start, "Fine-tune a fresh tiny model on a teacher's demonstrations of `chain`.")
     command.add_argument("--out", required=True, help="folder for the model")
     command.add_argument("--style", default="steps", choices=("steps", "leaps", "copy"))
     command.add_argument("--operators", default="+", help="some of +-*")
     command.add_argument("--architecture", default="moe", choices=("moe", "dense"))
-    command.add_argument("--error-rate", type=float, default=0.25, help="chance that the teacher errs at a step")
-    command.add_argument("--steps", type=int, default=2500)
+    command.add_argument("--error-rate", type=float, default=0.21, help="chance that the teacher errs at a step")
+    command.add_argument("--steps", type=int, default=1500)
     command.add_argument("--lr", type=float, default=1e-3)
     command.add_argument("--seed", type=int, default=0)
     return parser

@@ -331,9 +331,9 @@ first; fewer mini-batches per rollout, clipping or a smaller learning rate lower
 first-order expansion 1 + Σ(r − 1), as a mean absolute value. <i>Healthy:</i> far below 1. <i>Ill:</i> near 1 or
 above.</dd>
 </dl>"""
-FLIPS = """<dl><dt>Routing flips</dt><dd>In a Mixture of Experts, the share of tokens for which the two engines choose
-different experts, per layer. <i>Healthy:</i> flat. <i>Ill:</i> growing together with the KL; routing replay (R2, R3)
-makes the training engine use recorded experts instead of its own.</dd></dl>"""
+FLIPS = """<dl><dt>Routing flips</dt><dd>In a Mixture of Experts, the share of tokens for which the two engines use
+different experts at the same weights, per layer. Under R3 the training engine takes over the rollout’s experts, so it
+is 0. <i>Healthy:</i> flat. <i>Ill:</i> growing together with the KL.</dd></dl>"""
 CLIPPING = """<dl><dt>Clipped tokens</dt><dd>Share of the tokens left out of the gradient because π_θ/π_old has
 already moved far in the direction that the advantage asks for. Always 0 when each batch serves a single gradient
 step, and without clipping. <i>Healthy:</i> a few per cent at most. <i>Ill:</i> growing: the updates are too large for
@@ -373,9 +373,7 @@ summary { cursor: pointer; color: var(--link); }
 """
 
 
-def write_report(
-    run_dirs: Mapping[str, Path] | Path, out: Path, *, title: str = "What happened in this training run"
-) -> Path:
+def write_report(run_dirs: Mapping[str, Path] | Path, out: Path, *, title: str = "What happened in training") -> Path:
     """Write one self-contained HTML page to `out` and its figures as PNG to `figures/` beside it; return `out`.
 
     `run_dirs` is one run's folder, or a label per folder to compare runs; runs are compared at equal gradient steps.

@@ -46,7 +46,7 @@ from minirl_edu.precision import Precision
 from minirl_edu.rollout import HFEngine, Rollout, RolloutEngine, Sampling, sample
 from minirl_edu.routing import Routes, RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.seeding import derive_seed
-from minirl_edu.tasks import Problem, Task, make_task
+from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
 
 ADVANTAGES = {
     "group_mean": group_mean_advantages,
@@ -97,7 +97,7 @@ class MiniRLTrainer:
         self.accelerator = Accelerator(log_with=list[Any](config.output.trackers) or None, project_dir=str(self.out))
         if self.accelerator.num_processes > 1:
             raise ConfigError("several processes: this trainer runs in one; start it without `accelerate launch`")
-        self.task = task or make_task(config.task.name, **self._task_options())
+        self.task = task or self._make_task()
         model = model if model is not None else self._load_model()
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
@@ -434,22 +434,28 @@ class MiniRLTrainer:
     def _unwrapped(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.model)
 
-    def _task_options(self) -> dict[str, Any]:
-        options = dict(self.config.task.options)
-        if self.config.task.name != "chain":  # brings its own tokenizer
-            options["tokenizer"] = load_tokenizer(
-                self.config.model.name, trust_remote_code=self.config.model.trust_remote_code
-            )
-        return options
+    def _make_task(self) -> Task:
+        settings, model = self.config.task, self.config.model
+        brings_its_own = settings.name == ChainTask.name
+        tokenizer = None
+        if settings.name in TASKS and not brings_its_own:
+            tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+        try:
+            return make_task(settings.name, tokenizer=tokenizer, **settings.options)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"task: {error}") from error
 
     def _load_model(self) -> PreTrainedModel:
         settings = self.config.model
-        return load_model(
-            settings.name,
-            dtype=settings.dtype,
-            attn_implementation=settings.attn_implementation,
-            trust_remote_code=settings.trust_remote_code,
-        )
+        try:
+            return load_model(
+                settings.name,
+                dtype=settings.dtype,
+                attn_implementation=settings.attn_implementation,
+                trust_remote_code=settings.trust_remote_code,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _routing_replay(self, model: PreTrainedModel) -> RoutingReplay | None:
         try:

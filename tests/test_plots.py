@@ -1,5 +1,6 @@
 """Figures: what they draw is what the metrics say. No test looks at pixels."""
 
+import io
 import json
 import math
 import threading
@@ -7,8 +8,9 @@ import threading
 import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
 from minirl_edu import plots
 
@@ -21,7 +23,7 @@ def metrics(steps: int = 20, *, mini_batches: int = 1, **columns) -> plots.Metri
     grad_step = np.arange(steps + 1.0)
     run = {"grad_step": grad_step, "global_step": np.ceil(grad_step / mini_batches)}
     run |= {key: np.where(grad_step > 0, 0.5, math.nan) for key in KEYS}
-    run["score"] = np.where(grad_step % 5 == 0, grad_step / steps, math.nan)
+    run["score"] = np.where(grad_step % 5 == 0, grad_step / max(1, steps), math.nan)
     return run | {key: np.asarray(value, dtype=float) for key, value in columns.items()}
 
 
@@ -113,6 +115,15 @@ def test_methods_differ_in_greyscale():
     assert len({str(style["linestyle"]) for style in styles}) == len(plots.METHOD_STYLE)
     assert len({style["marker"] for style in styles}) == len(plots.METHOD_STYLE)
     assert len({style["color"] for style in styles}) == len(plots.METHOD_STYLE)
+
+
+def test_a_png_keeps_every_methods_colour():
+    figure = plots.four_curves({method: metrics() for method in plots.METHOD_STYLE})
+    image = Image.open(io.BytesIO(plots.to_png(figure, scale=1))).convert("RGB")
+    seen = np.array([colour for _, colour in image.getcolors() or []])  # type: ignore[misc]
+    for style in plots.METHOD_STYLE.values():
+        wanted = 255 * np.array(to_rgb(style["color"]))
+        assert np.abs(seen - wanted).max(1).min() <= 8, style  # of 256 levels: nobody sees that
 
 
 def test_unknown_labels_get_unused_styles_and_always_the_same():

@@ -89,8 +89,9 @@ def sample(
     alive = torch.arange(rows, device=device)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     logits = forward(prompt_tokens, prompt_mask if padded else None, positions).repeat_interleave(group_size, 0)
+    # `reorder_cache` takes any rows, in every kind of layer; `batch_select_indices` is missing in linear attention's.
     if group_size > 1:
-        cache.batch_repeat_interleave(group_size)
+        cache.reorder_cache(alive // group_size)
     for step in range(limit):
         logp = torch.log_softmax(logits.float() / sampling.temperature, -1)
         drawn = torch.multinomial(logp.exp(), 1, generator=generator)
@@ -104,7 +105,7 @@ def sample(
         if not going.all():
             keep = going.nonzero()[:, 0]
             alive, drawn = alive[keep], drawn[keep]
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
         attention_mask = mask[alive, : column + 1] if padded else None
         logits = forward(drawn, attention_mask, (next_position[alive] + step)[:, None])
 

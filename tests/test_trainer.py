@@ -1,0 +1,385 @@
+"""The training loop: what it computes, that it resumes to the same bits, and how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minirl_edu.checkpoint import latest_checkpoint
+from minirl_edu.config import ConfigError, load_config
+from minirl_edu.logprobs import lay_out, response_logprobs
+from minirl_edu.models import tiny_dense, tiny_moe
+from minirl_edu.rollout import Rollout, Sampling
+from minirl_edu.tasks import Problem
+from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
+
+KEYS = [
+    *("global_step", "grad_step", "reward", "entropy", "kl_rollout_old", "k3_rollout_old", "ess", "clip_frac_pos"),
+    *("clip_frac_neg", "is_weight_mean", "is_weight_max", "log_ratio_mismatch", "log_ratio_staleness"),
+    *("first_order_gap", "routing_flip_rate", "grad_norm", "response_length", "lr", "tokens", "seconds"),
+]
+SMALL = (
+    "train.global_steps=3",
+    "train.mini_batch_prompts=4",
+    "train.group_size=4",
+    "train.lr=1e-3",
+    "eval.every=2",
+    "eval.problems=16",
+    "output.save_every=1",
+    "task.options={max_operands: 4, hard_operands: 4}",
+    "rollout.precision=int4",
+)
+LARGER_STEPS = "train.lr=1e-2"
+
+
+def trainer(out: Path, *overrides: str, model=None, **kwargs) -> MiniRLTrainer:
+    model = model or tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16)
+    run = MiniRLTrainer(load_config(None, [*SMALL, *overrides]), out, model=model, progress=False, **kwargs)
+    run.rewards = even  # an untrained model solves nothing, and without a reward nothing moves
+    return run
+
+
+def even(problems: Sequence[Problem], rollout: Rollout) -> torch.Tensor:
+    """Rewards responses that start with an even token."""
+    return (rollout.tokens[:, rollout.prompt_length] % 2 == 0).float()
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(lines: list[dict]) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(out / "checkpoints")
+    assert path is not None
+    return load_file(path / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_one_line_per_gradient_step_with_every_metric(tmp_path):
+    trainer(tmp_path / "run", "train.mini_batches=2").train()
+    lines = metrics(tmp_path / "run")
+    assert [(line["global_step"], line["grad_step"]) for line in lines] == [
+        (0, 0), *[(1 + i // 2, 1 + i) for i in range(6)],
+    ]  # fmt: skip
+    assert all(key in line for line in lines[1:] for key in KEYS)
+    # before the first step, where due, and at the end; never on a step's first mini-batch
+    assert [line["grad_step"] for line in lines if "score" in line] == [0, 4, 6]
+    assert all(0 <= line["score_rollout"] <= 1 for line in lines if "score" in line)
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "checkpoints"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+    first, second = lines[1], lines[2]
+    assert first["log_ratio_staleness"] == 0 < second["log_ratio_staleness"]  # θ = θ_old in the first mini-batch only
+    assert first["log_ratio_mismatch"] > 0 and first["routing_flip_rate"] > 0  # an int4 engine is another policy
+    assert first["lr"] == 1e-3 and first["tokens"] > 16
+
+
+class Plain:
+    """A rollout engine that knows nothing of the trainer: one fixed batch."""
+
+    def __init__(self, rollout: Rollout):
+        self.rollout = rollout
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, group_size: int, sampling: Sampling, seed: int) -> Rollout:
+        return self.rollout
+
+    def sync(self, model, *, version: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("architecture", [tiny_moe, tiny_dense])
+def test_one_global_step_is_the_papers_step_written_out(tmp_path, architecture):
+    """N = 2 on-the-nose: the loop's weights equal those of equation (7) computed here, with autograd alone."""
+    model = architecture(18, seed=0, eos_token_id=17, pad_token_id=16)
+    run = trainer(tmp_path / "run", "train.mini_batches=2", "train.max_grad_norm=.inf", "eval.every=0", model=model)
+    problems = run.task.sample(8, seed=0)
+    prompts = [run.task.encode(problem) for problem in problems]
+    rollout = run.engine.generate(prompts, group_size=4, sampling=run.sampling, seed=3)
+    reference = architecture(18, seed=0, eos_token_id=17, pad_token_id=16).eval()
+    rewards = torch.rand(32, generator=torch.Generator().manual_seed(0))
+    run.rewards = lambda problems, rollout: rewards  # an untrained model earns nothing: any rewards will do
+    run.engine = Plain(rollout)
+    run.global_step()
+
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    advantages = (rewards.view(8, 4) - rewards.view(8, 4).mean(1, keepdim=True)).flatten()
+
+    def logp(part: Rollout) -> torch.Tensor:
+        logits = reference(input_ids=part.tokens[:, :-1]).logits.log_softmax(-1)
+        return logits.gather(2, part.tokens[:, 1:, None])[:, part.prompt_length - 1 :, 0]
+
+    with torch.no_grad():
+        old = [logp(rollout.rows(r, r + 16)) for r in (0, 16)]
+    for r, logp_old in zip((0, 16), old, strict=True):
+        part, advantage = rollout.rows(r, r + 16), advantages[r : r + 16, None]
+        now = logp(part)
+        ratio, weight = (now - logp_old).exp().detach(), (now - part.logp_rollout).exp().detach().clamp(max=5)
+        kept = ~((advantage > 0) & (ratio > 1.27) | (advantage < 0) & (ratio < 0.8)) & part.response_mask
+        (-(kept * weight * advantage * now.masked_fill(~part.response_mask, 0)).sum() / 16).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        # Adam turns a gradient's sign into a step of lr = 1e-3: a wrong gradient is off by about that. Summation order
+        # moves a step by a thousandth of it, but for gradients near zero (of unused rows).
+        difference = (ours - theirs).abs()
+        assert difference.mean() < 2e-6 and difference.max() < 2e-4, (name, difference.max())
+
+
+@pytest.mark.parametrize("replay", ["none", "R2", "R3"])
+@pytest.mark.parametrize("mini_batches", [1, 2])
+def test_the_updates_own_forward_serves_as_pi_old_bit_for_bit(tmp_path, replay, mini_batches):
+    """A separate forward for every π_old changes nothing: not a metric, not a bit of the weights."""
+    settings = [f"algorithm.replay={replay}", f"train.mini_batches={mini_batches}"]
+    for name, reference in (("saved", "false"), ("reference", "true")):
+        trainer(tmp_path / name, *settings, f"train.reference_old_logp={reference}").train()
+    assert timeless(metrics(tmp_path / "saved")) == timeless(metrics(tmp_path / "reference"))
+    assert equal(weights(tmp_path / "saved"), weights(tmp_path / "reference"))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["train.tokens_per_micro_batch=150", "train.tokens_per_micro_batch=20", "model.gradient_checkpointing=true"],
+)
+@pytest.mark.parametrize("replay", ["none", "R2", "R3"])
+def test_how_the_forward_is_cut_does_not_change_the_step(tmp_path, setting, replay):
+    """Micro-batches of groups, of single rows, and recomputed activations give one and the same update."""
+    base = [f"algorithm.replay={replay}", "train.mini_batches=2", "train.global_steps=1"]
+    trainer(tmp_path / "whole", *base).train()
+    trainer(tmp_path / "cut", *base, setting).train()
+    whole, cut = metrics(tmp_path / "whole")[1:], metrics(tmp_path / "cut")[1:]
+    for a, b in zip(timeless(whole), timeless(cut), strict=True):
+        for key in KEYS[:-1]:
+            # fp32 sums in another order; a metric near zero moves by its absolute error
+            assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), key
+
+
+def test_replay_lowers_what_it_should(tmp_path):
+    """R3 leaves no flips against the engine and a smaller mismatch; R2 and none see the engine's own flips."""
+    flips, mismatch = {}, {}
+    for replay in ("none", "R2", "R3"):
+        trainer(tmp_path / replay, f"algorithm.replay={replay}", "train.global_steps=1", "train.mini_batches=2").train()
+        lines = metrics(tmp_path / replay)[1:]
+        flips[replay] = [line["routing_flip_rate"] for line in lines]
+        mismatch[replay] = lines[0]["log_ratio_mismatch"]
+    assert flips["R3"] == [0, 0] and flips["none"] == flips["R2"] and min(flips["none"]) > 0.01
+    assert mismatch["R3"] < mismatch["none"] == mismatch["R2"]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "algorithm.objective=grpo",
+        "algorithm.objective=cispo",
+        "algorithm.clip=false",
+        "algorithm.is_correction=false",
+        "algorithm.length_norm=true",
+        "algorithm.advantages=leave_one_out",
+        "algorithm.is_cap=1.0",
+        "train.lr_schedule=cosine",
+        "rollout.temperature=0.7",
+    ],
+)
+def test_every_setting_reaches_the_update(tmp_path, setting):
+    base = ["train.mini_batches=3", "train.global_steps=2", "train.lr=1e-2", "eval.every=0"]
+    for name, overrides in (("base", base), ("other", [*base, setting])):
+        run = trainer(tmp_path / name, *overrides)
+        rewards = torch.rand(48, generator=torch.Generator().manual_seed(0)).round()
+        run.rewards = lambda problems, rollout, rewards=rewards: rewards
+        run.train()
+    assert not equal(weights(tmp_path / "base"), weights(tmp_path / "other"))
+
+
+def test_reward_goes_up_on_something_learnable(tmp_path):
+    """An untrained model, rewarded for ending at once, learns to: the sign of everything is right."""
+    run = trainer(tmp_path / "run", "train.global_steps=25", "train.lr=3e-3", "eval.every=0", "output.save_every=0")
+    run.rewards = lambda problems, rollout: (rollout.response_mask.sum(1) == 1).float()
+    run.train()
+    rewards = [line["reward"] for line in metrics(tmp_path / "run")]
+    assert sum(rewards[:3]) / 3 < 0.3 and sum(rewards[-3:]) / 3 > 0.8, rewards
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+def test_resume_from_any_checkpoint_continues_to_the_same_bits(tmp_path):
+    overrides = [
+        "algorithm.replay=R2",
+        "train.mini_batches=2",
+        "rollout.rounding=stochastic",
+        "train.lr_schedule=linear",
+    ]
+    trainer(tmp_path / "whole", *overrides).train()
+    for stop in (1, 2):
+        out = tmp_path / f"stopped-{stop}"
+        first = trainer(out, *overrides)
+        for _ in range(stop):
+            first._write(first.global_step())
+            first.save()
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write('{"global_step": 99, "grad_st')  # cut off in the middle of a write
+        lines_before = (out / "metrics.jsonl").read_text()
+        resumed = trainer(out, *overrides, resume=True, model=tiny_moe(18, seed=5, eos_token_id=17, pad_token_id=16))
+        assert resumed.step == stop and lines_before.startswith((out / "metrics.jsonl").read_text())
+        resumed.train()
+        evaluated_at_zero = [line for line in metrics(tmp_path / "whole") if line["grad_step"]]
+        assert timeless(metrics(out)) == timeless(evaluated_at_zero)
+        assert equal(weights(out), weights(tmp_path / "whole"))
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "minirl_edu.cli", "train", "--out", str(out), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy())
+
+
+def wait_for_lines(out: Path, count: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        path = out / "metrics.jsonl"
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError(f"no {count} lines of metrics in time")
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_then_resume_gives_the_same_run(tmp_path):
+    """A real process, SIGKILLed three times wherever it happens to be, ends with the metrics and weights of an
+    undisturbed one."""
+    settings = [
+        *SMALL,
+        f"model.name={saved_model}",
+        "train.global_steps=12",
+        "output.save_every=2",
+        "train.mini_batches=2",
+    ]
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    output = start(whole, *flags).communicate(timeout=300)[0]
+    assert len(metrics(whole)) == 25, output
+    for lines in (2, 8, 17):
+        process = start(killed, *flags, *(["--resume"] if killed.exists() else []))
+        wait_for_lines(killed, lines, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    output = start(killed, "--resume").communicate(timeout=300)[0]  # settings come from the run's own config
+    assert timeless(metrics(killed)) == timeless(metrics(whole)), output
+    assert equal(weights(killed), weights(whole))
+
+
+@pytest.mark.slow
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path):
+    settings = [*SMALL, "train.global_steps=500", "output.save_every=0"]
+    process = start(tmp_path / "run", *(flag for setting in settings for flag in ("--set", setting)))
+    wait_for_lines(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert f"minirl train --resume --out {tmp_path / 'run'}" in output
+    last = metrics(tmp_path / "run")[-1]["global_step"]
+    path = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert path is not None and path.name == f"step-{last:06d}" and last < 500
+
+
+# ------------------------------------------------------------------------------------------------ refusing
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(tmp_path):
+    trainer(tmp_path / "run", "train.global_steps=1").train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(FileExistsError, match="--resume"):
+        trainer(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_resuming_under_other_settings_is_refused_by_name(tmp_path):
+    trainer(tmp_path / "run", "train.global_steps=1").train()
+    with pytest.raises(ConfigError, match=r"train\.lr = 0\.5 \(was 0\.001\)"):
+        trainer(tmp_path / "run", "train.lr=0.5", resume=True)
+    longer = trainer(tmp_path / "run", "train.global_steps=2", resume=True)  # a longer run is the same run
+    assert longer.step == 1
+
+
+def test_nan_stops_the_run_with_step_cause_and_checkpoint(tmp_path):
+    run = trainer(tmp_path / "run")
+    run._write(run.global_step())
+    run.save()
+    with torch.no_grad():
+        next(run.model.parameters())[3] = float("nan")
+    # the engine has the old weights still: the training engine is what fails
+    with pytest.raises(TrainingDiverged, match=r"global step 2, gradient step 2: log-prob.*step-000001"):
+        run.global_step()
+    assert run.step == 1 and len(metrics(tmp_path / "run")) == 1
+
+
+def test_an_infinite_gradient_stops_before_the_weights_move(tmp_path):
+    run = trainer(tmp_path / "run")
+    run.rewards = lambda problems, rollout: torch.tensor([1e30, 0.0, 0.0, 0.0] * 4)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    with pytest.raises(TrainingDiverged, match=r"gradient norm.*no checkpoint"):
+        run.global_step()
+    assert all(torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("rollout.engine=tgi", r"rollout\.engine = 'tgi'.*'hf'"),
+        ("rollout.precision=int1", r"rollout\.precision = 'int1'.*fp8_e4m3"),
+        ("algorithm.replay=R3", r"algorithm\.replay = 'R3'.*dense"),
+        ("task.name=chess", r"task.*'chess'.*chain"),
+        ("task.options={colour: 3}", r"task.*colour"),
+    ],
+)
+def test_settings_that_do_not_fit_name_the_field_and_the_choices(tmp_path, setting, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path / "run", setting, model=tiny_dense(18, seed=0, eos_token_id=17, pad_token_id=16))
+
+
+def test_r3_without_the_engines_routes_is_refused(tmp_path):
+    run = trainer(tmp_path / "run", "algorithm.replay=R3")
+    run.engine.replay = None
+    with pytest.raises(ConfigError, match=r"R3.*no routes"):
+        run.global_step()
+
+
+def test_trackers_get_every_gradient_step(tmp_path):
+    trainer(tmp_path / "run", "output.trackers=[tensorboard]", "train.global_steps=2").train()
+    events = list((tmp_path / "run").rglob("events.out.tfevents*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(events[0].parent))
+    reader.Reload()
+    assert {"reward", "entropy", "kl_rollout_old"} <= set(reader.Tags()["scalars"])
+    assert [event.step for event in reader.Scalars("reward")] == [1, 2]
+
+
+def test_logprobs_that_the_metrics_describe_are_those_of_the_engines_batch(tmp_path):
+    """kl_rollout_old of the first mini-batch equals E_μ[log μ_old − log π_old] computed from the rollout itself."""
+    run = trainer(tmp_path / "run", "eval.every=0")
+    problems = run.task.sample(4, seed=1)
+    rollout = run.engine.generate([run.task.encode(p) for p in problems], group_size=4, sampling=run.sampling, seed=9)
+    with torch.no_grad():
+        logp_old = response_logprobs(run.model, lay_out(rollout, share_prompts=False)).logp
+    expected = ((rollout.logp_rollout - logp_old) * rollout.response_mask).sum() / rollout.response_mask.sum()
+    run.engine = Plain(rollout)
+    line = run.global_step()[0]
+    assert line["kl_rollout_old"] == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)  # fp32, two layouts

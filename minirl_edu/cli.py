@@ -85,7 +85,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     folders = [Path(folder) for folder in arguments.runs]
     out = Path(arguments.out) if arguments.out else folders[0] / "report.html"
-    print(write_report({folder.name: folder for folder in folders}, out))
+    print(write_report(folders[0] if len(folders) == 1 else {folder.name: folder for folder in folders}, out))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

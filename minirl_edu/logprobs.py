@@ -92,8 +92,11 @@ def _plain(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
     source = torch.arange(rows * width, device=inputs.device).view(rows, width)[:, :columns]
     slot = torch.arange(rows * columns, device=inputs.device).view(rows, columns)
     slot = nn.functional.pad(slot, (0, width - columns), value=-1).where(inputs, -1)
-    # Padding on the right needs no mask (attention is causal), and without one the faster causal kernel runs.
+    # Padding on the right needs no mask (attention is causal), and without one the faster causal kernel runs. Positions
+    # go on through it: where they stand still, transformers sees packed sequences and builds a mask after all.
     left_padded = not bool(rollout.attention_mask[:, 0].all())
+    if not left_padded:
+        position = torch.arange(width, device=inputs.device).expand(rows, -1)
     return Layout(
         inputs={
             "input_ids": rollout.tokens[:, :columns],

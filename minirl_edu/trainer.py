@@ -208,7 +208,7 @@ class MiniRLTrainer:
         if _due(self.step, every) or (every and last):
             lines[-1] |= self.evaluate()
         for line in lines:
-            if warnings := self.detector.update({k: v for k, v in line.items() if isinstance(v, float)}):
+            if warnings := self.detector.update({k: v for k, v in line.items() if isinstance(v, int | float)}):
                 line["warnings"] = warnings
         return lines
 
@@ -424,7 +424,9 @@ class MiniRLTrainer:
     def _diverged(self, cause: str) -> TrainingDiverged:
         path = latest_checkpoint(self.out / "checkpoints")
         remedy = f"the last good checkpoint is {path}" if path else "no checkpoint was saved yet"
-        return TrainingDiverged(f"global step {self.step + 1}, gradient step {self.grad_step + 1}: {cause}; {remedy}")
+        message = f"global step {self.step + 1}, gradient step {self.grad_step + 1}: {cause}; {remedy}"
+        self._write([{"global_step": self.step + 1, "grad_step": self.grad_step + 1, "warnings": [message]}])
+        return TrainingDiverged(message)
 
     @property
     def _metrics_path(self) -> Path:

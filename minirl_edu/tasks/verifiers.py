@@ -16,7 +16,6 @@ import ast
 import faulthandler
 import json
 import os
-import pickle
 import runpy
 import signal
 import subprocess
@@ -97,8 +96,8 @@ class VerifierProcess:
         """The reply to `request`, or None if the process died over it."""
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
-            # Pickle there keeps tuples apart from lists; only JSON comes back from where answers were looked at.
-            self._process.stdin.write(pickle.dumps(request))
+            # A Python literal, not JSON: reasoning_gym's verifiers tell tuples from lists.
+            self._process.stdin.write(repr(request).encode() + b"\n")
             self._process.stdin.flush()
         line = self._process.stdout.readline()
         return json.loads(line) if line else None
@@ -187,7 +186,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         replies.flush()
 
     try:
-        factory, arguments, time_limit = pickle.load(requests)
+        factory, arguments, time_limit = ast.literal_eval(requests.readline().decode())
         file, _, name = factory.rpartition(":")
         verifier = (runpy.run_path(file) if file else globals())[name](*arguments)
         with suppress(ImportError, ValueError, OSError):  # Windows has no limit; macOS may refuse one
@@ -198,11 +197,8 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         reply(error=f"{type(error).__name__}: {error}")
         return
     reply(ready=True)
-    while True:
-        try:
-            arguments = pickle.load(requests)
-        except EOFError:
-            return
+    for request in requests:
+        arguments = ast.literal_eval(request.decode())
         # The watchdog is a C thread: it ends the process even inside one long operation on big integers, and also
         # when the caller is gone.
         faulthandler.dump_traceback_later(time_limit, exit=True)

@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("cold-start", _cold_start, "Fine-tune a fresh tiny model on a teacher's demonstrations of `chain`.")
     command.add_argument("--out", required=True, help="folder for the model")
-    command.add_argument("--style", default="steps", choices=("steps", "leaps", "copy"))
+    command.add_argument("--style", default="steps", choices=("steps", "operands", "copy"))
     command.add_argument("--operators", default="+", help="some of +-*")
     command.add_argument("--architecture", default="moe", choices=("moe", "dense"))
     command.add_argument("--error-rate", type=float, default=0.21, help="chance that the teacher errs at a step")

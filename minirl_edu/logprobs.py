@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minirl_edu.rollout.base import Rollout
+from minirl_edu.rollout.hf import evaluating
 from minirl_edu.routing import Routes
 
 
@@ -221,13 +222,10 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     tokens[1, :5] = tokens[0, :5]
     ones = torch.ones_like(tokens, dtype=torch.bool)
     probe = Rollout(tokens, ones, 5, ones[:, 5:], torch.zeros(2, 6, device=device), None, [tokens[0, :5].tolist()], 0)
-    training = model.training
-    model.eval()
     try:
-        plain, shared = (response_logprobs(model, lay_out(probe, share_prompts=s)).logp for s in (False, True))
+        with evaluating(model):
+            plain, shared = (response_logprobs(model, lay_out(probe, share_prompts=s)).logp for s in (False, True))
     except (TypeError, ValueError, RuntimeError):
         return False
-    finally:
-        model.train(training)
     # fp32 sums in another order differ by about 1e-6; bf16 by about 1e-2; a wrong mask by 1e-1 and more.
     return bool((plain - shared).abs().max() < (1e-4 if model.dtype == torch.float32 else 5e-2))

@@ -110,6 +110,7 @@ def _trend(run: _Run) -> str:
     if start == end:
         return f"was evaluated only once, at step {end}: {final:.2f} on held-out problems"
     best = max(score, key=lambda step: (score[step], -step))
+    worst = min(score, key=lambda step: (score[step], step))
 
     def differ(p: float, q: float) -> bool:
         return abs(p - q) > _noise(p, q, run.problems)
@@ -119,6 +120,8 @@ def _trend(run: _Run) -> str:
         where = "below where it began" if differ(score[start], final) and final < score[start] else ""
         text = f"rose from {a} to {b} on held-out problems by step {best}, then fell to {c} by step {end}"
         text += f", {where}" if where else ""
+    elif score[worst] < score[start] and differ(score[start], score[worst]) and differ(score[worst], final):
+        text = f"fell from {a} to {score[worst]:.2f} on held-out problems by step {worst}, then rose to {c} by step {end}"
     elif differ(score[start], final):
         verb = "went" if final > score[start] else "fell"
         text = f"{verb} from {a} to {c} on held-out problems in {end} gradient steps"

@@ -19,6 +19,7 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from traitlets import default
 
 FOLDER = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -44,22 +45,31 @@ def generate(source: Path) -> NotebookNode:
     return notebook
 
 
+class _Kernel(AsyncKernelManager):
+    """A kernel of the interpreter that runs this, whatever kernelspecs the user or the machine has installed."""
+
+    @default("kernel_spec_manager")
+    def _own_environment(self) -> KernelSpecManager:
+        return KernelSpecManager(parent=self, kernel_dirs=[str(Path(sys.prefix, "share", "jupyter", "kernels"))])
+
+    @default("transport_encryption")
+    def _encrypted_where_it_can(self) -> str:
+        return "auto"  # else newer kernels warn on every start
+
+
 def execute(notebook: NotebookNode, *, timeout: int = 600) -> None:
     """Run all cells in place. Raises CellExecutionError at the first that fails (`timeout`: seconds for one cell)."""
     metadata = dict(notebook.metadata)
-    # No installed kernelspec is looked at: what remains is ipykernel in the interpreter that runs this.
-    kernel = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-    with tempfile.TemporaryDirectory() as ipython:  # nobody's IPython profile has a say either
-        client = NotebookClient(
-            notebook,
-            km=kernel,
-            timeout=timeout,
-            record_timing=False,
-            store_widget_state=False,
-            coalesce_streams=True,
-            resources={"metadata": {"path": str(FOLDER)}},
-        )
-        client.execute(env={**_without(os.environ, "MPLBACKEND"), "IPYTHONDIR": ipython})
+    client = NotebookClient(
+        notebook,
+        kernel_manager_class=_Kernel,
+        timeout=timeout,
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(FOLDER)}},
+    )
+    with tempfile.TemporaryDirectory() as ipython:  # nobody's IPython profile has a say
+        client.execute(env={**os.environ, "IPYTHONDIR": ipython})
     notebook.metadata = NotebookNode(metadata)
     for cell in notebook.cells:
         cell.metadata = NotebookNode()
@@ -124,10 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _cells(notebook: NotebookNode) -> list[tuple[str, str, str]]:
     return [(cell.cell_type, cell.get("id", ""), cell.source) for cell in notebook.cells]
-
-
-def _without(environment: os._Environ[str], name: str) -> dict[str, str]:
-    return {key: value for key, value in environment.items() if key != name}
 
 
 if __name__ == "__main__":

@@ -103,6 +103,11 @@ def test_a_fall_from_the_peak_is_told(tmp_path):
     assert "then fell to 0.10 by step 20, below where it began" in words
 
 
+def test_a_fall_that_was_made_good_is_told(tmp_path):
+    words = headline(run_folder(tmp_path / "a", [0.46, 0.12, 0.99]), tmp_path)
+    assert "fell from 0.46 to 0.12 on held-out problems by step 10, then rose to 0.99 by step 20" in words
+
+
 def test_a_mere_fall_is_told(tmp_path):
     assert "fell from 0.90 to 0.30" in headline(run_folder(tmp_path / "a", [0.9, 0.6, 0.3]), tmp_path)
 

@@ -159,14 +159,14 @@ def test_chain_hard_fraction(fraction: float):
 def test_chain_styles_by_hand():
     task, rng = ChainTask(operators="+-*"), random.Random(0)
     for text, expected in {
-        "3+4+9": {"steps": ",7,6", "leaps": ",6", "copy": "+4=7+9=6"},
-        "3+4+9+1": {"steps": ",7,6,7", "leaps": ",6,7", "copy": "+4=7+9=6+1=7"},
-        "3-5*4": {"steps": ",8,2", "leaps": ",2", "copy": "-5=8*4=2"},
-        "1+1+1+1+1+1": {"steps": ",2,3,4,5,6", "leaps": ",3,5,6", "copy": "+1=2+1=3+1=4+1=5+1=6"},
+        "3+4+9": {"steps": ",7,6", "operands": "4=79=6", "copy": "+4=7+9=6"},
+        "3+4+9+1": {"steps": ",7,6,7", "operands": "4=79=61=7", "copy": "+4=7+9=6+1=7"},
+        "3-5*4": {"steps": ",8,2", "operands": "5=84=2", "copy": "-5=8*4=2"},
+        "1+1+1+1+1+1": {"steps": ",2,3,4,5,6", "operands": "1=21=31=41=51=6", "copy": "+1=2+1=3+1=4+1=5+1=6"},
     }.items():
         problem = Problem(text.ljust(15) + "=", "")
         assert {style: task.demonstration(problem, rng=rng, style=style) for style in STYLES} == expected
-    with pytest.raises(ValueError, match="'jumps' must be one of steps, leaps, copy"):
+    with pytest.raises(ValueError, match="'jumps' must be one of steps, operands, copy"):
         task.demonstration(problem, rng=rng, style="jumps")
 
 
@@ -246,7 +246,7 @@ def test_chain_reward(response: str, reward: float):
         ({"hard_fraction": 0.1, "max_operands": 8}, "hard_operands above max_operands=8"),
         ({"operators": "/"}, "operators='/'"),
         ({"operators": ""}, "operators=''"),
-        ({"style": "jumps"}, "steps, leaps, copy"),
+        ({"style": "jumps"}, "steps, operands, copy"),
     ],
 )
 def test_chain_refuses_bad_options(options: dict[str, Any], message: str):

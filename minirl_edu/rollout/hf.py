@@ -5,8 +5,8 @@ of the tokens it returns.
 """
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -34,6 +34,18 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     eos = model.config.eos_token_id if eos is None else eos
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` is in eval mode: in training mode there may be dropout, and gradient checkpointing silently drops
+    the KV cache."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -88,26 +100,27 @@ def sample(
     cache = DynamicCache(config=model.config)
     alive = torch.arange(rows, device=device)
     positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
-    logits = forward(prompt_tokens, prompt_mask if padded else None, positions).repeat_interleave(group_size, 0)
-    # `reorder_cache` takes any rows, in every kind of layer; `batch_select_indices` is missing in linear attention's.
-    if group_size > 1:
-        cache.reorder_cache(alive // group_size)
-    for step in range(limit):
-        logp = torch.log_softmax(logits.float() / sampling.temperature, -1)
-        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
-        column = width + step
-        tokens[alive, column] = drawn[:, 0]
-        mask[alive, column] = True
-        logp_rollout[alive, step] = logp.gather(1, drawn)[:, 0]
-        going = ~torch.isin(drawn[:, 0], ends)
-        if step + 1 == limit or not going.any():
-            break
-        if not going.all():
-            keep = going.nonzero()[:, 0]
-            alive, drawn = alive[keep], drawn[keep]
-            cache.reorder_cache(keep)
-        attention_mask = mask[alive, : column + 1] if padded else None
-        logits = forward(drawn, attention_mask, (next_position[alive] + step)[:, None])
+    with evaluating(model):
+        logits = forward(prompt_tokens, prompt_mask if padded else None, positions).repeat_interleave(group_size, 0)
+        # `reorder_cache` takes any rows, in linear-attention layers too, which lack `batch_select_indices`.
+        if group_size > 1:
+            cache.reorder_cache(alive // group_size)  # pyright: ignore[reportArgumentType]
+        for step in range(limit):
+            logp = torch.log_softmax(logits.float() / sampling.temperature, -1)
+            drawn = torch.multinomial(logp.exp(), 1, generator=generator)
+            column = width + step
+            tokens[alive, column] = drawn[:, 0]
+            mask[alive, column] = True
+            logp_rollout[alive, step] = logp.gather(1, drawn)[:, 0]
+            going = ~torch.isin(drawn[:, 0], ends)
+            if step + 1 == limit or not going.any():
+                break
+            if not going.all():
+                keep = going.nonzero()[:, 0]
+                alive, drawn = alive[keep], drawn[keep]
+                cache.reorder_cache(keep)  # pyright: ignore[reportArgumentType]
+            attention_mask = mask[alive, : column + 1] if padded else None
+            logits = forward(drawn, attention_mask, (next_position[alive] + step)[:, None])
 
     length = step + 1
     end = width + length

@@ -14,11 +14,11 @@ from minirl_edu.tasks.base import Problem, held_out
 VOCABULARY = (*"0123456789+-*=, ", "<pad>", "<eos>")
 """The 18 tokens, in the order of their ids."""
 
-STYLES = ("steps", "leaps", "copy")
+STYLES = ("steps", "operands", "copy")
 """How a teacher works out `3+4+9+1`.
 
-`steps`: every partial result, `,7,6,7`. `leaps`: every second one and the last, `,6,7`. `copy`: operator and operand
-restated before each, `+4=7+9=6+1=7`.
+`steps`: every partial result, `,7,6,7`. `operands`: the operand restated before each, `4=79=61=7`. `copy`: operator and
+operand, `+4=7+9=6+1=7`. So 2, 3 or 4 tokens a step.
 """
 
 HELD_OUT_FRACTION = 1 / 8
@@ -98,7 +98,7 @@ class ChainTask:
         self._operators = operators
         if max_new_tokens is None:
             steps = (hard_operands if hard_fraction > 0 else max_operands) - 1
-            max_new_tokens = {"steps": 2 * steps, "leaps": 2 * ((steps + 1) // 2), "copy": 4 * steps}[style] + 1
+            max_new_tokens = {"steps": 2, "operands": 3, "copy": 4}[style] * steps + 1
         self.max_new_tokens = max_new_tokens
 
     def sample(self, n: int, *, seed: int) -> list[Problem]:
@@ -146,8 +146,7 @@ class ChainTask:
         """A worked response without EOS, in one of `STYLES` (None: the task's own).
 
         Each step's digit is replaced by one of the nine wrong ones with probability `error_rate`, and later steps build
-        on the error. Steps that a style leaves unwritten can go wrong too: teachers of every style are equally often
-        right.
+        on the error: teachers of every style are equally often right.
         """
         style = self.style if style is None else style
         _check_style(style)
@@ -161,8 +160,8 @@ class ChainTask:
             steps.append((operator, operand, result))
         if style == "copy":
             return "".join(f"{operator}{operand}={result}" for operator, operand, result in steps)
-        if style == "leaps":
-            steps = steps[1:-1:2] + steps[-1:]
+        if style == "operands":
+            return "".join(f"{operand}={result}" for _, operand, result in steps)
         return "".join(f",{result}" for _, _, result in steps)
 
     def _expression(self, rng: random.Random, hard: bool) -> str:

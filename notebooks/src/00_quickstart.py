@@ -21,22 +21,26 @@
 #
 # | the picture | the policy | who computes it |
 # |---|---|---|
-# | the concert that was recorded | $\mu_{old}$, the **rollout policy** | the *inference* engine, built for speed: weights $\theta_{old}$ in few bits |
-# | the same page, played in the practice room | $\pi_{old}$ | the *training* engine, in full precision: the same weights $\theta_{old}$ |
-# | the page after practising | $\pi_\theta$, the **target policy** | the training engine: the weights $\theta$ that are being changed |
+# | the concert, recorded | $\mu_{old}$, the **rollout policy** | the *inference* engine, built for speed, in few bits |
+# | the same page in the practice room | $\pi_{old}$ | the *training* engine, in full precision |
+# | the page after practising | $\pi_\theta$, the **target policy** | the training engine, weights that change |
 #
-# What you will do: compute one update with pencil and paper; sample answers from a tiny Mixture-of-Experts model through
-# a 4-bit engine; look at one answer token by token under all three policies; turn the dial from 32 bits to 3; and train
-# for 20 steps. It takes under a minute on a laptop's CPU and downloads nothing. You need to know PyTorch and what a
-# language model is; no reinforcement learning.
+# The first two hold the same weights, $\theta_{old}$; the third holds $\theta$.
+#
+# What you will do: compute one update with pencil and paper; sample answers from a tiny Mixture-of-Experts model
+# through a 4-bit engine; look at one answer token by token under all three policies; turn a dial from 32 bits to 3; and
+# train for 20 steps. It takes under a minute on a laptop's CPU and downloads nothing. You need to know PyTorch and what
+# a language model is; no reinforcement learning.
 #
 # Equation numbers are those of the paper, [arXiv 2512.01374](https://arxiv.org/abs/2512.01374).
 
 # %%
 import copy
+import json
 import math
 import random
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -48,7 +52,7 @@ from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
 from minirl_edu.diagnostics import first_order_gap, kl_k3
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
-from minirl_edu.models import load_model, load_tokenizer
+from minirl_edu.models import load_model, load_tokenizer, model_path
 from minirl_edu.objectives import minirl_loss
 from minirl_edu.plots import four_curves, precision_dial, rollout_tokens, to_png
 from minirl_edu.precision import Precision, quantise
@@ -58,7 +62,8 @@ from minirl_edu.tasks import ChainTask
 from minirl_edu.trainer import MiniRLTrainer
 
 logging.disable_progress_bar()
-torch.set_num_threads(1)  # the model is tiny: one thread is as fast as many, and sums come out the same everywhere
+# The model is tiny: one thread is as fast as many, and sums come out in the same order everywhere.
+torch.set_num_threads(1)
 
 
 def show_table(header, rows):
@@ -67,7 +72,7 @@ def show_table(header, rows):
 
 
 # %% [markdown]
-# ## 1 · By hand: two responses, six numbers
+# ## 1 · By hand: two responses, five tokens
 #
 # Before any model is loaded, the whole update on numbers that fit on a napkin. One prompt got two responses, a *group*
 # of $G = 2$. A program found the first right (reward 1) and the second wrong (reward 0). How much better than its group
@@ -81,9 +86,8 @@ advantages
 # %% [markdown]
 # Now the probability of each sampled token: under the engine that sampled it ($\mu_{old}$), and under the training
 # engine with the same weights ($\pi_{old}$). The first response has three tokens; the second has two, so a mask takes
-# its third place out. Before the first update $\pi_\theta = \pi_{old}$.
-#
-# The two engines agree on four of the five tokens' first digit at best; that is the point of the example.
+# its third place out. The engines disagree about the second token of each. Before the first update,
+# $\pi_\theta = \pi_{old}$.
 
 # %%
 mu_old = torch.tensor([[0.50, 0.40, 0.90], [0.50, 0.80, 1.00]])
@@ -119,8 +123,8 @@ logp.grad
 # was drawn too rarely. Second row, the wrong answer: positive, less probable, and its second token counts less. The
 # masked place gets exactly zero.
 #
-# Two rules are still missing, and both are brakes. After some updates the target has moved away from $\pi_{old}$, and a
-# response sampled long ago says less and less about it:
+# Two rules are still missing, and both are brakes. After some updates the target has moved away from $\pi_{old}$, and
+# a response that was sampled before says less and less about it:
 #
 # * the **clip mask** $M_t$ drops a token whose ratio $r_t = \pi_\theta/\pi_{old}$ has already moved far enough in the
 #   direction it is being pushed: above $1 + 0.27$ for $\hat A > 0$, below $1 - 0.2$ for $\hat A < 0$;
@@ -153,20 +157,23 @@ show_table(
 # ## 2 · A tiny model, a verifiable task, eight answers
 #
 # The library ships a Qwen3-style Mixture-of-Experts model, small enough for this page. It is an ordinary `transformers`
-# model. It was *cold-started*, that is fine-tuned on worked solutions by a teacher who errs at every fourth step, so it
-# knows how to answer but is often wrong. That is where reinforcement learning begins.
+# model. It was *cold-started*: fine-tuned on worked solutions by a teacher who errs, so it knows how to answer but is
+# often wrong. That is where reinforcement learning begins.
 
 # %%
 model = load_model("chain-steps").eval()
 task = ChainTask(tokenizer=load_tokenizer("chain-steps"))
 problems = task.sample(8, seed=0)
 
-print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters, {model.config.num_hidden_layers} layers,")
-print(f"{model.config.num_experts} experts per layer, {model.config.num_experts_per_tok} of them serve each token")
-print()
+made = json.loads(Path(model_path("chain-steps"), "cold_start.json").read_text())
+size, shape = sum(p.numel() for p in model.parameters()), model.config
+print(f"model             {size / 1e6:.2f} million parameters, {shape.num_hidden_layers} layers,")
+print(f"                  {shape.num_experts} experts per layer, {shape.num_experts_per_tok} for each token")
+print(f"its teacher       errs at {made['error_rate']:.0%} of the steps")
 print("prompt           ", repr(problems[0].prompt))
 print("a right response ", repr(task.demonstration(problems[0], rng=random.Random(0))))
-print("a wrong one      ", repr(task.demonstration(problems[0], rng=random.Random(1), error_rate=0.5)))
+wrong = task.demonstration(problems[0], rng=random.Random(1), error_rate=0.5)
+print("a wrong one      ", repr(wrong))
 print("final digit      ", problems[0].answer)
 
 # %% [markdown]
@@ -178,29 +185,31 @@ print("final digit      ", problems[0].answer)
 # every weight matrix, and every vector that is multiplied by one, is rounded to 4-bit integers, one scale for each row:
 
 # %%
-row = model.model.layers[0].self_attn.q_proj.weight[0, :6].detach()
-print("six weights      ", np.round(row.tolist(), 3))
-print("in int4          ", np.round(quantise(model.model.layers[0].self_attn.q_proj.weight[0], "int4")[:6].tolist(), 3))
+row = model.model.layers[0].self_attn.q_proj.weight[0].detach()
+print("six weights of a row ", *(f"{w:+.3f}" for w in row[:6]))
+print("the same in int4     ", *(f"{w:+.3f}" for w in quantise(row, "int4")[:6]))
 
 # %%
 PRECISION, GROUP_SIZE = "int4", 8
 sampling = Sampling(max_new_tokens=task.max_new_tokens, temperature=1.0)
 
 engine = HFEngine(model, Precision.parse(PRECISION), record_routes=True)
-rollout = engine.generate([task.encode(p) for p in problems], group_size=GROUP_SIZE, sampling=sampling, seed=0)
+prompts = [task.encode(problem) for problem in problems]
+rollout = engine.generate(prompts, group_size=GROUP_SIZE, sampling=sampling, seed=0)
 
 texts = task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
 rewards = torch.tensor([task.reward(problems[i // GROUP_SIZE], text) for i, text in enumerate(texts)])
 advantages = group_mean_advantages(rewards, GROUP_SIZE)
 
-print(f"{len(problems)} problems × {GROUP_SIZE} responses; the first group, problem {problems[0].prompt.rstrip('= ')}:")
+print(f"{len(problems)} problems × {GROUP_SIZE} responses; the first group:", problems[0].prompt)
+log_mu = rollout.logp_rollout.sum(1)
 show_table(
     ["response", "reward R", "advantage Â", "log μ_old of the response, nats"],
     [
-        [f"`{texts[i]}`", f"{rewards[i]:.0f}", f"{advantages[i]:+.3f}", f"{rollout.logp_rollout[i].sum():.2f}"]
+        [f"`{texts[i]}`", f"{rewards[i]:.0f}", f"{advantages[i]:+.3f}", f"{log_mu[i]:.2f}"]
         for i in range(GROUP_SIZE)
     ],
-)
+)  # fmt: skip
 
 # %% [markdown]
 # Eight tries at one problem. Within the group the advantages add up to zero: what is learned is *which of my own
@@ -228,7 +237,7 @@ with torch.no_grad():
     logp = response_logprobs(policy, layout).logp
 
 # %% [markdown]
-# Of the 64 responses, here is the one on which the two engines differ most often about the experts (more about that
+# Of all these responses, here is the one on which the two engines differ most often about the experts (more about that
 # below). What separates $\pi_\theta$ from $\mu_{old}$ splits into two factors:
 #
 # $$\frac{\pi_\theta(y_t)}{\mu_{old}(y_t)} \;=\;
@@ -237,7 +246,7 @@ with torch.no_grad():
 
 # %%
 routes_old = layout.unpack(tape.routes)  # [responses, tokens, layers, experts per token]
-predicts = slice(rollout.prompt_length - 1, -1)  # the experts behind a token are those of the position before it
+predicts = slice(rollout.prompt_length - 1, -1)  # a token is predicted at the position before it
 chosen_rollout = rollout.routes.experts[:, predicts].sort(-1).values
 chosen_old = routes_old.experts[:, predicts].sort(-1).values
 flipped = (chosen_rollout != chosen_old).any(-1) & rollout.response_mask[..., None]
@@ -247,74 +256,76 @@ length = int(rollout.response_mask[which].sum())
 tokens = [*texts[which], "<eos>"][:length]
 log_mu, log_old, log_new = (x[which, :length] for x in (rollout.logp_rollout, logp_old, logp))
 
-print(f"problem {problems[which // GROUP_SIZE].prompt.rstrip('= ')}, response {texts[which]}, reward {rewards[which]:.0f}")
+print(problems[which // GROUP_SIZE].prompt, texts[which], f"(reward {rewards[which]:.0f})")
 rollout_tokens(tokens, log_mu, log_old, log_new)
 
 # %% [markdown]
 # **What to see.** Above: the commas and the end are nearly certain (log-probability near 0); the digits are where the
-# model hesitates. The three symbols of a token nearly coincide. Below is their difference, enlarged: orange is what
-# rounding did to the engine, green is what one gradient step did to the policy. Neither is zero, and a real run adds
-# them up over thousands of tokens.
+# model hesitates. The three symbols of a token lie close together. Below are their differences, enlarged: orange is
+# what rounding did to the engine, green is what one gradient step did to the policy. Neither is zero, and in a long
+# response they add up.
 #
 # The same in numbers, and (5) checked token by token:
 
 # %%
-discrepancy, staleness, ratio = (log_old - log_mu).exp(), (log_new - log_old).exp(), (log_new - log_mu).exp()
+discrepancy = (log_old - log_mu).exp()
+staleness = (log_new - log_old).exp()
+ratio = (log_new - log_mu).exp()
 torch.testing.assert_close(ratio, discrepancy * staleness)
+columns = [log_mu.exp(), log_old.exp(), log_new.exp(), discrepancy, staleness, ratio]
 
 show_table(
     ["token", "μ_old", "π_old", "π_θ", "π_old/μ_old", "π_θ/π_old", "their product = π_θ/μ_old"],
-    [
-        [f"`{token}`", *(f"{p:.4f}" for p in (*torch.stack([log_mu, log_old, log_new])[:, t].exp(), discrepancy[t],
-                                               staleness[t], ratio[t]))]
-        for t, token in enumerate(tokens)
-    ],
-)  # fmt: skip
+    [[f"`{token}`", *(f"{column[t]:.4f}" for column in columns)] for t, token in enumerate(tokens)],
+)
 
 # %% [markdown]
 # **Why the ratios must stay near 1.** What we want is the *sequence* objective: weight a whole response by
-# $\prod_t r_t$, with $r_t = \pi_\theta/\mu_{old}$ (equation 1). That product has a hopeless variance for long answers, so
-# (7) weights each token by its own $r_t$ instead. This is the first-order term of the same thing: with
-# $r_t = 1 + \delta_t$,
+# $\prod_t r_t$, with $r_t = \pi_\theta/\mu_{old}$ (equation 1). For long answers that product has a hopeless variance,
+# so (7) weights each token by its own $r_t$ instead. That is the same thing to first order: with $r_t = 1 + \delta_t$,
 #
 # $$\prod_t (1 + \delta_t) \;=\; 1 + \sum_t \delta_t + O(\delta^2).$$
 #
 # Everything in this library that keeps training stable keeps the dropped term small.
 
 # %%
-print(f"product of the ratios       {ratio.prod():.5f}")
-print(f"1 + sum of (ratio − 1)      {1 + (ratio - 1).sum():.5f}")
-print(f"dropped, for this response  {ratio.prod() - 1 - (ratio - 1).sum():+.5f}")
-print(f"dropped, mean of |·| over all {len(texts)} responses: {first_order_gap(logp, rollout.logp_rollout, rollout.response_mask):.5f}")
+exact, first_order = ratio.prod(), 1 + (ratio - 1).sum()
+gap = first_order_gap(logp, rollout.logp_rollout, rollout.response_mask)
+print(f"product of the ratios                    {exact:.5f}")
+print(f"1 + sum of (ratio − 1)                   {first_order:.5f}")
+print(f"dropped, in this response                {exact - first_order:+.5f}")
+print(f"dropped, mean size over {len(texts)} responses     {gap:.5f}")
 
 # %% [markdown]
 # ### Which experts?
 #
 # In a Mixture of Experts a router picks, for every token and layer, the few experts that compute it. The pick is
-# discrete. Rounding that changes a router's scores in the third decimal can change *which* experts run: a **flip**.
+# discrete, so a small error in the router's scores can change *which* experts run: a **flip**.
 
 # %%
-E, layers = replay.num_experts, replay.layers
-figure = Figure(figsize=(9.5, 5.2), layout="constrained")
-for i, ax in enumerate(figure.subplots(len(layers), 1, sharex=True)):
-    for picks, style in (
-        (chosen_rollout, dict(marker="o", s=150, facecolors="none", edgecolors="#D55E00", label="rollout engine, μ_old")),
-        (chosen_old, dict(marker="s", s=36, color="#0072B2", label="training engine, π_old")),
-    ):
-        at, expert = zip(*((t, e) for t in range(length) for e in picks[which, t, i].tolist()), strict=True)
-        ax.scatter(at, expert, linewidths=1.8, **style)
+circle = dict(marker="o", s=150, facecolors="none", edgecolors="#D55E00", linewidths=1.8)
+square = dict(marker="s", s=36, color="#0072B2")
+at = np.arange(length).repeat(replay.top_k)
+
+figure = Figure(figsize=(8.5, 5.0), layout="constrained")
+for i, ax in enumerate(figure.subplots(len(replay.layers), 1, sharex=True)):
     for t in flipped[which, :length, i].nonzero()[:, 0].tolist():
         ax.axvspan(t - 0.5, t + 0.5, color="#f3d9c9", zorder=0)
-    ax.set(ylim=(-0.7, E - 0.3), yticks=range(E), ylabel="expert", xticks=range(length), xticklabels=tokens)
-    ax.set_title(f"layer {layers[i]}", loc="left", fontsize=11)
-figure.axes[-1].set_xlabel("token that is predicted")
-figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
-Image(to_png(figure), width=950)
+    engines = (chosen_rollout, circle, "rollout engine"), (chosen_old, square, "training engine")
+    for chosen, style, label in engines:
+        ax.scatter(at, chosen[which, :length, i].flatten(), label=label, **style)
+    ax.set(xticks=range(length), xticklabels=tokens, yticks=range(replay.num_experts), ylabel="expert")
+    ax.set_ylim(-0.7, replay.num_experts - 0.3)
+    ax.set_title(f"layer {replay.layers[i]}", loc="left", fontsize=11)
+ax.set_xlabel("token that is predicted")
+figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
+Image(to_png(figure), width=850)
 
 # %%
-print(f"flips in this response: {int(flipped[which].sum())} of {length * len(layers)} (token, layer) pairs")
+pairs = length * len(replay.layers)
 share = flipped[rollout.response_mask].float().mean()
-print(f"flips in all {len(texts)} responses: {100 * share:.1f} % of the pairs")
+print(f"flips in this response: {int(flipped[which].sum())} of {pairs} (token, layer) pairs")
+print(f"flips in all {len(texts)} responses: {share:.1%} of the pairs")
 
 # %% [markdown]
 # **What to see.** A square inside a circle: both engines chose this expert. In the shaded columns they did not agree,
@@ -335,11 +346,12 @@ print(f"flips in all {len(texts)} responses: {100 * share:.1f} % of the pairs")
 
 # %%
 dial_prompts = [task.encode(p) for p in task.sample(64, seed=1)]
-ROUNDING_NOISE = 1e-12  # fp32 itself, adding up the same numbers in another order, leaves about 1e-14 nats: that is zero
+# Adding up the same fp32 numbers in another order moves the KL by about 1e-14 nats: less than this is zero.
+ORDER_OF_SUMMATION = 1e-12
 
 
 def turn_dial(model, precision, rounding="nearest", router=False):
-    """One row of the figure: how far an engine of this precision is from the training engine, without replay and with."""
+    """One row of the figure: how far this engine is from the training engine, also with R3."""
     engine = HFEngine(model, Precision.parse(precision, rounding, router), record_routes=True)
     rollout = engine.generate(dial_prompts, group_size=GROUP_SIZE, sampling=sampling, seed=0)
     layout, replay = lay_out(rollout, share_prompts=True), RoutingReplay(model)
@@ -348,17 +360,19 @@ def turn_dial(model, precision, rounding="nearest", router=False):
             own = response_logprobs(model, layout).logp
         with replay.replay(layout.pack(rollout.routes)):
             forced = response_logprobs(model, layout).logp
-    kl, kl_r3 = (float(kl_k3(rollout.logp_rollout, logp, rollout.response_mask)) for logp in (own, forced))
+    kl = kl_k3(rollout.logp_rollout, own, rollout.response_mask).item()
+    kl_r3 = kl_k3(rollout.logp_rollout, forced, rollout.response_mask).item()
+    flip_rate = layout.unpack(tape.routes).flip_rate(rollout.routes, rollout.inputs).mean().item()
     return {
         "precision": str(engine.precision),
-        "kl": kl if kl > ROUNDING_NOISE else 0.0,
-        "kl_r3": kl_r3 if kl_r3 > ROUNDING_NOISE else 0.0,
-        "flip_rate": float(layout.unpack(tape.routes).flip_rate(rollout.routes, rollout.inputs).mean()),
+        "kl": kl if kl > ORDER_OF_SUMMATION else 0.0,
+        "kl_r3": kl_r3 if kl_r3 > ORDER_OF_SUMMATION else 0.0,
+        "flip_rate": flip_rate,
     }
 
 
-FORMATS_ON_THE_DIAL = ["fp32", "bf16", "fp8_e4m3", "int8", "int6", "int5", "int4", "int3"]
-dial = [turn_dial(model, precision) for precision in FORMATS_ON_THE_DIAL]
+ENGINES = ["fp32", "bf16", "fp8_e4m3", "int8", "int6", "int5", "int4", "int3"]
+dial = [turn_dial(model, precision) for precision in ENGINES]
 assert dial[0]["kl"] == dial[0]["flip_rate"] == 0.0
 precision_dial(dial)
 
@@ -367,34 +381,36 @@ show_table(
     ["engine", "KL, nats per token", "with R3", "R3 removes", "flips per token and layer"],
     [
         [row["precision"], f"{row['kl']:.1e}", f"{row['kl_r3']:.1e}",
-         f"{1 - row['kl_r3'] / row['kl']:.0%}" if row["kl"] else "", f"{row['flip_rate']:.2%}"]
+         f"{round(100 - 100 * row['kl_r3'] / row['kl'])} %" if row["kl"] else "",
+         f"{row['flip_rate']:.2%}"]
         for row in dial
     ],
 )  # fmt: skip
 
 # %% [markdown]
-# **What to see.** In fp32 the two engines are one function: no KL, no flip. Every step down moves both away from zero,
-# the KL by orders of magnitude (its axis is logarithmic).
+# **What to see.** In fp32 the two engines are one function: no KL, no flip. The fewer the bits, the further both move
+# from zero, the KL by orders of magnitude (its axis is logarithmic). Eight bits can be spent in two ways, hence the two
+# neighbours fp8 and int8.
 #
-# R3 removes the part of the KL that flips cause, and nothing else; how much that is depends on the model and the
-# format. In *this* model it is mostly a small part, as the third column says: where two experts score nearly alike, it
-# hardly matters which of them runs, and what rounding does to every other product remains. Where single flips hit
-# tokens that the model is sure of, R3 takes away much more. In large Mixture-of-Experts models on real engines flips
-# are a main source of the discrepancy; that is where the paper's case for R3 comes from.
+# **R3** removes the part of the KL that flips cause, and nothing else. In this small model that is a fair share where
+# rounding is fine and next to nothing where it is coarse (fourth column): there, what rounding does to every single
+# product outweighs the flips, and no replay undoes that. The paper makes its case for R3 on models with far more
+# experts and layers. So do not carry these percentages over to another model; carry over the question, which of the two
+# it is.
 #
-# **Turn it yourself.** With a live kernel (and `ipywidgets`) the next cell shows a slider; each setting adds its own row
-# below those above. *Stochastic* rounding errs at random instead of always the same way; *router* rounds the routers'
+# **Turn it yourself.** With a live kernel (and `ipywidgets`) the next cell shows a slider; its engine is the last row
+# of the figure. *Stochastic* rounding errs at random instead of always the same way; *router* rounds the routers'
 # product too, which deployed engines usually leave alone.
 
 # %%
 try:
     from ipywidgets import Checkbox, SelectionSlider, ToggleButtons, interact
 except ImportError:
-    print("no ipywidgets here: call precision_dial([*dial, turn_dial(model, 'int4', 'stochastic', True)]) instead")
+    print("no ipywidgets here; try precision_dial([*dial, turn_dial(model, 'int4', 'stochastic')])")
 else:
 
     @interact(
-        precision=SelectionSlider(options=FORMATS_ON_THE_DIAL, value="int4", continuous_update=False),
+        precision=SelectionSlider(options=ENGINES, value="int4", continuous_update=False),
         rounding=ToggleButtons(options=["nearest", "stochastic"], value="stochastic"),
         router=Checkbox(value=True, description="router"),
     )
@@ -423,52 +439,54 @@ config = load_config(
 )
 
 
-def columns(records):
-    """Lists of numbers by name, as the figures want them, from one dict per gradient step."""
-    keys = dict.fromkeys(key for record in records for key in record)
-    return {key: np.array([record.get(key, math.nan) for record in records], dtype=float) for key in keys}
+def curves(records):
+    """The four figures of the paper, from one dict of metrics per gradient step."""
+    numbers = [{k: v for k, v in record.items() if isinstance(v, int | float)} for record in records]
+    names = set().union(*numbers)
+    run = {name: np.array([record.get(name, math.nan) for record in numbers]) for name in names}
+    return four_curves({"MiniRL": run})
 
 
 with tempfile.TemporaryDirectory() as folder:
     trainer = MiniRLTrainer(config, folder, model=copy.deepcopy(model), task=task, progress=False)
     records = [{"global_step": 0, "grad_step": 0, **trainer.evaluate()}]
-    live = None
+    live = display(curves(records), display_id="training")
     while trainer.step < config.train.global_steps:
         records += trainer.global_step()
-        if trainer.step % 4 == 0:
-            figure = four_curves({"MiniRL": columns(records)})
-            live = live.update(figure) or live if live else display(figure, display_id="training")
+        if trainer.step % 2 == 0:
+            live.update(curves(records))
 
 # %%
 before, after = records[0], records[-1]
 n = config.eval.problems
 error = math.sqrt(before["score"] * (1 - before["score"]) / n)
-print(f"score on {n} held-out problems: {before['score']:.2f} → {after['score']:.2f} (standard error of one score: {error:.2f})")
-print(f"the same through the {PRECISION} engine: {before['score_rollout']:.2f} → {after['score_rollout']:.2f}")
-print(f"token entropy: {records[1]['entropy']:.2f} → {after['entropy']:.2f} nats")
+print(f"score on {n} held-out problems  {before['score']:.2f} → {after['score']:.2f}")
+print(f"through the {PRECISION} engine       {before['score_rollout']:.2f} → {after['score_rollout']:.2f}")
+print(f"standard error of a score      {error:.2f}")
+print(f"token entropy, nats            {records[1]['entropy']:.2f} → {after['entropy']:.2f}")
 
 # %% [markdown]
-# **What to see.** Score and reward rise together: nothing was memorised, the held-out problems improve as well. The
-# entropy falls, for the model becomes surer. The KL stays small and shows no trend; it may dip below zero, because the
-# paper's estimator (the plain mean of $\log\mu_{old} - \log\pi_{old}$) is noisy where the true value is near zero.
+# **What to see.** The reward rises, and so does the score, on problems that training never draws. The entropy falls:
+# the model becomes surer. The KL stays small; it may dip below zero, because the paper's estimator (the plain mean of
+# $\log\mu_{old} - \log\pi_{old}$) is noisy where the true value is near zero.
 #
-# **What 20 steps do not show.** This is one run with one seed, on-policy, with a mild discrepancy, on a task that
-# saturates. It shows that the loop learns. It says nothing about stability: the collapses in the paper set in after
-# hundreds of steps, and leaving out the importance weights would look just as good here. A claim needs several seeds
-# and a longer run.
+# **What 20 steps do not show.** This is one run with one seed, on-policy, with a mild discrepancy, on an easy task. It
+# shows that the loop learns. It says nothing about stability: the collapses in the paper take a hundred steps and more,
+# and so few steps cannot tell a sound objective from an unsound one. A claim needs longer runs and several seeds.
 
 # %% [markdown]
 # ## 6 · Where next
 #
 # Planned lessons, each with its derivation and its notebook: the first-order approximation and when it breaks;
-# importance weights, clipping and the cap; routing replay, R2 and R3; off-policy training with several mini-batches; how
-# a run collapses and what warns of it; length normalisation, GRPO and CISPO; the same loop on real engines and several
-# GPUs.
+# importance weights, clipping and the cap; routing replay, R2 and R3; off-policy training with several mini-batches;
+# how a run collapses and what warns of it; length normalisation, GRPO and CISPO; the same loop on real engines and on
+# several GPUs.
 #
 # **Try this**
 #
 # 1. Set `PRECISION = "int3"` in section 2 and run everything again. Which panel of section 5 changes first?
 # 2. In section 3 leave the importance weight out: pass `is_correction=False` to `minirl_loss`. By how much does the
 #    gradient of the parameters change, compared with its norm?
-# 3. After section 5, turn the dial on the trained weights: `precision_dial([turn_dial(trainer.model, p) for p in
-#    FORMATS_ON_THE_DIAL])`. Training never asked the model to stay easy to round. Did it?
+# 3. After section 5, turn the dial on the trained weights:
+#    `precision_dial([turn_dial(trainer.model, precision) for precision in ENGINES])`.
+#    Nothing in training asked the model to stay easy to round. Did it?

@@ -1,0 +1,111 @@
+"""The tiny models are what they claim to be, and every way to name a model loads it or says what is wrong."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from minirl_edu.models import COLD_STARTS, cold_starts, load_model, load_tokenizer, model_path, tiny_dense, tiny_moe
+from minirl_edu.tasks.chain import chain_tokenizer
+from tests.oracle import lively
+
+TOKENS = torch.arange(24).view(2, 12) % 18
+both = pytest.mark.parametrize("make", [tiny_moe, tiny_dense])
+Make = Callable[..., PreTrainedModel]
+
+
+def size(model: PreTrainedModel, part: str = "") -> int:
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if part in name)
+
+
+@both
+def test_weights_depend_on_the_seed_alone_and_the_global_generator_is_left_alone(make: Make):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    first = make(18, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(8)
+    for name, tensor in make(18, seed=1).state_dict().items():
+        assert torch.equal(tensor, first.state_dict()[name]), name
+    other = make(18, seed=2).state_dict()
+    differ = [name for name, tensor in first.state_dict().items() if not torch.equal(tensor, other[name])]
+    assert differ == [name for name in first.state_dict() if "norm" not in name]  # norms start at 1
+
+
+def test_sizes_are_those_of_the_docstrings_and_the_twins_are_equally_large_per_token():
+    moe, dense = tiny_moe(18, seed=0), tiny_dense(18, seed=0)
+    routers, experts = size(moe, "mlp.gate.weight"), size(moe, "experts")
+    active = size(moe) - experts * 6 // 8  # 2 of 8 experts serve a token
+    assert round(size(moe) / 1e6, 1) == 0.9 and round(active / 1e6, 1) == 0.3
+    assert routers == 2 * 8 * 128
+    assert active - routers == size(dense)
+
+
+@both
+def test_tiny_models_suit_real_engines(make: Make):
+    model = make(18, seed=0, eos_token_id=17, pad_token_id=16)
+    assert model.config.head_dim >= 32 and model.config.hidden_size % 32 == 0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (17, 16)
+    assert getattr(model.config, "router_aux_loss_coef", 0) == 0
+
+
+def test_the_options_reach_the_model():
+    model = tiny_moe(20, seed=0, layers=3, hidden=64, heads=2, kv_heads=1, experts=4, top_k=1, expert_hidden=32)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes["model.embed_tokens.weight"] == (20, 64)
+    assert shapes["model.layers.2.mlp.gate.weight"] == (4, 64)
+    assert shapes["model.layers.2.mlp.experts.down_proj"] == (4, 64, 32)
+    assert shapes["model.layers.2.self_attn.q_proj.weight"] == (2 * 32, 64)
+    assert shapes["model.layers.2.self_attn.k_proj.weight"] == (32, 64)
+    assert model.model.layers[2].mlp.gate.top_k == 1
+    dense = tiny_dense(20, seed=0, ffn_hidden=96)
+    assert dense.model.layers[0].mlp.up_proj.weight.shape == (96, 128)
+
+
+@both
+def test_a_hidden_size_that_engines_refuse_is_refused(make: Make):
+    with pytest.raises(ValueError, match="hidden: 100 is not a multiple of 32"):
+        make(18, seed=0, hidden=100)
+
+
+def test_more_experts_per_token_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="top_k: 5 experts per token cannot exceed experts = 4"):
+        tiny_moe(18, seed=0, experts=4, top_k=5)
+
+
+@pytest.mark.parametrize("architecture", ["moe", "dense"])
+def test_a_saved_model_comes_back_from_its_folder(architecture: str, tmp_path: Path):
+    model = lively(architecture)
+    model.save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert not loaded.training and loaded.dtype == torch.float32
+    half = load_model(str(tmp_path), dtype="bfloat16", attn_implementation="eager")
+    assert half.dtype == torch.bfloat16 and half.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+@pytest.mark.parametrize("name", ["chain-stpes", "no/such-model", "./missing"])
+def test_an_unknown_name_lists_the_shipped_cold_starts(load: Callable[[str], object], name: str):
+    with pytest.raises(ValueError, match=re.escape(name)) as caught:
+        load(name)
+    assert cold_starts() and all(shipped in str(caught.value) for shipped in cold_starts())
+
+
+def test_a_cold_start_is_found_by_name_and_any_other_name_is_left_as_it_is():
+    assert all(model_path(name) == str(COLD_STARTS / name) for name in cold_starts())
+    assert model_path("some/where") == "some/where"
+
+
+def test_the_tokenizer_of_a_folder_pads_on_the_left(tmp_path: Path):
+    chain_tokenizer().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.get_vocab() == chain_tokenizer().get_vocab()
+    text = "3+4 =,7"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")

@@ -1,1 +1,1 @@
-"""What one training step costs beside TRL and beside its own arithmetic: `python -m benchmarks`, or `make benchmark`."""
+"""What a training step costs, beside TRL and beside its own arithmetic: `python -m benchmarks`, `make benchmark`."""

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SIZE, _REPEATS = 1024, 3
+_SIZE, _REPEATS = 1024, 5
 
 
 def forward_flops(config: Any, *, tokens: int, pairs: int, logits: int) -> int:
     """FLOP of a Qwen3-MoE forward, two per multiply-add, from its config.
 
-    `tokens` are fed, each query attends to some keys (`pairs` in all, per head and layer), `logits` positions go through
-    the output head. Matrix products only: norms, rotations, softmaxes and activations count as nothing.
+    `tokens` are fed; every head and layer attends to `pairs` of a query and a key in all; the output head reads
+    `logits` positions. Matrix products only: norms, rotations, softmaxes and activations count as nothing.
     """
     hidden = config.hidden_size
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -59,7 +59,7 @@ def matmul_rate(seed: int) -> Callable[[], float]:
     def measure() -> float:
         started = time.perf_counter()
         for _ in range(_REPEATS):
-            a @ b
+            torch.mm(a, b)
         return _REPEATS * 2 * _SIZE**3 / (time.perf_counter() - started)
 
     return measure

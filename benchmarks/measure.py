@@ -21,58 +21,56 @@ from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.objectives import minirl_loss
 from minirl_edu.rollout import Rollout
+from minirl_edu.routing import Routes
 from minirl_edu.seeding import derive_seed
 from minirl_edu.trainer import MiniRLTrainer
 
 COLD_START, PRECISION, PROMPTS, GROUP_SIZE = "chain-steps", "fp8_e4m3", 32, 8
 WARMUP = 2
-Result = dict[str, dict[str, Any]]
+Result = dict[str, dict[str, list[float]]]
 
 
 def step(rounds: int, *, seed: int = 0) -> Result:
-    """A global step of `minirl_edu` against one of TRL's GRPOTrainer, and against its arithmetic.
+    """A global step of minirl_edu against one of TRL's GRPOTrainer, and against its own arithmetic.
 
-    Same weights, prompts, batch, temperature and limit of length; TRL without reference model, in fp32, one optimiser
-    step per generation. TRL's step runs from one `on_step_end` to the next (data, generation and update), less our step
-    and the matrix products, which run inside that callback.
+    Same weights, prompts, batch, temperature and limit of length; TRL in fp32, without reference model, one optimiser
+    step per generation. TRL does less: no rounding to fp8, no routes. Its step runs from one `on_step_end` to the next
+    (data, generation, update), without our step and the matrix products, which take their turn inside that callback.
     """
+    result: Result = {name: defaultdict(list) for name in ("seconds", "ratios", "shares", "facts")}
+
+    def keep(kind: str, **values: float) -> None:
+        for name, value in values.items():
+            result[kind][name].append(value)
+
     with TemporaryDirectory() as folder:
         ours = _trainer(Path(folder) / "minirl", seed)
         clock, rate = _Clock(ours), matmul_rate(seed)
-        config = ours.model.config
-        seconds: dict[str, list[float]] = defaultdict(list)
-        shares: dict[str, list[float]] = defaultdict(list)
-        facts: dict[str, Any] = defaultdict(list)
-        ratios: dict[str, list[float]] = defaultdict(list)
 
         def our_turn(trl_seconds: float, trl_lengths: list[int]) -> None:
-            spent = clock.time(ours.global_step)
-            flops_per_second, total = rate(), spent.pop("total")
-            lengths = clock.rollout.response_mask.sum(1)
+            seconds, spent = clock.time(ours.global_step)
+            flops_per_second = rate()
+            keep("seconds", minirl_edu=seconds, TRL=trl_seconds)
+            keep("ratios", **{"TRL / minirl_edu": trl_seconds / seconds})
+            rollout = clock.rollout
+            lengths = rollout.response_mask.sum(1)
             flops = step_flops(
-                config, prompt_length=clock.rollout.prompt_length, lengths=lengths, group_size=GROUP_SIZE
+                ours.model.config, prompt_length=rollout.prompt_length, lengths=lengths, group_size=GROUP_SIZE
             )
-            seconds["minirl_edu"].append(total)
-            seconds["TRL"].append(trl_seconds)
-            ratios["TRL / minirl_edu"].append(trl_seconds / total)
             for count, number in flops.items():
                 bound = number / flops_per_second
-                seconds[f"arithmetic, {count}"].append(bound)
-                ratios[f"minirl_edu / arithmetic, {count}"].append(total / bound)
-                facts[f"GFLOP, {count}"].append(number / 1e9)
-            facts["GFLOP per second, large matmul"].append(flops_per_second / 1e9)
-            facts["responses, minirl_edu"].append(len(lengths))
-            facts["responses, TRL"].append(len(trl_lengths))
-            facts["response length, minirl_edu"].append(lengths.float().mean().item())
-            facts["response length, TRL"].append(sum(trl_lengths) / len(trl_lengths))
-            for part, time_spent in spent.items():
-                shares[part].append(time_spent / total)
-            shares["rewards, bookkeeping"].append(1 - sum(spent.values()) / total)
+                keep("seconds", **{f"arithmetic, {count}": bound})
+                keep("ratios", **{f"minirl_edu / arithmetic, {count}": seconds / bound})
+                keep("shares", **{f"arithmetic, {count}": bound / seconds})
+                keep("facts", **{f"GFLOP, {count}": number / 1e9})
+            parts = {part: time_spent / seconds for part, time_spent in spent.items()}
+            keep("shares", **parts, **{"rewards, bookkeeping": 1 - sum(parts.values())})
+            keep("facts", **{"GFLOP per second, large matmul": flops_per_second / 1e9})
+            for name, of in (("minirl_edu", lengths.tolist()), ("TRL", trl_lengths)):
+                keep("facts", **{f"responses, {name}": len(of), f"mean response length, {name}": sum(of) / len(of)})
 
-        _trl(ours, rounds, Path(folder) / "trl", seed, our_turn)
-    cut = [seconds, ratios, shares, facts]
-    seconds, ratios, shares, facts = ({k: v[WARMUP:] for k, v in part.items()} for part in cut)
-    return {"seconds": seconds, "ratios": ratios, "shares": shares, "facts": facts}
+        _run_trl(ours, rounds, Path(folder) / "trl", seed, our_turn)
+    return {kind: {name: values[WARMUP:] for name, values in part.items()} for kind, part in result.items()}
 
 
 def replay(rounds: int, *, seed: int = 0) -> Result:
@@ -80,28 +78,39 @@ def replay(rounds: int, *, seed: int = 0) -> Result:
     with TemporaryDirectory() as folder:
         trainer = _trainer(Path(folder), seed)
     assert trainer.replay is not None
-    replay, (rollout, advantages) = trainer.replay, _rollout(trainer, seed)
-    (batch,) = trainer._cut(rollout, advantages)  # the trainer's own layout; the rollout fits one micro-batch
+    recorder, (rollout, advantages) = trainer.replay, _rollout(trainer, seed)
     assert rollout.routes is not None
-    routes = batch.layout.pack(rollout.routes)
+    batches = trainer._cut(rollout, advantages)  # the trainer's own layout
+    routes = [batch.layout.pack(batch.rollout.routes) for batch in batches if batch.rollout.routes is not None]
 
-    def update(context: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+    def update(context: Callable[[Routes], AbstractContextManager[Any]]) -> Callable[[], None]:
         def forward_and_backward() -> None:
-            with context():
-                logp = response_logprobs(trainer.model, batch.layout).logp
-                minirl_loss(
-                    logp, logp.detach(), rollout.logp_rollout, advantages, rollout.response_mask
-                ).loss.backward()
+            for batch, its_routes in zip(batches, routes, strict=True):
+                with context(its_routes):
+                    logp = response_logprobs(trainer.model, batch.layout).logp
+                    part = batch.rollout
+                    minirl_loss(
+                        logp,
+                        logp.detach(),
+                        part.logp_rollout,
+                        batch.advantages,
+                        part.response_mask,
+                        num_responses=len(advantages),
+                    ).loss.backward()
             trainer.optimizer.zero_grad()
 
         return forward_and_backward
 
-    cases = {"native": nullcontext, "recording": replay.record, "replaying": lambda: replay.replay(routes)}
-    seconds = _take_turns({name: update(context) for name, context in cases.items()}, rounds, "replay")
+    cases = {
+        "native": update(lambda _: nullcontext()),
+        "recording": update(lambda _: recorder.record()),
+        "replaying": update(recorder.replay),
+    }
+    seconds = _take_turns(cases, rounds, "replay")
     return {
         "seconds": seconds,
         "ratios": {f"{name} / native": _ratios(seconds, name, "native") for name in ("recording", "replaying")},
-        "facts": {"bytes of routes per token, L·k": routes.experts[0, 0].nbytes},
+        "facts": {"bytes of routes per token, L·k": [rollout.routes.experts[0, 0].nbytes]},
     }
 
 
@@ -121,15 +130,15 @@ def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
         return gradient_step
 
     cases = {
-        "step, π_old from the update": own.global_step,
-        "step, π_old by a forward": forward.global_step,
-        "update, prompts shared": update(True),
+        "step, own π_old": own.global_step,
+        "step, forward for π_old": forward.global_step,
+        "update, shared prompts": update(True),
         "update, plain batch": update(False),
     }
     seconds = _take_turns(cases, rounds, "own_pi_old")
-    names = list(cases)
-    pairs = ((names[1], names[0]), (names[3], names[2]))
-    return {"seconds": seconds, "ratios": {f"{a} / {b.split(', ')[1]}": _ratios(seconds, a, b) for a, b in pairs}}
+    a, b, c, d = cases
+    ratios = {"forward for π_old / own": _ratios(seconds, b, a), "plain batch / shared prompts": _ratios(seconds, d, c)}
+    return {"seconds": seconds, "ratios": ratios}
 
 
 BENCHMARKS: dict[str, Callable[..., Result]] = {"step": step, "replay": replay, "own_pi_old": own_pi_old}
@@ -179,91 +188,97 @@ def _ratios(seconds: dict[str, list[float]], a: str, b: str) -> list[float]:
 
 
 class _Clock:
-    """Times the parts of a global step from outside, and keeps the rollout that went through it."""
+    """Times the parts of a trainer's global step from outside, and keeps the rollout that went through it."""
 
-    PARTS = {"generate": "sample", "_cut": "update", "_update": "update", "sync": "sync"}
     rollout: Rollout
 
     def __init__(self, trainer: MiniRLTrainer) -> None:
-        self._spent: dict[str, float] = {}
-        for name, part in self.PARTS.items():
-            owner = trainer if hasattr(trainer, name) else trainer.engine
-            setattr(owner, name, self._timed(getattr(owner, name), part))
+        self._spent: dict[str, float] = defaultdict(float)
+        self._watch(trainer.engine, "generate", "sample")
+        self._watch(trainer, "_cut", "update")
+        self._watch(trainer, "_update", "update")
+        self._watch(trainer.engine, "sync", "sync")
 
-    def time(self, step: Callable[[], Any]) -> dict[str, float]:
-        """Seconds of the parts of one `step`, and of its `total`."""
-        self._spent = dict.fromkeys(self.PARTS.values(), 0.0)
+    def time(self, step: Callable[[], Any]) -> tuple[float, dict[str, float]]:
+        """Seconds of one `step`, and of its parts."""
+        self._spent.clear()
         started = time.perf_counter()
         step()
-        return self._spent | {"total": time.perf_counter() - started}
+        return time.perf_counter() - started, dict(self._spent)
 
-    def _timed(self, method: Callable[..., Any], part: str) -> Callable[..., Any]:
+    def _watch(self, owner: Any, name: str, part: str) -> None:
+        method = getattr(owner, name)
+
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             result = method(*args, **kwargs)
-            self._spent[part] = self._spent.get(part, 0.0) + time.perf_counter() - started
+            self._spent[part] += time.perf_counter() - started
             if isinstance(result, Rollout):
                 self.rollout = result
             return result
 
-        return timed
+        setattr(owner, name, timed)
 
 
-def _trl(
+def _run_trl(
     ours: MiniRLTrainer, rounds: int, out: Path, seed: int, our_turn: Callable[[float, list[int]], None]
 ) -> None:
-    """Run TRL's GRPOTrainer on the same prompts; after each of its steps, `our_turn(seconds, response lengths)`."""
+    """Run TRL's GRPOTrainer on our trainer's problems; after each step, `our_turn(seconds, lengths of responses)`."""
     try:
         from datasets import Dataset
         from transformers import PrinterCallback, TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
+        from trl.trainer.grpo_config import GRPOConfig
+        from trl.trainer.grpo_trainer import GRPOTrainer
     except ImportError as error:
-        raise SystemExit(f"benchmark 'step' compares with TRL ({error}): pip install -e '.[dev]'") from error
+        raise SystemExit(f"benchmark 'step' compares with TRL: {error}; pip install -e '.[tasks,dev]'") from error
 
-    problems = [problem for round_ in range(WARMUP + rounds) for problem in _problems(ours, round_)]
+    rounds += WARMUP
+    problems = [problem for round_ in range(rounds) for problem in _problems(ours, round_)]
+    dataset = Dataset.from_dict({"prompt": [p.prompt for p in problems], "problem": list(range(len(problems)))})
     lengths: list[int] = []
 
-    def reward(completions: list[str], completion_ids: list[list[int]], problem: list[int], **_: Any) -> list[float]:
+    def reward(
+        completions: list[str], completion_ids: list[list[int]], problem: list[int], **_: Any
+    ) -> list[float | None]:
         lengths[:] = map(len, completion_ids)
         return [ours.task.reward(problems[i], text) for i, text in zip(problem, completions, strict=True)]
 
-    class TakeTurns(TrainerCallback):
-        since = time.perf_counter()
-        bar = tqdm(total=WARMUP + rounds, desc="step", unit="round", leave=False)
+    with tqdm(total=rounds, desc="step", unit="round", leave=False) as bar:
 
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            our_turn(time.perf_counter() - self.since, list(lengths))
-            self.bar.update()
-            self.since = time.perf_counter()
+        class TakeTurns(TrainerCallback):
+            since = time.perf_counter()
 
-    arguments = GRPOConfig(
-        output_dir=str(out),
-        per_device_train_batch_size=PROMPTS * GROUP_SIZE,
-        num_generations=GROUP_SIZE,
-        max_completion_length=ours.sampling.max_new_tokens,
-        temperature=ours.sampling.temperature,
-        beta=0.0,
-        learning_rate=0.0,
-        lr_scheduler_type="constant",
-        max_steps=WARMUP + rounds,
-        shuffle_dataset=False,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-    )
-    trl = GRPOTrainer(
-        model=load_model(COLD_START),
-        processing_class=load_tokenizer(COLD_START),
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=Dataset.from_dict({"prompt": [p.prompt for p in problems], "problem": list(range(len(problems)))}),
-        callbacks=[turns := TakeTurns()],
-    )
-    trl.remove_callback(PrinterCallback)
-    trl.train()
-    turns.bar.close()
+            def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+                our_turn(time.perf_counter() - self.since, list(lengths))
+                bar.update()
+                self.since = time.perf_counter()
+
+        trl = GRPOTrainer(
+            model=load_model(COLD_START),
+            processing_class=load_tokenizer(COLD_START),
+            reward_funcs=reward,
+            train_dataset=dataset,
+            callbacks=[TakeTurns()],
+            args=GRPOConfig(
+                output_dir=str(out),
+                per_device_train_batch_size=PROMPTS * GROUP_SIZE,
+                num_generations=GROUP_SIZE,
+                max_completion_length=ours.sampling.max_new_tokens,
+                temperature=ours.sampling.temperature,
+                beta=0.0,
+                learning_rate=0.0,
+                max_steps=rounds,
+                shuffle_dataset=False,
+                # TRL's defaults are bf16 and gradient checkpointing; both would slow it down here.
+                bf16=False,
+                gradient_checkpointing=False,
+                use_cpu=True,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                seed=seed,
+            ),
+        )
+        trl.remove_callback(PrinterCallback)
+        trl.train()

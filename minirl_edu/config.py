@@ -144,7 +144,7 @@ class TrainConfig(_Section):
     """AdamW's, decoupled: a weight loses lr × weight_decay of itself per gradient step."""
     max_grad_norm: _PositiveOrInf = 1.0
     """The gradient's norm is scaled down to this; `.inf` for never."""
-    tokens_per_micro_batch: _Count = 16384
+    tokens_per_micro_batch: _Count = 1536
     """Padded tokens in one forward and backward: bounds memory, does not change the gradient."""
     reference_old_logp: bool = False
     """True: compute π_old in a forward of its own even on-policy, where π_θ detached is the same thing for less."""

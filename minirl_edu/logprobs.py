@@ -152,23 +152,28 @@ def _shared(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
     )
 
 
-def micro_batches(rollout: Rollout, tokens: int, *, share_prompts: bool) -> list[tuple[slice, Layout]]:
-    """Cut a rollout into runs of rows whose layouts take at most `tokens` slots each, padding included.
+def micro_batches(
+    rollout: Rollout, tokens: int, *, share_prompts: bool
+) -> list[tuple[Int[Tensor, "b"], Rollout, Layout]]:
+    """Cut a rollout into parts whose layouts take at most `tokens` slots each, padding included: (rows, part, layout).
 
-    Groups stay whole under `share_prompts`; one that takes more than `tokens` by itself is laid out row by row instead.
-    A single row may exceed the budget: there is nothing left to cut.
+    Parts hold rows of like length, so that little of them is padding. Groups stay whole under `share_prompts`; one that
+    takes more than `tokens` by itself is laid out row by row instead. A single row may exceed the budget: there is
+    nothing left to cut.
     """
-    fed = (rollout.response_mask.sum(1) - 1).tolist()  # the last token of a response is never an input
-    prompt, size = rollout.prompt_length, rollout.group_size if share_prompts else 1
-    groups = [prompt + sum(fed[row : row + size]) for row in range(0, len(fed), size)]
-    cuts: list[tuple[int, int, bool]] = []
-    for start, stop in _within(groups, tokens):
-        if groups[start] <= tokens or size == 1:
-            cuts.append((start * size, stop * size, share_prompts))
+    fed = rollout.response_mask.sum(1) - 1  # the last token of a response is never an input
+    size = rollout.group_size if share_prompts else 1
+    widths, order = (rollout.prompt_length + fed.view(-1, size).sum(1)).sort(stable=True)
+    cuts: list[tuple[Tensor, bool]] = []
+    for start, stop in _within(widths.tolist(), tokens):
+        rows = (order[start:stop, None] * size + torch.arange(size, device=order.device)).flatten()
+        if widths[start] <= tokens or size == 1:
+            cuts.append((rows, share_prompts))
         else:
-            rows = range(start * size, stop * size)
-            cuts += [(rows[a], rows[b - 1] + 1, False) for a, b in _within([prompt + fed[r] for r in rows], tokens)]
-    return [(slice(a, b), lay_out(rollout.rows(a, b), share_prompts=share)) for a, b, share in cuts]
+            single = (rollout.prompt_length + fed[rows]).tolist()
+            cuts += [(rows[a:b], False) for a, b in _within(single, tokens)]
+    parts = ((rows, rollout.take(rows), share) for rows, share in cuts)
+    return [(rows, part, lay_out(part, share_prompts=share)) for rows, part, share in parts]
 
 
 def _within(widths: list[int], budget: int) -> list[tuple[int, int]]:

@@ -239,7 +239,7 @@ class MiniRLTrainer:
 
     def _cut(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
         cuts = micro_batches(rollout, self.config.train.tokens_per_micro_batch, share_prompts=self.share_prompts)
-        parts = [MicroBatch(rollout.rows(rows.start, rows.stop), layout, advantages[rows]) for rows, layout in cuts]
+        parts = [MicroBatch(part, layout, advantages[rows]) for rows, part, layout in cuts]
         if self.config.algorithm.replay == "R3":
             for part in parts:
                 if part.rollout.routes is None:

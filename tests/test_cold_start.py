@@ -48,6 +48,13 @@ def test_the_loss_is_the_mean_of_minus_log_pi_over_the_demonstrations_tokens_alo
     assert train(task, model, 1, error_rate=0.5, seed=4) == pytest.approx([expected.item()], abs=CLOSE)
 
 
+def test_every_step_sees_fresh_problems_and_without_a_learning_rate_nothing_is_learned():
+    task, model = small_task(), lively("dense")
+    before = [parameter.clone() for parameter in model.parameters()]
+    assert len(set(train(task, model, 4, lr=0.0))) == 4
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
 def test_sixty_steps_learn_more_than_the_answers_alphabet():
     """At random a token costs ln 18 = 2.9 nats; knowing commas from digits, about 1.1; the rest is arithmetic."""
     task = small_task()

@@ -102,7 +102,9 @@ def test_a_cold_start_is_found_by_name_and_any_other_name_is_left_as_it_is():
 
 
 def test_the_tokenizer_of_a_folder_pads_on_the_left(tmp_path: Path):
-    chain_tokenizer().save_pretrained(tmp_path)
+    saved = chain_tokenizer()
+    saved.padding_side = "right"
+    saved.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer.padding_side == "left"
     assert tokenizer.get_vocab() == chain_tokenizer().get_vocab()

@@ -3,7 +3,6 @@
 import copy
 import math
 from contextlib import nullcontext
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -182,6 +181,16 @@ def test_a_response_stops_at_its_first_end_token_or_at_the_limit():
     assert draw(lively("dense"), sampling=Sampling(1)).response_mask.shape == (24, 1)
 
 
+def test_sampling_stops_when_the_last_response_has_ended():
+    model, forwards = lively("dense"), []
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = list(range(18))
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    rollout = draw(model)
+    assert rollout.response_mask.shape == (24, 1) and len(forwards) == 1
+    assert gap(model, rollout) <= CLOSE
+
+
 def test_end_tokens_come_from_the_generation_config_then_the_config():
     model = lively("dense")
     assert model.generation_config is not None
@@ -323,26 +332,34 @@ def test_responses_are_without_padding_and_with_the_end_token():
 
 
 @pytest.mark.parametrize(
-    ("bounds", "asked", "group_size"),
+    ("rows", "asked", "group_size"),
     [
-        ((0, 4), [[1, 2], [3, 4, 5]], 2),
-        ((2, 4), [[3, 4, 5]], 2),
-        ((1, 2), [[1, 2]], 1),
-        ((1, 3), [[1, 2], [3, 4, 5]], 1),
-        ((0, 3), [[1, 2], [1, 2], [3, 4, 5]], 1),
+        ([0, 1, 2, 3], [[1, 2], [3, 4, 5]], 2),
+        ([2, 3, 0, 1], [[3, 4, 5], [1, 2]], 2),
+        ([2, 3], [[3, 4, 5]], 2),
+        ([1], [[1, 2]], 1),
+        ([1, 2], [[1, 2], [3, 4, 5]], 1),
+        ([0, 2], [[1, 2], [3, 4, 5]], 1),
+        ([1, 0], [[1, 2], [1, 2]], 1),
+        ([0, 1, 2], [[1, 2], [1, 2], [3, 4, 5]], 1),
     ],
 )
-def test_rows_keep_whole_groups_or_make_each_row_its_own(bounds: tuple[int, int], asked: list, group_size: int):
+def test_taken_rows_keep_whole_groups_or_make_each_row_its_own(rows: list[int], asked: list, group_size: int):
     whole = example()
-    part = whole.rows(*bounds).validate(num_experts=4)
+    part = whole.take(torch.tensor(rows)).validate(num_experts=4)
     assert list(part.prompts) == asked and part.group_size == group_size
-    rows = slice(*bounds)
     for name in ("tokens", "attention_mask", "response_mask", "logp_rollout"):
         assert torch.equal(getattr(part, name), getattr(whole, name)[rows])
     assert part.routes is not None and whole.routes is not None
     assert torch.equal(part.routes.valid, whole.routes.valid[rows])
-    assert part.responses == whole.responses[rows]
-    assert {f.name for f in fields(part)} == {f.name for f in fields(whole)}
+    assert part.responses == [whole.responses[row] for row in rows]
+    assert (part.prompt_length, part.weight_version) == (whole.prompt_length, whole.weight_version)
+
+
+def test_rows_are_a_run_of_taken_rows():
+    part = example().rows(1, 3)
+    assert part.responses == example().responses[1:3] and list(part.prompts) == [[1, 2], [3, 4, 5]]
+    assert example().rows(2, 4).group_size == 2
 
 
 # ------------------------------------------------------------------------------------------------------ the engine
@@ -418,13 +435,15 @@ def test_stochastic_weights_are_drawn_from_seed_and_version():
 def test_stochastic_activations_are_drawn_from_the_seeds_of_engine_and_call():
     model, precision = lively("moe"), Precision.parse("fp32/int4", "stochastic")
 
-    def logp(engine_seed: int, seed: int) -> Tensor:
-        return ask(HFEngine(model, precision, seed=engine_seed), seed).logp_rollout
+    def first(engine_seed: int, seed: int) -> tuple[Tensor, Tensor]:
+        rollout = ask(HFEngine(model, precision, seed=engine_seed), seed)
+        return rollout.tokens[:, rollout.prompt_length], rollout.logp_rollout[:, 0]
 
-    assert torch.equal(logp(0, 5), logp(0, 5))
-    assert not torch.equal(logp(0, 5)[:, :1], logp(1, 5)[:, :1])
-    # The tokens depend on the seed of the call alone until the activations move a draw; log-probabilities on both.
-    assert not torch.equal(logp(0, 5)[:, :1], logp(0, 6)[:, :1])
+    tokens, logp = first(0, 5)
+    assert torch.equal(first(0, 5)[1], logp)
+    for other_tokens, other_logp in (first(1, 5), first(0, 6)):
+        alike = tokens == other_tokens  # the same token after the same prompt: only the rounding can differ
+        assert alike.any() and (logp != other_logp)[alike].all()
 
 
 @both

@@ -65,11 +65,15 @@ class Rollout:
             for row, mask in zip(self.tokens[:, self.prompt_length :], self.response_mask, strict=True)
         ]
 
-    def rows(self, start: int, stop: int) -> "Rollout":
-        """The responses `start` to `stop`: whole groups if the bounds fall between groups, else each row its own."""
-        size, rows = self.group_size, slice(start, stop)
-        whole = start % size == 0 and stop % size == 0
-        groups = range(start // size, stop // size) if whole else [row // size for row in range(start, stop)]
+    def take(self, rows: Int[Tensor, "b"]) -> "Rollout":
+        """The responses `rows`, in that order: whole groups if they are that, else each row a group of its own."""
+        size = self.group_size
+        firsts = rows[::size]
+        whole = bool(
+            len(rows) % size == 0
+            and (firsts % size == 0).all()
+            and torch.equal(rows.view(-1, size), firsts[:, None] + torch.arange(size, device=rows.device))
+        )
         return replace(
             self,
             tokens=self.tokens[rows],
@@ -77,8 +81,12 @@ class Rollout:
             response_mask=self.response_mask[rows],
             logp_rollout=self.logp_rollout[rows],
             routes=None if self.routes is None else self.routes[rows],
-            prompts=[self.prompts[g] for g in groups],
+            prompts=[self.prompts[group] for group in ((firsts if whole else rows) // size).tolist()],
         )
+
+    def rows(self, start: int, stop: int) -> "Rollout":
+        """The responses `start` to `stop`; see `take`."""
+        return self.take(torch.arange(start, stop, device=self.tokens.device))
 
     def validate(self, *, num_experts: int | None = None) -> "Rollout":
         """Check the contract and return self; raises ValueError naming the field and the row. `num_experts` bounds the

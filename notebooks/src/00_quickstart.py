@@ -105,8 +105,9 @@ mask = torch.tensor([[True, True, True], [True, True, False]])
 # the engine that sampled drew this token more or less often than the trainer would have, so count it accordingly.
 # $M_t$ is 1 or 0, and 1 for now.
 #
-# The gradient for one token is therefore $-\frac1B\,\frac{\pi_\theta}{\mu_{old}}\,\hat A$ (minus, because a *loss* is
-# minimised; $B = 2$ responses). By hand, and by the library:
+# The gradient with respect to one token's $\log\pi_\theta$ is therefore
+# $-\frac1B\,\frac{\pi_\theta}{\mu_{old}}\,\hat A$ (minus, because a *loss* is minimised; $B = 2$ responses). By hand,
+# and by the library:
 
 # %%
 by_hand = -(1 / 2) * (pi_old / mu_old) * advantages[:, None] * mask
@@ -167,8 +168,8 @@ problems = task.sample(8, seed=0)
 
 made = json.loads(Path(model_path("chain-steps"), "cold_start.json").read_text())
 size, shape = sum(p.numel() for p in model.parameters()), model.config
-print(f"model             {size / 1e6:.2f} million parameters, {shape.num_hidden_layers} layers,")
-print(f"                  {shape.num_experts} experts per layer, {shape.num_experts_per_tok} for each token")
+print(f"model             {size / 1e6:.2f} million parameters, {shape.num_hidden_layers} layers")
+print(f"experts           {shape.num_experts} per layer, {shape.num_experts_per_tok} serve a token")
 print(f"its teacher       errs at {made['error_rate']:.0%} of the steps")
 print("prompt           ", repr(problems[0].prompt))
 print("a right response ", repr(task.demonstration(problems[0], rng=random.Random(0))))
@@ -198,7 +199,8 @@ prompts = [task.encode(problem) for problem in problems]
 rollout = engine.generate(prompts, group_size=GROUP_SIZE, sampling=sampling, seed=0)
 
 texts = task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-rewards = torch.tensor([task.reward(problems[i // GROUP_SIZE], text) for i, text in enumerate(texts)])
+asked = [problem for problem in problems for _ in range(GROUP_SIZE)]
+rewards = torch.tensor([task.reward(p, text) for p, text in zip(asked, texts, strict=True)])
 advantages = group_mean_advantages(rewards, GROUP_SIZE)
 
 print(f"{len(problems)} problems × {GROUP_SIZE} responses; the first group:", problems[0].prompt)
@@ -256,7 +258,7 @@ length = int(rollout.response_mask[which].sum())
 tokens = [*texts[which], "<eos>"][:length]
 log_mu, log_old, log_new = (x[which, :length] for x in (rollout.logp_rollout, logp_old, logp))
 
-print(problems[which // GROUP_SIZE].prompt, texts[which], f"(reward {rewards[which]:.0f})")
+print(asked[which].prompt, texts[which], f"(reward {rewards[which]:.0f})")
 rollout_tokens(tokens, log_mu, log_old, log_new)
 
 # %% [markdown]
@@ -314,8 +316,8 @@ for i, ax in enumerate(figure.subplots(len(replay.layers), 1, sharex=True)):
     engines = (chosen_rollout, circle, "rollout engine"), (chosen_old, square, "training engine")
     for chosen, style, label in engines:
         ax.scatter(at, chosen[which, :length, i].flatten(), label=label, **style)
-    ax.set(xticks=range(length), xticklabels=tokens, yticks=range(replay.num_experts), ylabel="expert")
-    ax.set_ylim(-0.7, replay.num_experts - 0.3)
+    ax.set(xticks=range(length), xticklabels=tokens, ylabel="expert")
+    ax.set(yticks=range(replay.num_experts), ylim=(-0.7, replay.num_experts - 0.3))
     ax.set_title(f"layer {replay.layers[i]}", loc="left", fontsize=11)
 ax.set_xlabel("token that is predicted")
 figure.legend(*ax.get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False)
@@ -346,7 +348,7 @@ print(f"flips in all {len(texts)} responses: {share:.1%} of the pairs")
 
 # %%
 dial_prompts = [task.encode(p) for p in task.sample(64, seed=1)]
-# Adding up the same fp32 numbers in another order moves the KL by about 1e-14 nats: less than this is zero.
+# Adding up the same fp32 numbers in another order leaves about 1e-14 nats. That counts as zero:
 ORDER_OF_SUMMATION = 1e-12
 
 
@@ -392,8 +394,8 @@ show_table(
 # from zero, the KL by orders of magnitude (its axis is logarithmic). Eight bits can be spent in two ways, hence the two
 # neighbours fp8 and int8.
 #
-# **R3** removes the part of the KL that flips cause, and nothing else. In this small model that is a fair share where
-# rounding is fine and next to nothing where it is coarse (fourth column): there, what rounding does to every single
+# **R3** can remove the part of the KL that flips cause, and no other. In this small model that is a fair share for the
+# two 8-bit engines and next to nothing for the coarser ones (fourth column): there, what rounding does to every single
 # product outweighs the flips, and no replay undoes that. The paper makes its case for R3 on models with far more
 # experts and layers. So do not carry these percentages over to another model; carry over the question, which of the two
 # it is.
@@ -453,26 +455,32 @@ with tempfile.TemporaryDirectory() as folder:
     live = display(curves(records), display_id="training")
     while trainer.step < config.train.global_steps:
         records += trainer.global_step()
-        if trainer.step % 2 == 0:
+        if trainer.step % 4 == 0:
             live.update(curves(records))
 
 # %%
 before, after = records[0], records[-1]
 n = config.eval.problems
 error = math.sqrt(before["score"] * (1 - before["score"]) / n)
-print(f"score on {n} held-out problems  {before['score']:.2f} → {after['score']:.2f}")
-print(f"through the {PRECISION} engine       {before['score_rollout']:.2f} → {after['score_rollout']:.2f}")
-print(f"standard error of a score      {error:.2f}")
-print(f"token entropy, nats            {records[1]['entropy']:.2f} → {after['entropy']:.2f}")
+show_table(
+    ["", "before", "after"],
+    [
+        ["held-out score", f"{before['score']:.2f}", f"{after['score']:.2f}"],
+        [f"through the {PRECISION} engine", *(f"{r['score_rollout']:.2f}" for r in (before, after))],
+        ["token entropy, nats", f"{records[1]['entropy']:.2f}", f"{after['entropy']:.2f}"],
+    ],
+)
+print(f"{n} held-out problems: a score has a standard error of {error:.2f}")
 
 # %% [markdown]
 # **What to see.** The reward rises, and so does the score, on problems that training never draws. The entropy falls:
-# the model becomes surer. The KL stays small; it may dip below zero, because the paper's estimator (the plain mean of
-# $\log\mu_{old} - \log\pi_{old}$) is noisy where the true value is near zero.
+# the model becomes surer. With that the KL grows peaks: a peak is a handful of tokens that the rounded engine drew and
+# the training engine finds nearly impossible. (It may also dip below zero, because the paper's estimator, the plain
+# mean of $\log\mu_{old} - \log\pi_{old}$, is noisy where the true value is near zero.)
 #
-# **What 20 steps do not show.** This is one run with one seed, on-policy, with a mild discrepancy, on an easy task. It
-# shows that the loop learns. It says nothing about stability: the collapses in the paper take a hundred steps and more,
-# and so few steps cannot tell a sound objective from an unsound one. A claim needs longer runs and several seeds.
+# **What 20 steps do not show.** This is one run with one seed, on-policy, on an easy task. It shows that the loop
+# learns. It says nothing about stability: the collapses in the paper take a hundred steps and more, and so few steps
+# cannot tell a sound objective from an unsound one. A claim needs longer runs and several seeds.
 
 # %% [markdown]
 # ## 6 · Where next
@@ -484,7 +492,8 @@ print(f"token entropy, nats            {records[1]['entropy']:.2f} → {after['e
 #
 # **Try this**
 #
-# 1. Set `PRECISION = "int3"` in section 2 and run everything again. Which panel of section 5 changes first?
+# 1. Set `PRECISION = "int3"` in section 2 and run everything again. Which panels of section 5 tell the
+#    two engines apart?
 # 2. In section 3 leave the importance weight out: pass `is_correction=False` to `minirl_loss`. By how much does the
 #    gradient of the parameters change, compared with its norm?
 # 3. After section 5, turn the dial on the trained weights:

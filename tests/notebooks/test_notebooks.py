@@ -1,0 +1,176 @@
+"""The notebooks are those of their sources, run from top to bottom, and show nothing that a reader should not see."""
+
+import ast
+import importlib.util
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "notebooks"
+SOURCES = sorted(FOLDER.glob("src/*.py"))
+LIBRARIES = {"minirl_edu", "IPython", "ipywidgets", "matplotlib", "numpy", "torch", "transformers"}
+
+spec = importlib.util.spec_from_file_location("notebooks_build", FOLDER / "build.py")
+assert spec is not None and spec.loader is not None
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+
+
+def read(source: Path) -> nbformat.NotebookNode:
+    return nbformat.read(FOLDER / f"{source.stem}.ipynb", as_version=4)
+
+
+def imported(tree: ast.Module) -> set[str]:
+    """Top-level packages that a source imports, wherever in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """Names that functions, classes and assignments define, at any depth."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def public_names() -> set[str]:
+    """Functions and classes that modules of the library define, methods left out."""
+    found = set()
+    for path in (ROOT / "minirl_edu").rglob("*.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        found |= {
+            node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
+        }
+    return found
+
+
+def test_there_is_a_first_notebook():
+    assert [source.stem for source in SOURCES][:1] == ["00_quickstart"]
+
+
+def test_the_notebooks_are_those_of_their_sources():
+    assert build.out_of_date() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda folder: (folder / "src/00_quickstart.py").write_text("# %%\n1 + 1\n"), "is not that of src/"),
+        (lambda folder: (folder / "00_quickstart.ipynb").unlink(), "was not generated"),
+        (lambda folder: (folder / "src/00_quickstart.py").unlink(), "has no source"),
+    ],
+)
+def test_a_notebook_that_lags_behind_is_found(tmp_path, change, complaint):
+    (tmp_path / "src").mkdir()
+    for path in (Path("src/00_quickstart.py"), Path("00_quickstart.ipynb")):
+        shutil.copy(FOLDER / path, tmp_path / path)
+    assert build.out_of_date(tmp_path) == []
+    change(tmp_path)
+    (found,) = build.out_of_date(tmp_path)
+    assert complaint in found
+
+
+@each
+def test_a_notebook_has_its_outputs_and_no_blemish(source):
+    notebook = read(source)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # run once, from top to bottom
+    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) >= 3
+    assert build.blemishes(notebook) == []
+    text = (FOLDER / f"{source.stem}.ipynb").read_text(encoding="utf-8")
+    assert not re.search(r"/(home|root|Users|tmp)/", text)  # whoever built it, wherever
+    assert len(text) < 1.5e6
+    assert source.name in notebook.cells[0].source
+
+
+@each
+def test_a_notebook_keeps_nothing_that_changes_from_build_to_build(source):
+    notebook = read(source)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.language_info == {"name": "python"}
+    assert all(cell.metadata == {} for cell in notebook.cells)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+
+
+def test_blemishes_are_really_found():
+    cell = nbformat.v4.new_code_cell("f()")
+    cell.outputs = [
+        nbformat.v4.new_output("stream", name="stdout", text=f"saved to {ROOT}/runs"),
+        nbformat.v4.new_output("stream", name="stderr", text="a progress bar"),
+        nbformat.v4.new_output("error", ename="ValueError", evalue="no", traceback=[]),
+        nbformat.v4.new_output("execute_result", data={"text/plain": f"{Path.home()}/x"}),
+        nbformat.v4.new_output("execute_result", data={"text/plain": "42"}),
+    ]
+    found = " ".join(build.blemishes(nbformat.v4.new_notebook(cells=[cell])))
+    for part in (f"shows the path {ROOT}", "a progress bar", "ValueError: no", f"shows the path {Path.home()}"):
+        assert part in found
+    assert "42" not in found
+
+
+@each
+def test_a_notebook_imports_only_the_library_and_scientific_packages(source):
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    assert imported(tree) - LIBRARIES - set(sys.stdlib_module_names) == set()
+    assert "minirl_edu" in imported(tree)
+
+
+@each
+def test_a_notebook_redefines_no_public_name_of_the_library(source):
+    assert defined(ast.parse(source.read_text(encoding="utf-8"))) & public_names() == set()
+
+
+def test_a_redefinition_would_be_found():
+    tree = ast.parse("def minirl_loss(): ...\nwith f() as sample: ...\nfor group_mean_advantages in (): ...")
+    assert defined(tree) & public_names() == {"minirl_loss", "sample", "group_mean_advantages"}
+
+
+def test_the_quickstart_shows_what_its_text_says():
+    """The prose quotes no numbers, but it says which way they go; the outputs that are shipped must agree."""
+    printed = "\n".join(
+        output.get("text", "") + output.get("data", {}).get("text/markdown", "")
+        for cell in read(FOLDER / "src" / "00_quickstart.py").cells
+        for output in cell.get("outputs", [])
+    )
+    before, after = map(float, re.findall(r"held-out score \| ([\d.]+) \| ([\d.]+)", printed)[0])
+    error = float(re.findall(r"standard error of ([\d.]+)", printed)[0])
+    assert after > before + 3 * error
+    entropy, last_entropy = map(float, re.findall(r"token entropy, nats \| ([\d.]+) \| ([\d.]+)", printed)[0])
+    assert last_entropy < entropy
+    dial = re.findall(r"^\| (\w+) \| (\S+e\S+) \| (\S+e\S+) \| (?:(-?\d+) %)? ?\| ([\d.]+)% \|$", printed, re.MULTILINE)
+    rows = {name: (float(kl), int(removed or 0), float(flips)) for name, kl, _, removed, flips in dial}
+    assert rows["fp32"] == (0.0, 0, 0.0)
+    by_bits = ["fp32", "bf16", "int8", "int6", "int5", "int4", "int3"]
+    for column in (0, 2):  # the fewer the bits, the larger the KL and the flip rate
+        values = [rows[name][column] for name in by_bits]
+        assert values == sorted(values) and len(set(values)) == len(values)
+    assert min(rows[name][1] for name in ("fp8_e4m3", "int8")) >= 10  # percent of the KL that R3 removes
+    assert max(abs(rows[name][1]) for name in ("int5", "int4", "int3")) < 10
+    assert int(re.findall(r"flips in this response: (\d+)", printed)[0]) > 0
+
+
+@pytest.mark.slow
+@each
+def test_a_notebook_runs_in_under_a_minute(source):
+    notebook = build.generate(source)
+    started = time.perf_counter()
+    build.execute(notebook, timeout=120)
+    seconds = time.perf_counter() - started
+    assert build.blemishes(notebook) == []
+    assert seconds < 60

@@ -54,6 +54,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    import torch
+
     from minirl_edu.config import load_config
     from minirl_edu.plots import read_records
     from minirl_edu.report import write_report
@@ -61,6 +63,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     out, runs = Path(arguments.out), {}
     _quiet()
+    torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
     for name, overrides in DEMO_VARIANTS.items():
         folder = runs[name] = out / name.replace(" ", "-")
         config = load_config(RECIPES / "demo.yaml", [*overrides, *arguments.set])

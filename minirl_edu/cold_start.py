@@ -109,13 +109,12 @@ def measure(task: Demonstrable, model: PreTrainedModel, *, problems: int = 1024,
     )
     texts = task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     right = torch.tensor([task.reward(held_out[row // 8], text) for row, text in enumerate(texts)]).view(-1, 8)
-    lengths = rollout.response_mask.sum(1)
-    last = rollout.tokens[torch.arange(len(lengths)), rollout.prompt_length + lengths - 1]
+    lengths, eos = rollout.response_mask.sum(1), task.tokenizer.eos_token_id
     return {
         "score": right.mean().item(),
         "solvable": right.amax(1).gt(0).float().mean().item(),
         "response_length": lengths.float().mean().item(),
-        "ended": last.eq(task.tokenizer.eos_token_id).float().mean().item(),
+        "ended": sum(row[-1] == eos for row in rollout.responses) / len(lengths),
     }
 
 

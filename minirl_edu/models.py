@@ -134,7 +134,7 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(_not_found(name)) from error
 
 
@@ -142,7 +142,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """The tokenizer that belongs to `load_model(name)`, padding on the left. Raises ValueError as `load_model` does."""
     try:
         return AutoTokenizer.from_pretrained(model_path(name), padding_side="left", trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(_not_found(name)) from error
 
 

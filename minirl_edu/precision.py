@@ -44,25 +44,24 @@ FORMATS: dict[str, Format | None] = {
 }
 
 
+# Adding 1.5 · 2^23 steps to an fp32 number and taking them off again leaves it no bits below one step: the addition
+# rounds, to nearest and ties to even. torch's own fp8 cast gives the same and is 3× slower.
+_SHIFT = 1.5 * 2**23
+
+
 def _to_grid(x: Tensor, grid: Format, generator: torch.Generator | None) -> Tensor:
     """Round fp32 values to the grid: to nearest (ties to even), or stochastically when a generator is given."""
-    if grid.mantissa_bits is None:
-        step: Tensor | float = 1.0
-    else:
+    step = torch.ones((), device=x.device)
+    if grid.mantissa_bits is not None:
         # The exponent bits alone are 2^e, the power of two at or below |x|.
         power = torch.bitwise_and(x.view(torch.int32), 0x7F800000).view(torch.float32)
         step = power.clamp_(min=2.0**grid.min_exponent).mul_(2.0**-grid.mantissa_bits)
-    if generator is not None:
-        return (
-            (x / step + torch.rand(x.shape, generator=generator, device=x.device))
-            .floor_()
-            .mul_(step)
-            .clamp_(-grid.max_value, grid.max_value)
-        )
-    # Adding 1.5 · 2^23 steps leaves an fp32 number no bits below one step: the addition itself rounds. (torch's own
-    # fp8 cast is 3× slower.)
-    shift = step * (1.5 * 2**23)
-    return ((x + shift) - shift).clamp_(-grid.max_value, grid.max_value)
+    if generator is None:
+        shift = step.mul_(_SHIFT)
+        rounded = (x + shift).sub_(shift)
+    else:
+        rounded = (x / step + torch.rand(x.shape, generator=generator, device=x.device)).floor_().mul_(step)
+    return rounded.clamp_(-grid.max_value, grid.max_value)
 
 
 def quantise(
@@ -90,11 +89,11 @@ def quantise(
         # The shared exponent is that of the largest value, less the grid's own largest exponent (2 for e2m1).
         largest = torch.frexp(torch.tensor(grid.max_value))[1]
         scale = torch.ldexp(torch.ones_like(amax), torch.frexp(amax)[1] - largest)
-        return (_to_grid(values / scale, grid, generator) * scale).flatten(-2)[..., :size].to(x.dtype)
+        return _to_grid(values / scale, grid, generator).mul_(scale).flatten(-2)[..., :size].to(x.dtype)
     scale = (
         values.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * grid.max_value) / grid.max_value
     )
-    return (_to_grid(values / scale, grid, generator) * scale).to(x.dtype)
+    return _to_grid(values / scale, grid, generator).mul_(scale).to(x.dtype)
 
 
 @dataclass(frozen=True)

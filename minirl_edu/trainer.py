@@ -505,11 +505,13 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _cut_back(path: Path, step: int) -> None:
     """Drop the metrics of global steps after `step`, and the last line of a killed run if it is cut short."""
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for line in lines:
         if not line.endswith("\n") or json.loads(line)["global_step"] > step:
             break
         kept.append(line)
+    if len(kept) == len(lines):
+        return
     if not kept:
         path.unlink()
         return

@@ -7,9 +7,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minirl_edu.diagnostics import entropy_from_logits
+from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.rollout import Rollout
 from minirl_edu.routing import Routes, RoutingReplay
-from tests.conftest import PAD, build
+from tests.conftest import EOS, PAD
 
 CLOSE = 2e-5
 """Log-probabilities summed in another order in fp32: logits of size up to 30 carry rounding errors of 30 · 2⁻²³ = 4e-6,
@@ -21,12 +22,12 @@ def lively(architecture: str, *, seed: int = 0) -> PreTrainedModel:
 
     Weights as initialised, or large embeddings alone, leave attention without effect: wrong masks would go unnoticed.
     """
-    model = build(architecture, seed=seed, spread=1.0)
+    model = {"moe": tiny_moe, "dense": tiny_dense}[architecture](18, seed=seed, eos_token_id=EOS, pad_token_id=PAD)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(6.0)
-    return model
+    return model.eval()
 
 
 def written(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Rollout:

@@ -85,8 +85,8 @@ def test_a_cold_start_depends_on_its_seeds_alone(architecture: str):
 
 @pytest.mark.parametrize("options", [{"style": "copy"}, {"error_rate": 0.9}])
 def test_the_teacher_shapes_the_demonstrations(options: dict[str, Any]):
-    task = small_task()
-    taught = [train(task, new_model(task, "dense", seed=0), 3, **kwargs) for kwargs in ({"error_rate": 0.0}, options)]
+    task, right = small_task(), {"error_rate": 0.0}
+    taught = [train(task, new_model(task, "dense", seed=0), 3, **kwargs) for kwargs in (right, right | options)]
     assert taught[0] != taught[1]
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.precision import FORMATS, Precision, quantise, round_activations, round_weights_
-from tests.conftest import build
 
 ROUNDED = [name for name in FORMATS if name != "fp32"]
 
@@ -20,8 +20,9 @@ def values(rows: int = 64, columns: int = 128) -> torch.Tensor:
     ("fmt", "dtype"), [("fp8_e4m3", torch.float8_e4m3fn), ("fp8_e5m2", torch.float8_e5m2), ("bf16", torch.bfloat16)]
 )
 def test_float_grids_are_torchs_own_casts(fmt: str, dtype: torch.dtype):
-    x = values()
-    scale = x.abs().amax(-1, keepdim=True) / FORMATS[fmt].max_value if FORMATS[fmt].scaled else 1.0
+    x, grid = values(), FORMATS[fmt]
+    assert grid is not None
+    scale = x.abs().amax(-1, keepdim=True) / grid.max_value if grid.scaled else 1.0
     # The same division, the same product: equal to the last bit, subnormals included.
     assert torch.equal(quantise(x, fmt), (x / scale).to(dtype).float() * scale)
 
@@ -96,7 +97,7 @@ def test_an_unknown_rounding_names_the_choices():
 
 @pytest.mark.parametrize("router", [False, True])
 def test_weights_of_every_matmul_are_rounded_and_nothing_else(router: bool):
-    model, original = build("moe"), build("moe")
+    model, original = tiny_moe(18, seed=0), tiny_moe(18, seed=0)
     round_weights_(model, Precision("int4", "fp32", router=router))
     for (name, rounded), exact in zip(model.named_parameters(), original.parameters(), strict=True):
         matmul = name.endswith(("_proj.weight", "gate_up_proj", "down_proj")) or (router and "mlp.gate." in name)
@@ -107,12 +108,12 @@ def test_weights_of_every_matmul_are_rounded_and_nothing_else(router: bool):
 
 def test_stochastic_weights_need_a_generator():
     with pytest.raises(ValueError, match="generator"):
-        round_weights_(build("dense"), Precision("int4", rounding="stochastic"))
+        round_weights_(tiny_dense(18, seed=0), Precision("int4", rounding="stochastic"))
 
 
 def test_every_matmul_sees_rounded_inputs_and_the_model_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch):
     """Watches the products themselves: every linear and grouped product gets int4 inputs, router and head do not."""
-    model = build("moe")
+    model = tiny_moe(18, seed=0)
     model.set_experts_implementation("grouped_mm")
     head, routers = model.lm_head.weight, {layer.mlp.gate.weight for layer in model.model.layers}
     seen: list[tuple[str, bool]] = []
@@ -146,7 +147,7 @@ def test_every_matmul_sees_rounded_inputs_and_the_model_is_left_as_it_was(monkey
 
 
 def test_experts_whose_second_product_is_out_of_reach_are_refused():
-    model = build("moe")
+    model = tiny_moe(18, seed=0)
     model.set_experts_implementation("eager")
     with (
         pytest.raises(ValueError, match="set_experts_implementation"),

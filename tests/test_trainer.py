@@ -17,7 +17,7 @@ from minirl_edu.checkpoint import latest_checkpoint
 from minirl_edu.config import ConfigError, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.rollout import Rollout, Sampling
+from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.tasks import Problem
 from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
 
@@ -356,6 +356,7 @@ def test_settings_that_do_not_fit_name_the_field_and_the_choices(tmp_path, setti
 
 def test_r3_without_the_engines_routes_is_refused(tmp_path):
     run = trainer(tmp_path / "run", "algorithm.replay=R3")
+    assert isinstance(run.engine, HFEngine)
     run.engine.replay = None
     with pytest.raises(ConfigError, match=r"R3.*no routes"):
         run.global_step()

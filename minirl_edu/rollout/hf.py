@@ -84,7 +84,7 @@ def sample(
     recorded: list[tuple[Tensor, Routes]] = []  # (rows, their routes), step by step
 
     def forward(input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-        with replay.record() if replay is not None else nullcontext() as tape:
+        with torch.inference_mode(), replay.record() if replay is not None else nullcontext() as tape:
             output = model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

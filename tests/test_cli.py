@@ -1,0 +1,126 @@
+"""The command line: what it writes, how it goes on after a stop, and what it says to a mistake."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minirl_edu import __version__
+from minirl_edu.cli import DEMO_VARIANTS, RECIPES, main
+from minirl_edu.config import load_config
+from minirl_edu.models import load_model
+from minirl_edu.plots import read_records
+
+TINY = [
+    *("--set", "train.global_steps=2", "--set", "train.mini_batches=2", "--set", "train.mini_batch_prompts=4"),
+    *("--set", "train.group_size=4", "--set", "eval.problems=16"),
+]
+
+
+def scores(folder: Path) -> list[float]:
+    return [record["score"] for record in read_records(folder / "metrics.jsonl") if "score" in record]
+
+
+def test_train_writes_a_run_and_its_report(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), *TINY]) == 0
+    assert {"config.yaml", "metrics.jsonl", "environment.json", "checkpoints", "report.html", "figures"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert str(out / "report.html") in capsys.readouterr().out
+    assert len(read_records(out / "metrics.jsonl")) == 1 + 2 * 2
+    assert json.loads((out / "environment.json").read_text())["minirl_edu"] == __version__
+
+
+def test_resume_needs_no_config_and_a_longer_run_goes_on(tmp_path):
+    out = tmp_path / "run"
+    main(["train", "--out", str(out), *TINY])
+    before = (out / "metrics.jsonl").read_text()
+    assert main(["train", "--out", str(out), "--resume", "--set", "train.global_steps=3"]) == 0
+    after = (out / "metrics.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == 1 + 3 * 2
+
+
+def test_the_demo_trains_both_variants_goes_on_where_it_was_and_does_not_train_twice(tmp_path, capsys):
+    out = tmp_path / "demo"
+    assert main(["demo", "--out", str(out), *TINY]) == 0
+    folders = {name: out / name.replace(" ", "-") for name in DEMO_VARIANTS}
+    assert all(len(read_records(folder / "metrics.jsonl")) == 5 for folder in folders.values())
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in DEMO_VARIANTS)
+    before = {name: (folder / "metrics.jsonl").stat().st_mtime_ns for name, folder in folders.items()}
+    capsys.readouterr()
+    assert main(["demo", "--out", str(out), *TINY]) == 0
+    assert before == {name: (folder / "metrics.jsonl").stat().st_mtime_ns for name, folder in folders.items()}
+    assert "delete" in capsys.readouterr().out  # says how to train again
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_says(tmp_path):
+    """The recipe itself, its first 5 of 20 global steps: clipping carries the score up, without it the policy is lost.
+
+    The cosine schedule is then that of 5 steps, with the same first step.
+    """
+    five = ["--set", "train.global_steps=5", "--set", "output.save_every=0"]
+    assert main(["demo", "--out", str(tmp_path), *five]) == 0
+    with_clip, without = scores(tmp_path / "MiniRL"), scores(tmp_path / "no-clipping")
+    # 256 problems: two standard errors are 0.06.
+    assert with_clip[0] == without[0] == pytest.approx(0.45, abs=0.06)
+    assert with_clip[-1] > 0.75 and min(without) < 0.35
+
+
+def test_report_of_one_run_and_of_several(tmp_path):
+    for name in ("a", "b"):
+        main(["train", "--out", str(tmp_path / name), *TINY])
+    assert main(["report", str(tmp_path / "a")]) == 0
+    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both.html")]) == 0
+    assert "MiniRL" in (tmp_path / "a" / "report.html").read_text()
+    assert (tmp_path / "both.html").stat().st_size > 10_000
+
+
+def test_cold_start_writes_a_model_with_its_record(tmp_path, capsys):
+    out = tmp_path / "mine"
+    flags = ["--style", "copy", "--steps", "3", "--architecture", "dense", "--seed", "4"]
+    assert main(["cold-start", "--out", str(out), *flags]) == 0
+    record = json.loads((out / "cold_start.json").read_text())
+    assert record["command"] == (
+        "minirl cold-start --style copy --operators + --architecture dense --error-rate 0.21 --steps 3 --lr 0.001 "
+        "--seed 4 --out mine"
+    )
+    assert 0 <= record["metrics"]["score"] <= 1
+    assert sum(p.numel() for p in load_model(str(out)).parameters()) == record["parameters"]
+
+
+def test_doctor_reports(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "torch" in printed and "notebooks" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--set", "train.lrr=1"], r"train.lrr"),
+        (["train", "--set", "model.name=nowhere/nothing"], "chain-steps"),
+        (["train", "--resume"], "holds no run"),
+        (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (["report", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_that_names_it(tmp_path, capsys, arguments, message):
+    out = ["--out", str(tmp_path / "run")] if arguments[0] == "train" else []
+    assert main([*arguments, *out]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    arguments = ["train", "--out", str(tmp_path / "run"), *TINY]
+    main(arguments)
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_a_valid_config(recipe):
+    load_config(recipe)

@@ -1,4 +1,4 @@
-"""Shared test settings: no network, one thread per worker, quiet libraries; and prompts that many tests use."""
+"""Shared test settings: no network, one thread per worker, quiet libraries; and what many tests use."""
 
 import os
 
@@ -12,6 +12,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import random
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logging.disable_progress_bar()
@@ -24,3 +26,12 @@ def prompts(count: int, *, lengths: tuple[int, int] = (8, 8), seed: int = 0) -> 
     """Random prompts of digits, of lengths drawn from the closed range `lengths`."""
     rng = random.Random(seed)
     return [[rng.randrange(10) for _ in range(rng.randint(*lengths))] for _ in range(count)]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte: reads any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")

@@ -16,28 +16,19 @@ from typing import Any
 
 import psutil
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from minirl_edu.tasks import ChainTask, Demonstrable, MathTask, Problem, ReasoningGymTask, Task, make_task
 from minirl_edu.tasks.base import encode_chat, held_out
 from minirl_edu.tasks.chain import HELD_OUT_FRACTION, STYLES, VOCABULARY, chain_tokenizer
 from minirl_edu.tasks.reasoning_gym import extract_answer
 from minirl_edu.tasks.verifiers import VerifierProcess, is_formula, reasoning_gym_score
+from tests.conftest import byte_tokenizer
 
 
 def expression(problem: Problem) -> str:
     """`3+4+9` of the prompt `3+4+9   =`."""
     return problem.prompt.rstrip("= ")
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte: reads any text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
-    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
 
 
 # --- make_task, held_out, encode_chat ---------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.tasks import Problem
 from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
+from tests.conftest import byte_tokenizer
 
 KEYS = [
     *("global_step", "grad_step", "reward", "entropy", "kl_rollout_old", "k3_rollout_old", "ess", "clip_frac_pos"),
@@ -214,6 +215,30 @@ def test_reward_goes_up_on_something_learnable(tmp_path):
     run.train()
     rewards = [line["reward"] for line in metrics(tmp_path / "run")]
     assert sum(rewards[:3]) / 3 < 0.3 and sum(rewards[-3:]) / 3 > 0.8, rewards
+
+
+@pytest.mark.parametrize("architecture", [tiny_moe, tiny_dense])
+def test_a_run_on_reasoning_gym_with_prompts_of_different_lengths(tmp_path, architecture):
+    """Another task, another tokenizer, left padding: a model loaded from its folder, as a user would."""
+    tokenizer = byte_tokenizer()
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    architecture(len(tokenizer), seed=0, **special).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    overrides = [
+        *SMALL,
+        "task.name=reasoning_gym",
+        "task.options={dataset: chain_sum, evaluation_size: 16, config: {min_terms: 2, max_terms: 4}}",
+        f"model.name={tmp_path / 'model'}",
+        "rollout.max_new_tokens=6",
+        "train.mini_batches=2",
+    ]
+    run = MiniRLTrainer(load_config(None, overrides), tmp_path / "run", progress=False)
+    assert len({len(run.task.encode(problem)) for problem in run.task.sample(8, seed=0)}) > 1
+    run.rewards = even
+    run.train()
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == 7 and all(line["response_length"] <= 6 for line in lines[1:])
+    assert lines[-1]["log_ratio_mismatch"] < 0.5  # the padding is seen by neither engine
 
 
 # ------------------------------------------------------------------------------------------------ resuming

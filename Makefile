@@ -20,7 +20,7 @@ check: $(INSTALLED)  ## the fast tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -m "not slow"
 
 lab: $(INSTALLED)  ## open the first notebook
-	$(PYTHON) -m jupyter lab notebooks/00_quickstart.ipynb
+	$(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_quickstart.ipynb
 
 notebooks: $(INSTALLED)  ## generate and execute every notebook from notebooks/src
 	$(PYTHON) notebooks/build.py

@@ -1,12 +1,9 @@
-"""The training engine's forward: log π(y_t | x, y_<t) and entropy of the response tokens, with routes replayed or
-recorded.
+"""The training engine's forward: log π(y_t | x, y_<t) and entropy of the response tokens, routes replayed or recorded.
 
 A `Layout` says where each token of a rollout stands in one forward. The plain layout is the batch as it is. The shared
-layout puts a prompt and
-all its responses in one row, the prompt once: responses see the prompt and themselves, not each other. Both give the
-same
-log-probabilities (to float tolerance); the shared one computes each prompt once instead of G times and no padding
-between responses.
+layout puts a prompt and all its responses in one row, the prompt once: responses see the prompt and themselves, not
+each other. Both give the same log-probabilities (to float tolerance); the shared one computes each prompt once instead
+of G times, and no padding between responses.
 """
 
 from dataclasses import dataclass
@@ -23,8 +20,10 @@ from minirl_edu.routing import Routes
 
 
 class ResponseLogprobs(NamedTuple):
-    """`logp` [B, T]: log-probability of each response token in nats, with gradient; `entropy` [B, T]: −Σ_w π(w) log
-    π(w) in nats, without. 0 where masked."""
+    """`logp` [B, T], log-probability of each response token, with gradient; `entropy` [B, T], −Σ_w π(w) log π(w).
+
+    Both in nats, and 0 where masked.
+    """
 
     logp: Float[Tensor, "B T"]
     entropy: Float[Tensor, "B T"]
@@ -38,8 +37,7 @@ class Layout:
               additive [R, 1, C, C])
     source    [R, C] which token of the flat [B·S] batch a slot holds, −1 where it is padding
     slot      [B, S] which flat slot of [R·C] holds a token as an input, −1 where none does
-    predictor [n] the flat slots whose logits predict the response tokens, in the order of `response_mask`'s True
-    entries
+    predictor [n] the flat slots whose logits predict the response tokens, in the order of True entries in `mask`
     targets   [n] those response tokens
     mask      [B, T] the response mask
     """

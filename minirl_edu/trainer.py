@@ -125,6 +125,7 @@ class MiniRLTrainer:
         self.compute_advantages = ADVANTAGES[config.algorithm.advantages or OWN_ADVANTAGES[config.algorithm.objective]]
         self.step = 0  # global steps done
         self.grad_step = 0
+        self._score: float | None = None  # the latest, for the progress bar
         self._prepare_folder(resume)
         self.engine = engine or self._make_engine()
         self.engine.sync(self._unwrapped, version=self.step)
@@ -417,7 +418,7 @@ class MiniRLTrainer:
                 self.accelerator.log(numbers, step=line["grad_step"])
 
     def _postfix(self, line: dict[str, Any]) -> str:
-        self._score = line.get("score", getattr(self, "_score", None))
+        self._score = line.get("score", self._score)
         score = "" if self._score is None else f", score {self._score:.2f}"
         return f"reward {line['reward']:.2f}{score}"
 

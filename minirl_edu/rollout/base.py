@@ -29,8 +29,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Responses to `len(prompts)` prompts, `group_size` each and grouped by prompt, as one batch of B rows and S = P +
-    T columns.
+    """Responses to `len(prompts)` prompts, `group_size` each, grouped by prompt: B rows of S = P + T columns.
 
     tokens          [B, S] prompt (padded on the left to P = `prompt_length`), then response (padded on the right)
     attention_mask  [B, S] True on real tokens

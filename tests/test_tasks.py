@@ -416,6 +416,36 @@ def test_extract_answer():
     assert extract_answer("  ") == ""
 
 
+@pytest.mark.parametrize(
+    ("response", "number"),
+    [
+        ("The answer is 12.", "12"),
+        ("3 + 4 = 7\n\nSo 3 and 4 make 7!", "7"),
+        ("4 - 9 = -5", "-5"),
+        ("It is 8-3", "3"),
+        ("x = -1.50, say", "-1.50"),
+        ("1,234,567 in all", "1234567"),
+        ("1, 2", "2"),
+        ("none", ""),
+        ("", ""),
+    ],
+)
+def test_the_last_number_of_a_response(response: str, number: str):
+    assert extract_answer(response, "last_number") == number
+
+
+def test_reasoning_gym_reads_the_answer_in_the_form_asked_for(sums: ReasoningGymTask):
+    def build(answer: Any) -> ReasoningGymTask:
+        return ReasoningGymTask(tokenizer=sums.tokenizer, dataset="chain_sum", evaluation_size=4, answer=answer)
+
+    tagged, last = build("tagged"), build("last_number")
+    problem = tagged.sample(1, seed=0)[0]
+    response = f"I think it is {problem.answer}, of course."
+    assert (tagged.reward(problem, response), last.reward(problem, response)) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="answer='boxed' must be one of tagged, last_number"):
+        build("boxed")
+
+
 def test_reasoning_gym_partial_scores_are_kept_only_on_request(sums: ReasoningGymTask):
     def build(**options: Any) -> ReasoningGymTask:
         return ReasoningGymTask(

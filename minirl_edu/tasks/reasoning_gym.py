@@ -13,7 +13,9 @@ from minirl_edu.tasks.base import Problem, encode_chat
 from minirl_edu.tasks.verifiers import VerifierProcess
 
 _EVALUATION_SEED = 2**31  # training seeds lie below, so the generators' own `seed + index` never meet
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+ANSWER_FORMS = ("tagged", "last_number")
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\d+(?:,\d{3})*(?:\.\d+)?")  # the minus of 8-3 is no sign
 # These iterate over sets of strings (0.1.25), so their questions follow Python's hash seed as well as their own.
 _HASH_ORDERED = {
     "isomorphic_strings",
@@ -29,10 +31,10 @@ class ReasoningGymTask:
     """Problems from one generator of reasoning-gym, scored by the generator's own verifier in a process of its own
     (`VerifierProcess`).
 
-    `dataset` names the generator, `config` holds its options (not `seed` or `size`). The answer is the text of the
-    response's last `<answer>…</answer>`, or its last line if there is none, without surrounding blanks. `binary`
-    rewards only a full score (>= 1) with 1; otherwise the reward is the verifier's score, some of which give a little
-    for any answer. `time_limit` is in seconds per answer.
+    `dataset` names the generator, `config` holds its options (not `seed` or `size`). `answer` says what the verifier
+    reads of a response, see `extract_answer`: small models seldom write tags, but name a number. `binary` rewards only
+    a full score (>= 1) with 1; otherwise the reward is the verifier's score, some of which give a little for any
+    answer. `time_limit` is in seconds per answer.
 
     The held-out problems are the first `evaluation_size` distinct questions of a seed that training never uses, and a
     training question that is among them is skipped. `Problem.data` is the generator's entry; it can be written as JSON.
@@ -51,6 +53,7 @@ class ReasoningGymTask:
         dataset: str,
         config: dict[str, Any] | None = None,
         system_prompt: str | None = None,
+        answer: str = "tagged",
         binary: bool = True,
         evaluation_size: int = 128,
         time_limit: float = 5.0,
@@ -69,6 +72,9 @@ class ReasoningGymTask:
         self.max_new_tokens = max_new_tokens
         self.evaluation_size = evaluation_size
         self.system_prompt = system_prompt
+        if answer not in ANSWER_FORMS:
+            raise ValueError(f"answer={answer!r} must be one of {', '.join(ANSWER_FORMS)}")
+        self.answer = answer
         self.binary = binary
         self._dataset = dataset
         self._config = dict(config or {})
@@ -103,7 +109,7 @@ class ReasoningGymTask:
 
     def reward(self, problem: Problem, response: str) -> float:
         """The verifier's score of the response's answer, in [0, 1]; 0.0 without an answer or if the verifier fails."""
-        answer = extract_answer(response)
+        answer = extract_answer(response, self.answer)
         if not answer:
             return 0.0
         score = self.verifier(answer, problem.data)
@@ -141,9 +147,16 @@ class ReasoningGymTask:
         return reasoning_gym.create_dataset(self._dataset, **self._config, seed=seed, size=size)
 
 
-def extract_answer(response: str) -> str:
-    """The text of a response's last `<answer>…</answer>`, or its last line if there is none, blanks stripped."""
-    tagged = _ANSWER.findall(response)
+def extract_answer(response: str, form: str = "tagged") -> str:
+    """What a response answers, without surrounding blanks; "" if nothing.
+
+    tagged: the text of its last `<answer>…</answer>`, or its last line if there is none. last_number: the last number
+    in it, thousands separators removed.
+    """
+    if form == "last_number":
+        numbers = _NUMBER.findall(response)
+        return numbers[-1].replace(",", "") if numbers else ""
+    tagged = _TAGGED.findall(response)
     if tagged:
         return tagged[-1].strip()
     return response.strip().rpartition("\n")[2].strip()

@@ -76,11 +76,14 @@ class ModelConfig(_Section):
 class RolloutConfig(_Section):
     """The inference engine, whose policy is μ_old."""
 
-    engine: str = "hf"
-    """An engine of `minirl_edu.rollout`."""
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """hf: transformers with emulated low precision; vllm: vLLM in this process; vllm_server: a running `vllm serve`."""
     precision: str = "fp8_e4m3"
-    """Number format that the engine computes in, or two as `WEIGHTS/ACTIVATIONS`, such as `int3/int4`: see
-    `minirl_edu.precision`."""
+    """Number format that the engine computes in. hf: see `minirl_edu.precision`, or two formats as
+    `WEIGHTS/ACTIVATIONS`, such as `int3/int4`. vLLM: bf16, fp16 or fp32; its other formats are among its options."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the vLLM engines, such as `kv_cache_dtype: fp8` or `url: http://127.0.0.1:8000`; see
+    `minirl_edu.rollout`."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How values reach that format. Nearest errs the same way each time, which training can learn to compensate;
     stochastic is unbiased."""

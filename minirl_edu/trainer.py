@@ -42,8 +42,7 @@ from minirl_edu.doctor import environment
 from minirl_edu.logprobs import Layout, can_share_prompts, micro_batches, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.objectives import PolicyLoss, cispo_loss, grpo_loss, minirl_loss
-from minirl_edu.precision import Precision
-from minirl_edu.rollout import HFEngine, Rollout, RolloutEngine, Sampling, sample
+from minirl_edu.rollout import Rollout, RolloutEngine, Sampling, make_engine, sample
 from minirl_edu.routing import Routes, RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
@@ -127,7 +126,9 @@ class MiniRLTrainer:
         self.grad_step = 0
         self._score: float | None = None  # the latest, for the progress bar
         self._prepare_folder(resume)
-        self.engine = engine or self._make_engine()
+        self.engine = engine or make_engine(
+            self._unwrapped, config.rollout, seed=config.seed, routes=self.replay is not None
+        )
         self.engine.sync(self._unwrapped, version=self.step)
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -467,16 +468,6 @@ class MiniRLTrainer:
             if self.config.algorithm.replay != "none":
                 raise ConfigError(f"algorithm.replay = {self.config.algorithm.replay!r}: {error}") from error
             return None
-
-    def _make_engine(self) -> RolloutEngine:
-        settings = self.config.rollout
-        if settings.engine != "hf":
-            raise ConfigError(f"rollout.engine = {settings.engine!r}: the engines are 'hf'")
-        try:
-            precision = Precision.parse(settings.precision, settings.rounding, settings.quantise_router)
-        except ValueError as error:
-            raise ConfigError(f"rollout.precision = {settings.precision!r}: {error}") from error
-        return HFEngine(self._unwrapped, precision, seed=self.config.seed, record_routes=self.replay is not None)
 
 
 def _due(step: int, every: int) -> bool:

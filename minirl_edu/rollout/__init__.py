@@ -1,6 +1,48 @@
 """Rollouts: the batch that flows through everything (`Rollout`), and the engines that sample it."""
 
+from transformers import PreTrainedModel
+
+from minirl_edu.config import ConfigError, RolloutConfig
+from minirl_edu.precision import Precision
 from minirl_edu.rollout.base import Rollout, RolloutEngine, Sampling
 from minirl_edu.rollout.hf import HFEngine, sample
 
-__all__ = ["HFEngine", "Rollout", "RolloutEngine", "Sampling", "sample"]
+__all__ = ["HFEngine", "Rollout", "RolloutEngine", "Sampling", "make_engine", "sample"]
+
+VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""What vLLM computes in, by the names of `rollout.precision`."""
+
+
+def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, routes: bool) -> RolloutEngine:
+    """The engine that a config's `rollout` section describes, with the weights of `model`; `routes` records experts.
+
+    Raises ConfigError naming the setting that does not fit the engine, and where vLLM is missing or refuses the model.
+    """
+    if config.engine == "hf":
+        if config.options:
+            raise ConfigError(f"rollout.options = {config.options}: engine 'hf' has none")
+        try:
+            precision = Precision.parse(config.precision, config.rounding, config.quantise_router)
+        except ValueError as error:
+            raise ConfigError(f"rollout.precision = {config.precision!r}: {error}") from error
+        return HFEngine(model, precision, seed=seed, record_routes=routes)
+
+    if config.precision not in VLLM_DTYPES:
+        raise ConfigError(
+            f"rollout.precision = {config.precision!r}: vLLM computes in {', '.join(VLLM_DTYPES)}; its other formats "
+            "are among its options, such as kv_cache_dtype: fp8 (engine 'hf' emulates the rest)"
+        )
+    if config.rounding != "nearest" or config.quantise_router:
+        raise ConfigError(f"rollout.rounding, quantise_router: engine {config.engine!r} emulates nothing; drop them")
+    try:
+        if config.engine == "vllm":
+            from minirl_edu.rollout.vllm import VLLMEngine
+
+            return VLLMEngine(
+                model, dtype=VLLM_DTYPES[config.precision], seed=seed, record_routes=routes, **config.options
+            )
+        from minirl_edu.rollout.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine(model, record_routes=routes, **config.options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"rollout.engine = {config.engine!r}: {error}") from error

@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.arithmetic import matmul_rate, step_flops
+from benchmarks.memory import memory
 from minirl_edu.config import load_config
 from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -141,7 +142,12 @@ def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
     return {"seconds": seconds, "ratios": ratios}
 
 
-BENCHMARKS: dict[str, Callable[..., Result]] = {"step": step, "replay": replay, "own_pi_old": own_pi_old}
+BENCHMARKS: dict[str, Callable[..., Result]] = {
+    "step": step,
+    "replay": replay,
+    "own_pi_old": own_pi_old,
+    "memory": memory,
+}
 """Every measurement by name."""
 
 

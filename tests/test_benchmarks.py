@@ -1,6 +1,7 @@
 """The benchmarks: that they count the arithmetic right and compare equal work. How fast anything is, is not tested."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.__main__ import main, table
 from benchmarks.arithmetic import forward_flops, matmul_rate, step_flops
 from benchmarks.measure import GROUP_SIZE, PROMPTS, _Clock, _trainer, step
-from minirl_edu.models import load_model
+from benchmarks.memory import FORMS, at_once, memory
+from minirl_edu.logprobs import lay_out
+from minirl_edu.models import load_model, tiny_dense
+from tests.oracle import written
 
 
 def test_flops_of_forward_and_backward_are_those_that_torch_counts():
@@ -88,6 +92,30 @@ def test_the_command_writes_what_it_measured(name, tmp_path, capsys):
         assert str(path) not in file.read_text(encoding="utf-8")
     if name == "replay":
         assert result["facts"] == {"bytes of routes per token, L·k": [4]}
+
+
+def test_both_forms_of_the_memory_benchmark_compute_the_same():
+    model = tiny_dense(50, seed=0)
+    rollout = written([[1, 2, 3]], [[4, 5, 6, 7], [8, 9, 10, 11]])
+    layout = lay_out(rollout, share_prompts=False)
+    expected, entropy = at_once(model, layout)
+    for form in FORMS.values():
+        output = [values.flatten() for values in form(model, layout)]
+        torch.testing.assert_close(output, [expected, entropy])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_all_logits_at_once_take_the_memory_that_chunks_save():
+    result = memory(1, vocabularies=[60_000], hidden=32, tokens=512)
+    facts = {name.removesuffix(", V = 60,000"): value for name, (value,) in result["facts"].items()}
+    logits = 512 * 60_000 * 4 / 2**20
+    assert facts["MiB of fp32 logits"] == pytest.approx(logits)
+    # At once: those of every token, those of the responses, their log-probabilities, and two more for the entropy.
+    assert facts["MiB, at once"] > 3 * logits
+    assert facts["MiB, chunked"] < facts["MiB, at once"] - 2 * logits
+    assert result["ratios"]["MiB, at once / chunked, V = 60,000"] == [facts["MiB, at once"] / facts["MiB, chunked"]]
+    assert all(len(values) == 1 and min(values) > 0 for values in result["seconds"].values())
 
 
 @pytest.mark.slow

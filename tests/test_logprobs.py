@@ -1,19 +1,30 @@
 """The training engine's forward: every layout gives what whole sequences one at a time give, values and gradients."""
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
+from minirl_edu import logprobs
 from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import minirl_loss
 from minirl_edu.rollout import Rollout
 from minirl_edu.routing import Routes, RoutingReplay
 from tests import routing_families
-from tests.conftest import EOS, prompts
+from tests.conftest import EOS, PAD, prompts
 from tests.oracle import CLOSE, lively, naive, naive_routes, written
 
 both = pytest.mark.parametrize("architecture", ["moe", "dense"])
@@ -288,6 +299,533 @@ def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(share_prompts: 
     parts = [loss(rows, layout) for rows, _, layout in batches]
     torch.testing.assert_close(sum(parts), everything, rtol=1e-4, atol=1e-5)
     assert_equal_gradients(gradients(model, torch.stack(parts).sum()), gradients(model, everything))
+
+
+# ---------------------------------------------------------------------------------------- chunks through the head
+
+VOCABULARY = 307  # prime: no width divides it
+
+
+def wide(architecture: str = "dense", *, bias: bool = False, tied: bool = True) -> PreTrainedModel:
+    """A lively model of many words and few hidden units."""
+    make = {"moe": tiny_moe, "dense": tiny_dense}[architecture]
+    model = make(VOCABULARY, seed=0, hidden=32, eos_token_id=EOS, pad_token_id=PAD)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+        if bias or not tied:
+            head = nn.Linear(32, VOCABULARY, bias=bias)
+            values = torch.randn(VOCABULARY, 33, generator=torch.Generator().manual_seed(3))
+            head.weight.copy_(values[:, :-1] / 6)
+            if bias:
+                head.bias.copy_(values[:, -1])
+            if tied:
+                head.weight = model.get_input_embeddings().weight
+            model.set_output_embeddings(head)
+            model.config.tie_word_embeddings = tied
+    return model.eval()
+
+
+def wide_rollout() -> Rollout:
+    """Prompts of two lengths, responses of 1 to 9 tokens from the whole vocabulary, first and last word included."""
+    generator = torch.Generator().manual_seed(2)
+    drawn = torch.randint(VOCABULARY, (8, 9), generator=generator).tolist()
+    drawn[1][:2] = [0, VOCABULARY - 1]
+    return written([[1, 2, 300, 4], [5, 6]], [row[: 1 + 5 * i % 9] for i, row in enumerate(drawn)])
+
+
+WIDE = wide_rollout()
+
+
+@pytest.fixture
+def paths(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Chunks of a few words or tokens, and how often each path ran."""
+    monkeypatch.setattr(logprobs, "CHUNK", 1000)
+    seen = Counter()
+
+    def watch(owner: object, name: str, path: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (seen.update([path]), function(*args, **kwargs))[1])
+
+    watch(logprobs._HeadLogprobs, "apply", "by words")
+    watch(logprobs, "checkpoint", "by tokens")
+    return seen
+
+
+def assert_naive(
+    model: PreTrainedModel,
+    *,
+    rollout: Rollout = WIDE,
+    temperature: float = 1.0,
+    share_prompts: bool = False,
+    close: float = CLOSE,
+) -> None:
+    """Values and gradients are those of whole sequences one at a time."""
+    logp, entropy = naive(model, rollout, temperature)
+    output = response_logprobs(model, lay_out(rollout, share_prompts=share_prompts), temperature=temperature)
+    assert (output.logp - logp).abs().max() <= close
+    assert (output.entropy - entropy).abs().max() <= close
+    assert output.logp.requires_grad and not output.entropy.requires_grad
+    assert_equal_gradients(gradients(model, weighted(output.logp)), gradients(model, weighted(logp)))
+
+
+def head_inputs(tokens: int, dtype: torch.dtype, *, bias: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """hidden [n, 5], weight [23, 5], bias [23] and targets [n], for logits of size about 10."""
+    generator = torch.Generator().manual_seed(tokens)
+    hidden, weight, of_words = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).mul(2.0).to(dtype).requires_grad_()
+        for shape in ((tokens, 5), (23, 5), (23,))
+    )
+    return hidden, weight, of_words if bias else None, torch.randint(23, (tokens,), generator=generator)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 6])
+@pytest.mark.parametrize("width", [1, 7, 22, 23, 50])
+def test_the_head_in_chunks_is_the_head_at_once(width: int, tokens: int, bias: bool):
+    hidden, weight, of_words, targets = head_inputs(tokens, torch.float64, bias=bias)
+    inputs = [x for x in (hidden, weight, of_words) if x is not None]
+    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, of_words, targets, 0.7, width)
+    log_probs = (nn.functional.linear(hidden, weight, of_words) / 0.7).log_softmax(-1)
+    expected = log_probs[range(tokens), targets]
+    # float64: the order of sums alone, at logits of size 10 about 1e-14.
+    torch.testing.assert_close(logp, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1), rtol=0, atol=1e-12)
+    for ours, theirs in zip(
+        torch.autograd.grad(weighted(logp), inputs), torch.autograd.grad(weighted(expected), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_the_head_in_chunks_is_its_finite_difference():
+    hidden, weight, bias, targets = head_inputs(4, torch.float64, bias=True)
+    assert bias is not None
+    in_chunks = lambda *x: logprobs._HeadLogprobs.apply(*x, targets, 0.7, 7)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(in_chunks, (hidden, weight, bias))
+
+
+def test_entropies_near_zero_and_logits_far_from_it_are_exact_in_chunks():
+    """Taken of z itself, not of z − max, log Σ exp z − Σ p·z would be off by the rounding of z: 2e-6 at 20."""
+    weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    hidden = torch.cat([weight[3:4] * 25, weight[30:31] * 3, torch.zeros(1, 8)])
+    targets = torch.tensor([3, 30, 5])
+    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7)
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    # The first token is certain, the second nearly, the last uniform. 1 + ε is rounded to 2⁻²⁴ before its logarithm.
+    torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-6, atol=2e-7)
+    torch.testing.assert_close(logp.double(), exact[range(3), targets], rtol=1e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(dtype: torch.dtype):
+    hidden, weight, _, targets = head_inputs(6, dtype, bias=False)
+
+    def gradient(hidden: Tensor, weight: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7)[0].sum(), of)
+
+    of_hidden, of_weight = gradient(hidden, weight, hidden, weight)
+    assert of_hidden.dtype == of_weight.dtype == dtype
+    assert torch.equal(of_hidden, gradient(hidden, weight.detach(), hidden)[0])
+    assert torch.equal(of_weight, gradient(hidden.detach(), weight, weight)[0])
+
+
+@both
+@layouts
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_in_chunks_both_layouts_are_whole_sequences(
+    architecture: str, share_prompts: bool, temperature: float, paths: Counter
+):
+    # Dividing by 0.6 magnifies the logits' rounding.
+    close = CLOSE / temperature**2
+    assert_naive(wide(architecture), share_prompts=share_prompts, temperature=temperature, close=close)
+    assert paths == {"by words": 1}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_heads_of_every_kind_are_exact_in_chunks(tied: bool, bias: bool, paths: Counter):
+    model = wide(bias=bias, tied=tied)
+    assert len({id(p) for p in model.parameters()} & {id(model.lm_head.weight)}) == 1
+    assert_naive(model)
+    assert paths == {"by words": 1}
+
+
+def test_one_response_token_is_exact_in_chunks(paths: Counter, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(logprobs, "CHUNK", 100)
+    assert_naive(wide(), rollout=written([[1, 2, 300]], [[290]]))
+    assert paths == {"by words": 1}
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_few_logits_are_computed_at_once(share_prompts: bool, paths: Counter, monkeypatch: pytest.MonkeyPatch):
+    layout = lay_out(WIDE, share_prompts=share_prompts)
+    for slots, postponed, path in [
+        (layout.slots, 0, {}),
+        (layout.slots - 1, 1, {}),
+        (len(layout.targets), 1, {}),
+        (len(layout.targets) - 1, 1, {"by words": 1}),
+    ]:
+        monkeypatch.setattr(logprobs, "CHUNK", slots * VOCABULARY)
+        with monkeypatch.context() as patch:
+            seen: list[object] = []
+            patch.setattr(
+                logprobs, "_Trace", lambda *args, to=seen, make=logprobs._Trace: (to.append(1), make(*args))[1]
+            )
+            response_logprobs(wide(), layout)
+        assert len(seen) == postponed and paths == path
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_bf16_in_chunks_is_bf16_at_once(bias: bool, paths: Counter, monkeypatch: pytest.MonkeyPatch):
+    model, layout = wide(bias=bias).bfloat16(), lay_out(WIDE, share_prompts=False)
+    chunked = response_logprobs(model, layout)
+    ours = gradients(model, weighted(chunked.logp))
+    monkeypatch.setattr(logprobs, "CHUNK", 2**22)
+    at_once = response_logprobs(model, layout)
+    theirs = gradients(model, weighted(at_once.logp))
+    assert paths == {"by words": 1} and chunked.logp.dtype == chunked.entropy.dtype == torch.float32
+    # The logits of both are the same numbers in bf16, unless a product sums in another order: then some differ by a
+    # rounding, 2⁻⁸ of up to 8.
+    assert (chunked.logp - at_once.logp).abs().max() <= 0.04
+    assert (chunked.logp - at_once.logp).abs().mean() <= 0.002
+    for name, gradient in theirs.items():
+        # Each of some 10 partial sums is rounded to 8 bits; and errors add up over two layers.
+        assert (ours[name] - gradient).norm() <= 0.02 * gradient.norm() > 0, name
+
+
+@both
+def test_checkpointing_and_replay_change_nothing_in_chunks(architecture: str, paths: Counter):
+    model, layout = wide(architecture), lay_out(WIDE, share_prompts=True)
+    native = response_logprobs(model, layout).logp
+    expected = gradients(model, weighted(native))
+    model.gradient_checkpointing_enable()
+    model.train()
+    with contextlib.ExitStack() as contexts:
+        if architecture == "moe":
+            routes = recorded(model, layout)
+            contexts.enter_context(RoutingReplay(model).replay(routes))
+        logp = response_logprobs(model, layout).logp
+        ours = gradients(model, weighted(logp))
+    assert torch.equal(logp, native) and all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert set(paths) == {"by words"}
+
+
+def test_recording_in_chunks_is_one_forward(paths: Counter):
+    model, layout = wide("moe"), lay_out(WIDE, share_prompts=False)
+    with RoutingReplay(model).record() as tape:
+        weighted(response_logprobs(model, layout).logp).backward()
+    assert tape.routes.valid.shape == layout.source.shape
+    assert naive_routes(model, WIDE).flip_rate(layout.unpack(tape.routes), WIDE.inputs).max() == 0
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_without_gradients_the_values_are_the_same(mode: type, softcap: float | None, paths: Counter):
+    model, layout = wide(), lay_out(WIDE, share_prompts=False)
+    if softcap is not None:
+        after_head(model, lambda logits: torch.tanh(logits / softcap) * softcap)
+    expected = response_logprobs(model, layout)
+    with mode():
+        values = response_logprobs(model, layout)
+    assert torch.equal(values.logp, expected.logp) and torch.equal(values.entropy, expected.entropy)
+    assert not values.logp.requires_grad and paths
+
+
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+def test_under_autocast_the_head_runs_in_bf16_and_gradients_arrive_in_fp32(capped: bool, paths: Counter):
+    model, layout = wide(bias=True, tied=False), lay_out(WIDE, share_prompts=False)
+    if capped:
+        after_head(model, lambda logits: torch.tanh(logits / 9) * 9)
+    expected, entropy = naive(model, WIDE)
+    exact = gradients(model, weighted(expected))
+    forward = model.forward
+
+    def autocast(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast  # as accelerate does
+    output = response_logprobs(model, layout)
+    ours = gradients(model, weighted(output.logp))
+    assert set(paths) == {"by tokens" if capped else "by words"} and output.logp.dtype == torch.float32
+    # bf16: see above.
+    assert (output.logp - expected).abs().max() <= 0.2 and (output.entropy - entropy).abs().max() <= 0.2
+    for name, gradient in exact.items():
+        assert ours[name].dtype == torch.float32
+        assert (ours[name] - gradient).norm() <= 0.05 * gradient.norm(), name
+    if not capped:  # there, bf16 gradients of several chunks are added in fp32
+        assert torch.equal(ours["lm_head.weight"], ours["lm_head.weight"].bfloat16().float())
+    assert model.forward is autocast
+
+
+# ------------------------------------------------------------------------- models that do more after, or in, the head
+
+
+def after_head(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> None:
+    """Make the model's forward apply `change` to its logits."""
+    forward = model.forward
+
+    def changed(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("gemma2", {"final_logit_softcapping": 2.0}),
+        ("granite", {"logits_scaling": 3.0}),
+        ("granitemoe", {"logits_scaling": 3.0, "num_local_experts": 4}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("nanochat", {"final_logit_softcapping": 2.0}),
+    ],
+)
+def test_families_that_cap_or_scale_their_logits_are_exact(family: str, options: dict, paths: Counter):
+    model = routing_families.build(family, vocab_size=VOCABULARY, **options)
+    assert_naive(model)
+    assert set(paths) == {"by tokens"} and paths["by tokens"] > 5
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "olmo2", "lfm2"])
+def test_families_that_return_what_their_head_gives_go_by_words(family: str, paths: Counter):
+    assert_naive(routing_families.build(family, vocab_size=VOCABULARY))
+    assert paths == {"by words": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        (lambda logits: logits.float(), "by words"),
+        (lambda logits: logits[..., :301].float() / 3, "by tokens"),
+        (lambda logits: logits.sub_(1).div_(torch.linspace(1, 3, VOCABULARY)), "by tokens"),
+        (lambda logits: logits - logits.mean(-1, keepdim=True) * logits.sigmoid(), "by tokens"),
+        (lambda logits: torch.stack(logits.chunk(1)).squeeze(0).contiguous() * 2, "by tokens"),
+    ],
+    ids=["float", "slice", "in place", "forked", "several results"],
+)
+def test_whatever_is_done_to_each_position_is_done(change: Callable, path: str, paths: Counter):
+    model = wide()
+    after_head(model, change)
+    rollout = written([[1, 2, 300, 4], [5, 6]], [[7, 8, 9, 300], [0, 5]])
+    assert_naive(model, rollout=rollout)
+    assert set(paths) == {path}
+
+
+def test_words_masked_by_assignment_are_masked(paths: Counter):
+    def mask(logits: Tensor) -> Tensor:
+        logits[..., 20:] = -1e4
+        return logits
+
+    model = wide()
+    after_head(model, mask)
+    rollout = written([[1, 2, 3, 4]], [[7, 8, 9, 10], [0, 5]])
+    assert_naive(model, rollout=rollout)
+    assert set(paths) == {"by tokens"}
+
+
+def test_only_a_cast_to_fp32_is_done_without(paths: Counter):
+    model = wide()
+    after_head(model, lambda logits: logits.bfloat16())
+    response_logprobs(model, lay_out(WIDE, share_prompts=False))
+    assert set(paths) == {"by tokens"}
+
+
+def test_a_learnt_scale_gets_its_gradient(paths: Counter):
+    model = wide()
+    scale = nn.Parameter(torch.tensor(0.4))
+    model.register_parameter("scale", scale)
+    after_head(model, lambda logits: logits * scale)
+    assert_naive(model)
+    assert set(paths) == {"by tokens"} and "scale" in dict(model.named_parameters())
+
+
+def test_a_head_with_an_adapter_is_run_as_it_is(paths: Counter):
+    class Adapted(nn.Module):
+        def __init__(self, inner: nn.Linear) -> None:
+            super().__init__()
+            self.inner, self.down, self.up = inner, nn.Linear(32, 2), nn.Linear(2, VOCABULARY)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.inner(hidden) + self.up(self.down(hidden))
+
+    model = wide(tied=False)
+    model.set_output_embeddings(Adapted(model.lm_head))
+    assert_naive(model)
+    assert set(paths) == {"by tokens"}
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_linear_head_that_does_something_else_is_run_as_it_is(how: str, paths: Counter):
+    model = wide()
+    head, forward = model.lm_head, model.lm_head.forward
+    if how == "hook":
+        head.register_forward_hook(lambda head, args, logits: logits / 2)
+    else:
+        head.forward = lambda hidden: forward(hidden) / 2
+    assert_naive(model)
+    assert set(paths) == {"by tokens"}
+
+
+class Halved(Tensor):
+    """A weight of a type of its own, as quantised ones are: its products are not those of its numbers."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is not nn.functional.linear:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args) / 2
+
+
+@torch.no_grad()
+def test_a_weight_of_another_type_is_left_to_the_head(paths: Counter):
+    model = wide(tied=False)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(Halved))
+    output = response_logprobs(model, lay_out(WIDE, share_prompts=False))
+    assert (output.logp - naive(model, WIDE)[0]).abs().max() <= CLOSE
+    assert set(paths) == {"by tokens"}
+
+
+def test_a_model_that_goes_past_its_heads_forward_is_still_exact(paths: Counter):
+    model = wide()
+    decoder = model.model
+
+    def forward(use_cache: bool, **inputs):
+        hidden = decoder(use_cache=use_cache, **inputs).last_hidden_state
+        logits: Any = nn.functional.linear(hidden, model.lm_head.weight)
+        return CausalLMOutput(logits=logits)
+
+    model.forward = forward
+    assert_naive(model)
+    assert set(paths) == {"by tokens"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: torch.cat([logits, logits], 1), "does not treat each position by itself"),
+        (lambda logits: logits.flatten(0, 1)[None], "is invalid for input of size"),
+    ],
+    ids=["cat", "flatten"],
+)
+def test_positions_that_change_places_are_refused(change: Callable, message: str, paths: Counter):
+    model = wide()
+    after_head(model, change)
+    with pytest.raises(RuntimeError, match=message):
+        response_logprobs(model, lay_out(WIDE, share_prompts=False))
+
+
+def test_several_calls_of_the_head_may_not_be_combined(paths: Counter):
+    model = wide()
+    after_head(model, lambda logits: logits + model.lm_head(logits.trace.hidden))  # type: ignore[attr-defined]
+    with pytest.raises(NotImplementedError, match="combines the logits of several calls of its head"):
+        response_logprobs(model, lay_out(WIDE, share_prompts=False))
+
+
+def test_a_model_without_a_head_is_refused():
+    layout = lay_out(WIDE, share_prompts=False)
+    for model in (nn.Linear(3, 4), wide().model):
+        with pytest.raises(TypeError, match="holds no transformers model with a language-modelling head"):
+            response_logprobs(model, layout)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(fails: bool, paths: Counter):
+    model, layout = wide(), lay_out(WIDE, share_prompts=False)
+    own = model.lm_head.forward = model.lm_head.forward  # an instance's own forward, as offloading hooks set
+    before = model(**layout.inputs).logits
+    if fails:
+        after_head(model, lambda logits: torch.cat([logits, logits], 1))
+        with pytest.raises(NotImplementedError):
+            response_logprobs(model, layout)
+        del model.forward
+    else:
+        response_logprobs(model, layout)
+    assert model.lm_head.forward is own and "forward" not in vars(model)
+    assert torch.equal(model(**layout.inputs).logits, before)
+
+
+# ------------------------------------------------------------------------------------------------- memory, wrappers
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation inside returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and not (leaf.is_meta or isinstance(leaf, logprobs._Postponed)):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return output
+
+
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "backward"])
+def test_no_tensor_holds_all_logits(capped: bool, gradient: bool, monkeypatch: pytest.MonkeyPatch):
+    """Deterministic, where a process's peak is not."""
+    model = tiny_dense(2003, seed=0, layers=1, hidden=32)
+    layout = lay_out(written([[1, 2, 3]] * 4, [[5] * 20] * 16), share_prompts=False)
+    if capped:
+        after_head(model, lambda logits: logits.tanh())
+
+    def largest(chunk: int) -> int:
+        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        with torch.set_grad_enabled(gradient), Largest() as seen:
+            logp = response_logprobs(model, layout).logp
+            if gradient:
+                logp.sum().backward()
+        return seen.elements
+
+    all_logits = len(layout.targets) * 2003
+    assert len(layout.targets) == 320 and largest(2**22) >= all_logits
+    # The weights and their gradient take 2003 · 32 = 64,096, activations 352 · 256, chunks of logits what they may.
+    assert largest(100_000) <= 100_000 < all_logits / 6
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def distributed(model: PreTrainedModel) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model: PreTrainedModel) -> nn.Module:
+    """Weights are freed after the forward and gathered again by hooks on its output, which is cast to bf16."""
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(
+        model, mesh=mesh, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16), reshard_after_forward=True
+    )
+    return model
+
+
+@pytest.mark.parametrize("wrap", [distributed, sharded])
+@pytest.mark.parametrize("capped", [False, True], ids=["plain", "capped"])
+def test_wrapped_models_give_the_same_to_the_bit(wrap: Callable, capped: bool, paths: Counter, one_process: None):
+    model, layout = wide(), lay_out(WIDE, share_prompts=False)
+    if capped:
+        after_head(model, lambda logits: torch.tanh(logits / 3) * 3)
+    expected = response_logprobs(model, layout)
+    exact = gradients(model, weighted(expected.logp))
+    wrapped = wrap(model)
+    output = response_logprobs(wrapped, layout)
+    weighted(output.logp).backward()
+    assert torch.equal(output.logp, expected.logp) and torch.equal(output.entropy, expected.entropy)
+    for name, parameter in wrapped.named_parameters():
+        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        assert torch.equal(gradient, exact[name.removeprefix("module.")]), name
+    assert set(paths) == {"by tokens" if capped else "by words"}
 
 
 # --------------------------------------------------------------------------------------- when prompts may be shared

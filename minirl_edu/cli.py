@@ -1,4 +1,4 @@
-"""The `minirl` command: train, demo, report, cold-start, doctor."""
+"""The `minirl` command: train, demo, report, gap, cold-start, doctor."""
 
 import argparse
 import shlex
@@ -99,6 +99,98 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _gap(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from minirl_edu import gap, plots
+    from minirl_edu.config import ConfigError
+    from minirl_edu.doctor import environment
+    from minirl_edu.models import SMOLLM2
+
+    alone = arguments.model is None and not (arguments.suite or arguments.accidents)
+    single = ("dtype", "trainer_dtype", "precision", "task", "prompts", "group_size", "max_new_tokens", "temperature")
+    given = [name for name in single if getattr(arguments, name) is not None] + ["option"] * bool(arguments.option)
+    if given and (arguments.model is None or arguments.suite or arguments.accidents):
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} describes one engine: give --model as well (such as "
+            f"{', '.join(gap.RANDOM)}, chain-steps), without --suite and --accidents, whose settings are fixed"
+        )
+    if arguments.seeds is not None and arguments.seeds < 1:
+        raise ConfigError(f"--seeds = {arguments.seeds}: use 1 or more")
+    _quiet()
+    torch.set_num_threads(1)  # the models are small, and vLLM's own threads crawl on a busy machine
+    missing = gap.vllm_missing()
+    engine = arguments.engine or ("hf" if missing else "vllm")
+    if missing and engine == "vllm":
+        raise ConfigError(f"--engine vllm: {missing}")
+    if missing and not arguments.accidents:
+        print(f"vLLM is not used: {missing}\nThe rollouts are transformers', through other kernels than the trainer's.")
+    out = Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if arguments.accidents:
+            rows, figure, text = _gap_accidents(arguments.model or "tiny-moe")
+        elif alone:
+            rows = gap.mechanism(engine, arguments.seeds or 5)
+            figure, text = plots.engine_gap(rows), gap.table(rows)
+        elif arguments.suite:
+            rows = []
+            for name in [arguments.model] if arguments.model else ["tiny-moe", SMOLLM2]:
+                rows += gap.suite(name, out, gap.usual_workload(name, arguments.seeds))
+            figure, text = plots.engine_gap(rows), gap.table(rows)
+        else:
+            rows, figure, text = _gap_one(arguments, engine)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    gap.write_json(out / "gap.json", {"environment": environment(), "legend": gap.LEGEND, "rows": rows})
+    for suffix in ("png", "svg"):
+        figure.savefig(out / f"gap.{suffix}", dpi=200)
+    print(f"\n{text}\n\n{gap.legend()}\n\n{out / 'gap.json'}, gap.png, gap.svg")
+
+
+def _gap_one(arguments: argparse.Namespace, engine: str) -> tuple[list[dict[str, Any]], Any, str]:
+    """One engine on one model: row, figure and text."""
+    from tqdm import tqdm
+
+    from minirl_edu import gap, plots
+    from minirl_edu.rollout import Sampling
+
+    options = {}
+    for option in arguments.option:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ValueError(f"--option {option}: expected KEY=VALUE, such as kv_cache_dtype=fp8")
+        options[key] = value
+    dtype = arguments.dtype or "float32"
+    setting = gap.Setting(engine, dtype, arguments.precision or "fp32", arguments.trainer_dtype or "", options)
+    usual = gap.usual_workload(arguments.model, arguments.seeds)
+    workload = gap.Workload(
+        gap.prompts_for(arguments.model, arguments.task, arguments.prompts or len(usual.prompts(0))),
+        arguments.group_size or usual.group_size,
+        Sampling(arguments.max_new_tokens or usual.sampling.max_new_tokens, arguments.temperature or 1.0),
+        usual.seeds,
+    )
+    models = gap.models_for(arguments.model, workload.seeds)
+    with tqdm(total=workload.seeds, desc=f"gap, {setting.label}", unit="rollout") as bar:
+        row = gap.run_setting(setting, models, workload, tick=bar.update, examined=True)
+    if row["skipped"]:
+        raise ValueError(row["skipped"])
+    rows = [{"model": arguments.model, **row}]
+    return rows, plots.gap_profile(row), f"{gap.table(rows)}\n\n{gap.details(row)}\n\n{row['diagnosis']}"
+
+
+def _gap_accidents(name: str) -> tuple[list[dict[str, Any]], Any, str]:
+    """Every accident on one model: rows, figure and text."""
+    from minirl_edu import gap, plots
+
+    (model,) = gap.models_for(name, 1)
+    if name in gap.RANDOM:
+        gap.with_end_token(model)
+    rows = gap.accidents(model, gap.prompts_for(name, None, 16)(0))
+    texts = "\n\n".join(f"{row['text']}\n  " + row["diagnosis"].replace("\n", "\n  ") for row in rows)
+    return rows, plots.gap_accidents(rows), f"{texts}\n\n{gap.accident_table(rows)}"
+
+
 def _quiet() -> None:
     """Keep transformers' loading bars out of the way of the training bar."""
     from transformers.utils import logging
@@ -153,6 +245,37 @@ def _parser() -> argparse.ArgumentParser:
     command = add("report", _report, "Write the report of one run, or of several side by side.")
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     command.add_argument("--out", help="HTML file (default: report.html in the first folder)")
+
+    text = "Measure how far a rollout engine is from the training engine, on the same weights and tokens."
+    command = add("gap", _gap, text)
+    command.description = (
+        text
+        + " Without --model: the paper's mechanism, random Mixture-of-Experts models and their dense twins in fp32 "
+        "and bf16, in about a minute. Writes gap.json and a figure to --out."
+    )
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--suite", action="store_true", help="a list of engines, real and emulated; goes on if stopped")
+    which.add_argument("--accidents", action="store_true", help="common mistakes beside healthy runs, and a diagnosis")
+    command.add_argument(
+        "--model", help="tiny-moe, tiny-dense, a shipped cold start, smollm2-135m-instruct, path, hub id"
+    )
+    command.add_argument("--engine", choices=("hf", "vllm"), help="default: vllm where it is installed")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the rollout engine (default: float32)")
+    command.add_argument("--trainer-dtype", choices=("float32", "bfloat16"), help="default: as --dtype")
+    command.add_argument(
+        "--precision",
+        help="emulated: weights and activations (hf) or experts (vllm), such as fp8_e4m3, int8, int3/int4",
+    )
+    command.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", help="of vllm.LLM, such as kv_cache_dtype=fp8"
+    )
+    command.add_argument("--task", help="where the prompts come from: chain, reasoning_gym, …")
+    command.add_argument("--prompts", type=int, help="how many")
+    command.add_argument("--group-size", type=int, help="responses to each")
+    command.add_argument("--max-new-tokens", type=int, help="longest response")
+    command.add_argument("--temperature", type=float, help="of both engines (default: 1)")
+    command.add_argument("--seeds", type=int, help="repetitions; another model each for the random ones")
+    command.add_argument("--out", default="runs/gap", help="folder for gap.json, gap.png, gap.svg (default: runs/gap)")
 
     add("doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
 

@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from minirl_edu.diagnostics import mean_interval
+
 Metrics = dict[str, np.ndarray]
 """One run: a column per key of metrics.jsonl, a row per gradient step, NaN where there is no value."""
 Runs = Mapping[str, Metrics | Sequence[Metrics]]
@@ -40,11 +42,6 @@ METHOD_STYLE: dict[str, dict[str, Any]] = {
 }
 """How each method is drawn, everywhere. "MiniRL + R3" and "R3" are the same method."""
 
-# 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond that the normal's 1.96 is less than 4 % off.
-_T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 _INK, _SOFT = "#222222", "#767676"
 
 
@@ -85,15 +82,6 @@ def read_metrics(path: Path | str) -> Metrics:
     records = read_records(path)
     keys = dict.fromkeys(key for record in records for key, value in record.items() if isinstance(value, int | float))
     return {key: np.array([record.get(key, math.nan) for record in records], dtype=np.float64) for key in keys}
-
-
-def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds and half-width of its 95 % t-interval; `values` is [seeds, steps]. NaN widths with one seed."""
-    n = len(values)
-    if n == 1:
-        return values[0], np.full(values.shape[1], math.nan)
-    quantile = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96
-    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(n)
 
 
 def _column(run: Metrics, key: str, *, smooth: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -430,4 +418,169 @@ def precision_dial(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set_ylim(len(rows) - 0.5, -0.5)
     _name(left, "Training–inference KL", "", "nats per token")
     _name(right, "Tokens with another expert set", "", "fraction of tokens")
+    return figure
+
+
+_REPLAY = {"plain": ("no replay", METHOD_STYLE["MiniRL"]), "r3": ("with R3", METHOD_STYLE["R3"])}
+
+
+def engine_gap(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """How far rollout engines are from the training engine: KL without and with R3, and routing flips.
+
+    Each row: `label`, `trainer_dtype`, optionally `model` (its name stands above its rows), `skipped` (None, or why it
+    was not measured: such rows are left out) and `seeds`, a list of measurements that hold `plain` and `r3` with a `k3`
+    (nats per token; r3 None without replay) and `flip_rate` (None for dense models). Every seed is a faint dot; the
+    mark is the geometric mean and the bar its 95 % t-interval, on a log axis, where a KL of 0 stands at 1e-15. Raises
+    ValueError without a measured row.
+    """
+    rows = [row for row in rows if not row["skipped"]]
+    if not rows:
+        raise ValueError("rows: none was measured, so there is nothing to draw; see why they were skipped")
+    labels: list[str] = []
+    at: list[float] = []
+    last = None
+    y = -1.0
+    for row in rows:
+        y += 1.0 + (0.8 if row.get("model") != last else 0.0)
+        last = row.get("model")
+        at.append(y)
+        same = {"float32": "fp32", "bfloat16": "bf16"}[row["trainer_dtype"]]
+        labels.append(row["label"] if f" {same}" in row["label"] else f"{row['label']} ({same} trainer)")
+    wide = any(seed["flip_rate"] is not None for row in rows for seed in row["seeds"])
+    figure, axes = _panels(1 + wide, 1 + wide, panel=(4.9 + 1.2 * (not wide), 0.3 * y + 1.3))
+    left, right = axes[0], axes[-1]
+    left.set_xscale("log")
+    offset = {"plain": -0.13 * wide, "r3": 0.13}
+    for side, (name, style) in _REPLAY.items():
+        shown = [(y, row) for y, row in zip(at, rows, strict=True) if row["seeds"][0][side] is not None]
+        for y, row in shown:
+            values = np.array([max(seed[side]["k3"], 1e-15) for seed in row["seeds"]])
+            mean, half = (np.exp(x) for x in mean_interval(np.log(values)[:, None]))
+            height = y + offset[side]
+            left.plot(values, np.full(len(values), height), ".", color=style["color"], alpha=0.3, gid=f"seeds:{side}")
+            if math.isfinite(half[0]):
+                left.plot(
+                    [mean[0] / half[0], mean[0] * half[0]], [height] * 2, color=style["color"], linewidth=2, alpha=0.8
+                )
+            left.plot(
+                mean, [height], linestyle="none", marker=style["marker"], color=style["color"], markersize=7,
+                markeredgecolor="white", label=name if y == shown[0][0] else None, gid=f"{side}:{row['label']}",
+            )  # fmt: skip
+    if len(left.get_legend_handles_labels()[1]) > 1:
+        handles = {name: {**style, "linestyle": "none"} for name, style in _REPLAY.values()}
+        _legend(figure, handles)
+    if wide:
+        for y, row in zip(at, rows, strict=True):
+            flips = [seed["flip_rate"] for seed in row["seeds"]]
+            dense = flips[0] is None
+            mean, half = mean_interval(np.array([[0.0 if f is None else f] for f in flips]))
+            right.barh(y, mean, height=0.55, color=METHOD_STYLE["MiniRL"]["color"], gid=f"flips:{row['label']}")
+            if math.isfinite(half[0]) and not dense:
+                right.plot([max(0.0, mean[0] - half[0]), mean[0] + half[0]], [y] * 2, color=_INK, linewidth=1.2)
+            text = "dense" if dense else f"{100 * mean[0]:.2g} %"
+            edge = mean[0] + (half[0] if math.isfinite(half[0]) else 0.0)
+            right.annotate(text, (edge, y), (4, 0), textcoords="offset points", va="center", fontsize=9, color=_INK)
+        right.margins(x=0.18)
+        right.set_xlim(left=0)
+        right.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+        _name(right, "Tokens with another expert set", "", "fraction of tokens, mean over layers")
+    for ax in axes:
+        ax.set_yticks(at, labels if ax is left else [])
+        ax.set_ylim(at[-1] + 0.6, at[0] - (1.3 if rows[0].get("model") else 0.6))
+        ax.grid(axis="y", visible=False)
+    left.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    for y, row, before in zip(at, rows, [None, *rows], strict=False):
+        if row.get("model") and (before is None or before["model"] != row["model"]):
+            left.annotate(
+                row["model"], (0, y - 0.75), xycoords=("axes fraction", "data"), va="center", fontsize=10, color=_SOFT
+            )
+    seeds = min(len(row["seeds"]) for row in rows)
+    over = f", 95 % over {seeds} seeds" if seeds > 1 else ""
+    _name(left, "Training–inference KL", "", f"nats per token (k3){over}")
+    return figure
+
+
+def gap_profile(row: Mapping[str, Any]) -> Figure:
+    """One engine's gap in detail: quantiles of the log-ratio, KL by token position, routing flips by layer.
+
+    `row["seeds"]` holds what `minirl_edu.gap.measure` returns. Lines are means over seeds with their 95 % t-interval;
+    of the KL on a log scale, where 0 stands at 1e-15. Positions are those of the first seed, up to the shortest
+    seed's. Without routes the third panel is left out.
+    """
+    seeds = row["seeds"]
+    layers = [layer["layer"] for layer in seeds[0]["layers"]]
+    count = 3 if layers else 2
+    figure, axes = _panels(count, count, panel=(4.1, 3.1))
+    sides = {side: drawn for side, drawn in _REPLAY.items() if seeds[0][side] is not None}
+    places = min(len(seed["positions"]) for seed in seeds)
+    centres = np.array([(at["from"] + at["to"]) / 2 + 1 for at in seeds[0]["positions"][:places]])
+    for side, (_, style) in sides.items():
+        levels = [float(q) for q in seeds[0][side]["quantiles"]]
+        mean, half = mean_interval(np.array([list(seed[side]["quantiles"].values()) for seed in seeds]))
+        axes[0].plot(mean, levels, linewidth=1.9, markersize=5.5, gid=f"quantiles:{side}", **style)
+        axes[0].fill_betweenx(levels, mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
+        values = np.array([[max(at[side]["k3"], 1e-15) for at in seed["positions"][:places]] for seed in seeds])
+        mean, half = (np.exp(x) for x in mean_interval(np.log(values)))
+        axes[1].plot(centres, mean, linewidth=1.9, markersize=5.5, gid=f"positions:{side}", **style)
+        axes[1].fill_between(centres, mean / half, mean * half, color=style["color"], alpha=0.15, linewidth=0)
+    axes[1].set_yscale("log")
+    axes[0].axvline(0, color=_SOFT, linewidth=0.8)
+    _name(axes[0], "Log-ratio", "quantile", r"$\log\,\pi/\mu$, nats")
+    _name(axes[1], "KL by position", "nats per token (k3)", "token of the response")
+    if layers:
+        mean, half = mean_interval(np.array([[layer["flip_rate"] for layer in seed["layers"]] for seed in seeds]))
+        axes[2].bar(
+            range(len(layers)), mean, yerr=(np.minimum(half, mean), half) if len(seeds) > 1 else None,
+            width=0.6, ecolor=_INK, color=METHOD_STYLE["MiniRL"]["color"],
+        )  # fmt: skip
+        axes[2].set_xticks(range(len(layers)), [str(layer) for layer in layers])
+        axes[2].set_ylim(bottom=0)
+        _name(axes[2], "Tokens with another expert set", "fraction of tokens", "layer")
+    if len(sides) > 1:
+        _legend(figure, dict(sides.values()))
+    return figure
+
+
+def gap_accidents(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Common mistakes beside healthy runs: the KL as measured, and under the hypothesis that explains it.
+
+    Each row: `text` (what is wrong), `metrics` with `k3`, `k3_explained` (nats per token) and `found` (names, written
+    at the right). A KL of 0 stands at 1e-15 on the log axis.
+    """
+    figure, (ax,) = _panels(1, 1, panel=(10.0, 0.32 * len(rows) + 0.9))
+    ax.set_xscale("log")
+    for y, row in enumerate(rows):
+        before, after = (max(k3, 1e-15) for k3 in (row["metrics"]["k3"], row["k3_explained"]))
+        if after < before / 2:
+            ax.annotate("", (after * 1.6, y), (before / 1.6, y), arrowprops={"arrowstyle": "->", "color": _SOFT})
+            ax.plot(
+                after, y, linestyle="none", marker="D", color=METHOD_STYLE["R3"]["color"], markersize=6, gid="after"
+            )
+        ax.plot(
+            before, y, linestyle="none", marker="o", color=METHOD_STYLE["MiniRL"]["color"], markersize=7, gid="before"
+        )
+        ax.annotate(
+            ", ".join(row["found"]), (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=10,
+            color=_INK, annotation_clip=False,
+        )  # fmt: skip
+    ax.annotate(
+        "recognised as", (1.01, -0.9), xycoords=("axes fraction", "data"), fontsize=10, color=_SOFT, va="center",
+        annotation_clip=False,
+    )  # fmt: skip
+    ax.set_yticks(range(len(rows)), [row["text"] for row in rows])
+    ax.set_ylim(len(rows) - 0.5, -0.6)
+    ax.grid(axis="y", visible=False)
+    ax.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    _name(ax, "", "", "KL (k3) between engine and trainer, nats per token")
+    _legend(
+        figure,
+        {
+            "as it is": {"color": METHOD_STYLE["MiniRL"]["color"], "marker": "o", "linestyle": "none"},
+            "under what the tool recognised": {
+                "color": METHOD_STYLE["R3"]["color"],
+                "marker": "D",
+                "linestyle": "none",
+            },
+        },
+    )
     return figure

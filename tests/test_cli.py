@@ -91,6 +91,29 @@ def test_cold_start_writes_a_model_with_its_record(tmp_path, capsys):
     assert sum(p.numel() for p in load_model(str(out)).parameters()) == record["parameters"]
 
 
+@pytest.mark.parametrize("model", ["tiny-moe", "chain-steps"])
+def test_gap_of_one_engine_prints_and_writes_what_it_measured(tmp_path, capsys, model):
+    out = tmp_path / "gap"
+    flags = ["--engine", "hf", "--precision", "int8", "--prompts", "4", "--max-new-tokens", "6", "--seeds", "1"]
+    assert main(["gap", "--model", model, *flags, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    row = json.loads((out / "gap.json").read_text())["rows"][0]
+    assert f"{row['seeds'][0]['plain']['k3']:.1e}" in printed and "token position" in printed and "healthy" in printed
+    assert (row["seeds"][0]["responses"], row["precision"], row["model"]) == (16, "int8", model)
+    assert row["seeds"][0]["r3"]["k3"] > 0
+    assert all((out / f"gap.{suffix}").stat().st_size > 5000 for suffix in ("png", "svg"))
+
+
+@pytest.mark.slow
+def test_gap_alone_shows_the_mechanism(tmp_path, capsys):
+    assert main(["gap", "--engine", "hf", "--seeds", "2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in ("MoE, transformers fp32", "dense, transformers bf16", "R3", "ess_token"))
+    rows = {row["label"]: row["seeds"] for row in json.loads((tmp_path / "gap.json").read_text())["rows"]}
+    moe, dense = rows["MoE, transformers bf16"], rows["dense, transformers bf16"]
+    assert all(m["plain"]["k3"] > 8 * d["plain"]["k3"] for m, d in zip(moe, dense, strict=True))
+
+
 def test_doctor_reports(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -105,10 +128,16 @@ def test_doctor_reports(capsys):
         (["train", "--resume"], "holds no run"),
         (["train", "--config", "missing.yaml"], "missing.yaml"),
         (["report", "nowhere"], "nowhere"),
+        (["gap", "--precision", "int8"], "--precision describes one engine: give --model"),
+        (["gap", "--model", "nowhere/nothing"], "chain-steps"),
+        (["gap", "--model", "tiny-moe", "--engine", "hf", "--option", "kv_cache_dtype=fp8"], "hf has none"),
+        (["gap", "--model", "tiny-moe", "--option", "fp8"], "KEY=VALUE"),
+        (["gap", "--model", "tiny-moe", "--engine", "hf", "--precision", "int9"], "int9"),
+        (["gap", "--seeds", "0"], "--seeds = 0"),
     ],
 )
 def test_a_mistake_ends_in_one_line_that_names_it(tmp_path, capsys, arguments, message):
-    out = ["--out", str(tmp_path / "run")] if arguments[0] == "train" else []
+    out = ["--out", str(tmp_path / "run")] if arguments[0] in ("train", "gap") else []
     assert main([*arguments, *out]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1

@@ -14,6 +14,7 @@ from minirl_edu.diagnostics import (
     first_order_gap,
     kl_k1,
     kl_k3,
+    log_ratio_quantiles,
     masked_mean,
     policy_metrics,
     ratio_decomposition,
@@ -269,3 +270,12 @@ def test_a_saved_state_does_not_move_with_the_detector():
     other.update({"global_step": 1, "entropy": 2.0})
     assert other.state_dict() == detector.state_dict()
     assert state["averages"]["entropy"]["count"] == 1
+
+
+def test_log_ratio_quantiles_are_observed_values_of_the_masked_tokens():
+    logp = torch.tensor([[0.3, -0.2, 9.0], [0.0, 0.1, -0.4]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    logp_rollout = torch.where(mask.bool(), 0.0, math.nan)
+    quantiles = log_ratio_quantiles(logp, logp_rollout, mask, (0.0, 0.25, 0.5, 1.0))
+    torch.testing.assert_close(quantiles, torch.tensor([-0.4, -0.2, 0.0, 0.3]))
+    assert log_ratio_quantiles(logp, logp_rollout, 0 * mask, (0.5,)).tolist() == [0.0]

@@ -280,3 +280,78 @@ def test_precision_dial_shows_exact_zeros_as_zeros():
 def test_precision_dial_refuses_a_negative_kl():
     with pytest.raises(ValueError, match="kl of fp8 is -1e-05"):
         plots.precision_dial([{"precision": "fp8", "kl": -1e-5, "flip_rate": 0.1}])
+
+
+# --------------------------------------------------------------------------------------------------------------- gap
+
+
+def gap_row(label="MoE, vLLM bf16", k3=(1e-3, 4e-3), r3=(1e-5, 4e-5), flips=(0.01, 0.03), **more):
+    """A row as `minirl_edu.gap.run_setting` returns it, with a seed per number."""
+
+    def side(value):
+        return {"k3": value, "quantiles": {"0.01": -value, "0.5": 0.0, "0.99": value}}
+
+    seeds = [
+        {
+            "plain": side(a),
+            "r3": None if r3 is None else side(r3[i]),
+            "flip_rate": None if flips is None else flips[i],
+            "positions": [
+                {"from": 2 * at, "to": 2 * at + 1, "plain": {"k3": a * (at + 1)}, "r3": r3 and {"k3": r3[i]}}
+                for at in range(3)
+            ],
+            "layers": [] if flips is None else [{"layer": n, "flip_rate": flips[i]} for n in (1, 3)],
+        }
+        for i, a in enumerate(k3)
+    ]
+    return {"label": label, "trainer_dtype": "bfloat16", "skipped": None, "seeds": seeds, **more}
+
+
+def test_engine_gap_draws_geometric_means_and_every_seed():
+    dense = gap_row("dense, vLLM bf16", k3=(1e-5, 1e-5), r3=None, flips=None)
+    figure = plots.engine_gap([gap_row(), dense, gap_row("not here", skipped="vLLM is not installed")])
+    assert line(figure, "plain:MoE, vLLM bf16")[0] == pytest.approx([2e-3])
+    assert line(figure, "r3:MoE, vLLM bf16")[0] == pytest.approx([2e-5])
+    assert line(figure, "plain:dense, vLLM bf16")[0] == pytest.approx([1e-5])
+    assert [np.asarray(found.get_xdata()).tolist() for found in lines(figure, "seeds:plain")] == [
+        [1e-3, 4e-3],
+        [1e-5, 1e-5],
+    ]
+    assert texts(figure)[-2:] == ["2 %", "dense"]
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["MoE, vLLM bf16", "dense, vLLM bf16"]
+    figure.savefig(io.BytesIO())
+
+
+def test_engine_gap_names_models_and_foreign_trainers_and_keeps_zeros():
+    rows = [
+        gap_row("transformers fp32, emulated int8", k3=(0.0,), r3=None, flips=None, model="tiny-dense"),
+        gap_row(k3=(1e-3,), r3=(1e-4,), flips=(0.1,), model="tiny-moe"),
+    ]
+    figure = plots.engine_gap(rows)
+    assert {"tiny-dense", "tiny-moe"} <= set(texts(figure))
+    assert figure.axes[0].get_yticklabels()[0].get_text().endswith("int8 (bf16 trainer)")
+    assert line(figure, "plain:transformers fp32, emulated int8")[0] == pytest.approx([1e-15])
+    with pytest.raises(ValueError, match="none was measured"):
+        plots.engine_gap([gap_row(skipped="no")])
+
+
+def test_gap_profile_shows_quantiles_positions_and_layers():
+    figure = plots.gap_profile(gap_row())
+    assert line(figure, "quantiles:plain") == (pytest.approx([-2.5e-3, 0, 2.5e-3]), [0.01, 0.5, 0.99])
+    at, k3 = line(figure, "positions:plain")
+    assert at == [1.5, 3.5, 5.5] and k3 == pytest.approx([2e-3, 4e-3, 6e-3])
+    assert line(figure, "positions:r3")[1] == pytest.approx([2e-5] * 3)
+    assert [text.get_text() for text in figure.axes[2].get_xticklabels()] == ["1", "3"]
+    assert len(plots.gap_profile(gap_row(k3=(1e-3,), r3=None, flips=None)).axes) == 2
+
+
+def test_gap_accidents_draws_what_recognition_explains():
+    rows = [
+        {"text": "nothing", "metrics": {"k3": 1e-12}, "k3_explained": 1e-12, "found": ["healthy"]},
+        {"text": "T", "metrics": {"k3": 0.1}, "k3_explained": 0.0, "found": ["temperature", "top_p"]},
+    ]
+    figure = plots.gap_accidents(rows)
+    assert [np.asarray(found.get_xdata()).item() for found in lines(figure, "before")] == [1e-12, 0.1]
+    assert line(figure, "after") == ([1e-15], [1])
+    assert {"healthy", "temperature, top_p"} <= set(texts(figure))

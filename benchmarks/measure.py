@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks.arithmetic import matmul_rate, step_flops
 from benchmarks.memory import memory
+from benchmarks.rollouts import rollouts
 from minirl_edu.config import load_config
 from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -147,6 +148,7 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
     "replay": replay,
     "own_pi_old": own_pi_old,
     "memory": memory,
+    "rollouts": rollouts,
 }
 """Every measurement by name."""
 

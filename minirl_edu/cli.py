@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from minirl_edu.checkpoint import CheckpointError
     from minirl_edu.config import ConfigError
+    from minirl_edu.rollout import EngineError
     from minirl_edu.trainer import TrainingDiverged
 
     try:
@@ -32,6 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except (TrainingDiverged, CheckpointError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except (EngineError, ConnectionError, TimeoutError) as error:
+        print(f"minirl {arguments.command}: the rollout engine: {error}", file=sys.stderr)
+        if arguments.command == "train":
+            out = shlex.quote(arguments.out)
+            print(
+                f"nothing that was saved is lost; then go on with: minirl train --resume --out {out}", file=sys.stderr
+            )
         return 1
 
 

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from minirl_edu.diagnostics import mean_interval
@@ -417,7 +418,8 @@ def precision_dial(rows: Sequence[Mapping[str, Any]]) -> Figure:
         ax.set_yticks(at, [str(row["precision"]) for row in rows])
         ax.set_ylim(len(rows) - 0.5, -0.5)
     _name(left, "Training–inference KL", "", "nats per token")
-    _name(right, "Tokens with another expert set", "", "fraction of tokens")
+    right.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    _name(right, "Tokens with another expert set", "", "of the tokens")
     return figure
 
 
@@ -483,7 +485,8 @@ def engine_gap(rows: Sequence[Mapping[str, Any]]) -> Figure:
         right.margins(x=0.18)
         right.set_xlim(left=0)
         right.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-        _name(right, "Tokens with another expert set", "", "fraction of tokens, mean over layers")
+        right.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        _name(right, "Tokens with another expert set", "", "of the tokens, mean over layers")
     for ax in axes:
         ax.set_yticks(at, labels if ax is left else [])
         ax.set_ylim(at[-1] + 0.6, at[0] - (1.3 if rows[0].get("model") else 0.6))

@@ -10,6 +10,7 @@ from minirl_edu.cli import DEMO_VARIANTS, RECIPES, main
 from minirl_edu.config import load_config
 from minirl_edu.models import load_model
 from minirl_edu.plots import read_records
+from minirl_edu.rollout import EngineError, HFEngine
 
 TINY = [
     *("--set", "train.global_steps=2", "--set", "train.mini_batches=2", "--set", "train.mini_batch_prompts=4"),
@@ -39,6 +40,21 @@ def test_resume_needs_no_config_and_a_longer_run_goes_on(tmp_path):
     assert main(["train", "--out", str(out), "--resume", "--set", "train.global_steps=3"]) == 0
     after = (out / "metrics.jsonl").read_text()
     assert after.startswith(before) and len(after.splitlines()) == 1 + 3 * 2
+
+
+@pytest.mark.parametrize("error", [EngineError("no answer"), ConnectionError("no server"), TimeoutError("too slow")])
+def test_an_engine_that_cannot_go_on_ends_in_two_lines_and_the_run_goes_on_later(tmp_path, capsys, monkeypatch, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    out = tmp_path / "a run"
+    with monkeypatch.context() as broken:
+        broken.setattr(HFEngine, "generate", fail)
+        assert main(["train", "--out", str(out), *TINY]) == 1
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said[0] == f"minirl train: the rollout engine: {error}"
+    assert said[1].endswith(f"minirl train --resume --out '{out}'")
+    assert main(["train", "--out", str(out), "--resume"]) == 0
 
 
 def test_the_demo_trains_both_variants_goes_on_where_it_was_and_does_not_train_twice(tmp_path, capsys):

@@ -185,7 +185,7 @@ CONTRACTS = {  # what notebooks, lessons and launchers rely on
     "config": "Config ConfigError load_config save_config",
     "diagnostics": "CollapseDetector",
     "objectives": "PolicyLoss minirl_loss grpo_loss cispo_loss",
-    "rollout": "Rollout RolloutEngine",
+    "rollout": "Rollout RolloutEngine VLLMEngine VLLMServerEngine make_engine",
     "routing": "Routes RoutingReplay UnsupportedRouter",
     "tasks": "Task",
     "models": "load_model load_tokenizer",

@@ -367,10 +367,12 @@ def test_an_infinite_gradient_stops_before_the_weights_move(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        X,
+        ("rollout.engine=tgi", r"rollout\.engine = 'tgi'.*hf, vllm, vllm_server"),
         ("rollout.precision=int1", r"rollout\.precision = 'int1'.*fp8_e4m3"),
         ("rollout.options={kv_cache_dtype: fp8}", r"rollout\.options = .*engine 'hf' has none"),
         ("rollout={engine: vllm, precision: fp8_e4m3}", r"rollout\.precision = 'fp8_e4m3'.*bf16, fp16, fp32.*kv_cache"),
+        ("rollout={engine: vllm_server, precision: bf16, options: {api_key: x}}", r"api_key.*MINIRL_VLLM_API_KEY"),
+        ("rollout={engine: vllm, precision: bf16, options: {colour: 3}}", r"rollout\.engine = 'vllm'.*colour"),
         ("rollout={engine: vllm, precision: bf16, rounding: stochastic}", r"rollout\.rounding.*emulates nothing"),
         ("algorithm.replay=R3", r"algorithm\.replay = 'R3'.*dense"),
         ("task.name=chess", r"task.*'chess'.*chain"),

@@ -403,7 +403,7 @@ def test_checkpoint_weights_are_what_save_pretrained_writes(architecture: str, t
 
 def test_every_number_of_the_other_weights_differs_in_sign():
     for tensor in (torch.randn(6, 5), torch.zeros(7), torch.ones(5).bfloat16(), torch.tensor([-2.0, 0.0, 3.0])):
-        other = module._other(tensor)
+        other = module.other_weights(tensor)
         assert other.dtype == tensor.dtype and ((other < 0) == (tensor >= 0)).all() and (other != 0).all()
 
 

@@ -4,10 +4,23 @@ from transformers import PreTrainedModel
 
 from minirl_edu.config import ConfigError, RolloutConfig
 from minirl_edu.precision import Precision
-from minirl_edu.rollout.base import Rollout, RolloutEngine, Sampling
+from minirl_edu.rollout.base import EngineError, Rollout, RolloutEngine, Sampling
 from minirl_edu.rollout.hf import HFEngine, sample
+from minirl_edu.rollout.vllm import VLLMEngine, check_vllm
+from minirl_edu.rollout.vllm_server import VLLMServerEngine
 
-__all__ = ["HFEngine", "Rollout", "RolloutEngine", "Sampling", "make_engine", "sample"]
+__all__ = [
+    "EngineError",
+    "HFEngine",
+    "Rollout",
+    "RolloutEngine",
+    "Sampling",
+    "VLLMEngine",
+    "VLLMServerEngine",
+    "check_vllm",
+    "make_engine",
+    "sample",
+]
 
 VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """What vLLM computes in, by the names of `rollout.precision`."""
@@ -34,15 +47,14 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
         )
     if config.rounding != "nearest" or config.quantise_router:
         raise ConfigError(f"rollout.rounding, quantise_router: engine {config.engine!r} emulates nothing; drop them")
+    if "api_key" in config.options:
+        raise ConfigError(
+            "rollout.options.api_key: it would be written to config.yaml; set MINIRL_VLLM_API_KEY instead"
+        )
+    dtype = VLLM_DTYPES[config.precision]
     try:
         if config.engine == "vllm":
-            from minirl_edu.rollout.vllm import VLLMEngine
-
-            return VLLMEngine(
-                model, dtype=VLLM_DTYPES[config.precision], seed=seed, record_routes=routes, **config.options
-            )
-        from minirl_edu.rollout.vllm_server import VLLMServerEngine
-
-        return VLLMServerEngine(model, record_routes=routes, **config.options)
+            return VLLMEngine(model, dtype=dtype, seed=seed, record_routes=routes, **config.options)
+        return VLLMServerEngine(model, dtype=dtype, record_routes=routes, **config.options)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"rollout.engine = {config.engine!r}: {error}") from error

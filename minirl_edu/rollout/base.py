@@ -136,6 +136,10 @@ class Rollout:
         return self.attention_mask & follows
 
 
+class EngineError(RuntimeError):
+    """A rollout engine that cannot go on; the message says what was seen and what to do."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """An inference engine that samples responses with its own copy of the weights, μ_old."""

@@ -29,7 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from minirl_edu.precision import Precision, quantise
 from minirl_edu.rollout import vllm_worker
-from minirl_edu.rollout.base import Rollout, Sampling
+from minirl_edu.rollout.base import EngineError, Rollout, Sampling
 from minirl_edu.rollout.hf import end_tokens, pad_left
 from minirl_edu.rollout.vllm_worker import decode_routes, request_key
 from minirl_edu.routing import Routes, RoutingReplay
@@ -206,7 +206,7 @@ class VLLMEngine:
         kind = repr((model.config.to_json_string(), sorted((k, v) for k, v in settings.items() if k != "seed")))
         reloaded = None
         if kind not in _refusals:
-            launch((name, _other(tensor)) for name, tensor in checkpoint_weights(model))
+            launch((name, other_weights(tensor)) for name, tensor in checkpoint_weights(model))
             try:
                 self._load(checkpoint_weights(model))
                 reloaded = self._state()
@@ -241,55 +241,19 @@ class VLLMEngine:
         llm = self._open()
         from vllm import SamplingParams
 
-        prompt_tokens, prompt_mask = pad_left(prompts, self._pad)
-        limit = llm.model_config.max_model_len
-        if (longest := prompt_tokens.shape[1]) + sampling.max_new_tokens > limit:
-            raise ValueError(
-                f"max_model_len: {limit} is less than the longest prompt ({longest}) and max_new_tokens "
-                f"({sampling.max_new_tokens}) together; make the engine with a larger one"
-            )
-        if sampling.temperature < 0.01:
-            raise ValueError(f"temperature: {sampling.temperature}, but vLLM samples at no less than 0.01")
+        check_room(prompts, sampling, llm.model_config.max_model_len, "make the engine with a larger one")
         params = [
-            SamplingParams(
-                n=group_size,
-                temperature=sampling.temperature,
-                max_tokens=sampling.max_new_tokens,
-                seed=derive_seed(seed, "rollout", i) >> 1,  # sample j of a prompt gets this seed + j
-                logprobs=0,  # the sampled token's
-                stop_token_ids=self._ends,
-                ignore_eos=True,  # `stop_token_ids` says it all
-                detokenize=False,
-            )
+            SamplingParams(**request_settings(sampling, group_size, derive_seed(seed, "rollout", i), self._ends))
             for i in range(len(prompts))
         ]
         with _unnoticed():
             outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        responses = [response for output in outputs for response in output.outputs]
-        rows, width = len(responses), prompt_tokens.shape[1]
-        length = max(len(response.token_ids) for response in responses)
-        tokens = torch.full((rows, width + length), self._pad)
-        mask = torch.zeros((rows, width + length), dtype=torch.bool)
-        logp_rollout = torch.zeros((rows, length))
-        tokens[:, :width] = prompt_tokens.repeat_interleave(group_size, 0)
-        mask[:, :width] = prompt_mask.repeat_interleave(group_size, 0)
-        for row, response in enumerate(responses):
-            drawn = list(response.token_ids)
-            tokens[row, width : width + len(drawn)] = torch.tensor(drawn)
-            mask[row, width : width + len(drawn)] = True
-            logp_rollout[row, : len(drawn)] = torch.tensor(
-                [at[token].logprob for at, token in zip(response.logprobs, drawn, strict=True)]
-            )
-        rollout = Rollout(
-            tokens=tokens.to(self._device),
-            attention_mask=mask.to(self._device),
-            prompt_length=width,
-            response_mask=mask[:, width:].to(self._device),
-            logp_rollout=logp_rollout.to(self._device),
-            routes=None,
-            prompts=prompts,
-            weight_version=self.version,
-        )
+        responses = [
+            (list(sample.token_ids), [at[t].logprob for at, t in zip(sample.logprobs, sample.token_ids, strict=True)])
+            for output in outputs
+            for sample in output.outputs
+        ]
+        rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
         if self._replay is None:
             return rollout.validate()
         of_requests = self._routes_of_worker if self._on_cpu else _routes_of_outputs
@@ -308,11 +272,11 @@ class VLLMEngine:
     def sync(self, model: PreTrainedModel, *, version: int) -> None:
         """Take `model`'s weights as the new θ_old, rounded where asked; the prefix cache is dropped.
 
-        Raises RuntimeError if vLLM's reload was found wanting when the engine started.
+        Raises EngineError if vLLM's reload was found wanting when the engine started.
         """
         self._open()
         if self._refusal:
-            raise RuntimeError(f"{self._refusal}. Use the engine `hf`, or a new VLLMEngine for each version")
+            raise EngineError(f"{self._refusal}. Use the engine `hf`, or a new VLLMEngine for each version")
         generator = None
         if self.experts is not None and self.experts.rounding == "stochastic":
             generator = torch.Generator(model.device).manual_seed(derive_seed(self.seed, "weights", version))
@@ -345,7 +309,7 @@ class VLLMEngine:
                     save_file({name: tensor.contiguous() for name, tensor in weights}, file.name)
                     self._rpc("minirl_load_file", file.name)
         if not llm.reset_prefix_cache():
-            raise RuntimeError("vLLM did not drop its prefix cache: are requests still running?")
+            raise EngineError("vLLM did not drop its prefix cache: are requests still running?")
 
     def _state(self) -> dict[str, Tensor]:
         """What tells two engines apart: log-probabilities of a probe, and a digest of every weight that vLLM holds.
@@ -369,6 +333,70 @@ class VLLMEngine:
             outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
         at = [at for output in outputs for at in [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]]
         return torch.tensor([token.logprob for tokens in at for token in tokens.values()])
+
+
+def check_room(prompts: Sequence[Sequence[int]], sampling: Sampling, max_model_len: int, remedy: str) -> None:
+    """Refuse what vLLM would refuse obscurely, or change silently.
+
+    Raises ValueError for no prompts or an empty one, one that leaves no room for `max_new_tokens`, and a temperature
+    below 0.01.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("prompts: need at least one prompt, each with at least one token")
+    if (longest := max(map(len, prompts))) + sampling.max_new_tokens > max_model_len:
+        raise ValueError(
+            f"max_model_len: {max_model_len} is less than the longest prompt ({longest}) and max_new_tokens "
+            f"({sampling.max_new_tokens}) together; {remedy}"
+        )
+    if sampling.temperature < 0.01:
+        raise ValueError(f"temperature: {sampling.temperature}, but vLLM samples at no less than 0.01")
+
+
+def request_settings(sampling: Sampling, group_size: int, seed: int, ends: list[int]) -> dict[str, Any]:
+    """vLLM's `SamplingParams` for the G responses to one prompt, in the same words in this process and over HTTP."""
+    return {
+        "n": group_size,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": seed >> 1,  # sample j of a prompt gets this seed + j
+        "logprobs": 0,  # the sampled token's
+        "stop_token_ids": ends,
+        "ignore_eos": True,  # `stop_token_ids` says it all
+        "detokenize": False,
+    }
+
+
+def assemble(
+    responses: Sequence[tuple[list[int], list[float]]],
+    prompts: Sequence[Sequence[int]],
+    pad_token_id: int,
+    *,
+    version: int,
+    device: torch.device,
+) -> Rollout:
+    """The batch, still without routes, from the tokens and log-probabilities of each response, grouped by prompt."""
+    prompt_tokens, prompt_mask = pad_left(prompts, pad_token_id)
+    group_size, width = len(responses) // len(prompts), prompt_tokens.shape[1]
+    shape = (len(responses), width + max(len(drawn) for drawn, _ in responses))
+    tokens, mask = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.bool)
+    logp_rollout = torch.zeros(shape)
+    tokens[:, :width] = prompt_tokens.repeat_interleave(group_size, 0)
+    mask[:, :width] = prompt_mask.repeat_interleave(group_size, 0)
+    for row, (drawn, logp) in enumerate(responses):
+        columns = slice(width, width + len(drawn))
+        tokens[row, columns], mask[row, columns] = torch.tensor(drawn), True
+        logp_rollout[row, columns] = torch.tensor(logp)
+    tokens, mask, logp_rollout = (tensor.to(device) for tensor in (tokens, mask, logp_rollout))
+    return Rollout(
+        tokens=tokens,
+        attention_mask=mask,
+        prompt_length=width,
+        response_mask=mask[:, width:],
+        logp_rollout=logp_rollout[:, width:],
+        routes=None,
+        prompts=prompts,
+        weight_version=version,
+    )
 
 
 def place_routes(rows: list[np.ndarray], inputs: Tensor, layers: tuple[int, ...]) -> Routes:
@@ -432,7 +460,7 @@ def _rounded(
         yield name, quantise(tensor, fmt, generator) if expert else tensor
 
 
-def _other(tensor: Tensor) -> Tensor:
+def other_weights(tensor: Tensor) -> Tensor:
     """Weights that differ from `tensor` in the sign of every number, zeros included, at a like size."""
     pattern = ((torch.arange(tensor.numel(), device=tensor.device) % 7 + 1) / 8).view(tensor.shape).to(tensor.dtype)
     # Norms and biases are of order 1; biases may all be 0.

@@ -5,7 +5,7 @@ adds its methods to each worker, to be called by `collective_rpc`, in the same p
 take and return JSON's types only.
 
 - **Weights**: `minirl_load_weights` (tensors of the same process) and `minirl_load_file` (safetensors), both through
-  vLLM's own `reload_weights`. The `"minirl_file"` backend offers the file to vLLM's weight-transfer API.
+  vLLM's own `reload_weights`.
 - **Repairs of vLLM on CPUs**: `_repair_expert_prepack`, `_repack_tied_heads` (of that reload), `_repair_seeded_chunks`.
 - **Self-check**: `minirl_digests` tells whether two engines hold the same weights.
 - **Routes on CPUs**, where vLLM's own option is refused: `RouteRecorder`, by `minirl_record_routes` and
@@ -20,7 +20,6 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,8 +66,10 @@ class WorkerExtension:
     # ----------------------------------------------------------------------------------------------------- routes
 
     def minirl_record_routes(self) -> list[int]:
-        """Record routes from now on; returns the decoder layers that have experts."""
-        self._minirl_recorder = RouteRecorder(self.model_runner)
+        """Record routes from now on, and forget those of an earlier client; returns the layers that have experts."""
+        if not hasattr(self, "_minirl_recorder"):
+            self._minirl_recorder = RouteRecorder(self.model_runner)
+        self._minirl_recorder.requests.clear()
         return self._minirl_recorder.layers
 
     def minirl_take_routes(self, request_ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -245,55 +246,14 @@ def _repair_seeded_chunks() -> None:
     setattr(CPUModelRunner, "sample_tokens", drawing_only_what_is_kept)  # noqa: B010 (a plain assignment has another type)
 
 
-def _register_file_backend() -> None:
-    """Offer a safetensors file as the backend "minirl_file" of vLLM's weight-transfer API: update_info={"path": …}."""
-    from vllm.distributed.weight_transfer.base import (
-        WeightTransferEngine,
-        WeightTransferInitInfo,
-        WeightTransferUpdateInfo,
-    )
-    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-    @dataclass
-    class Init(WeightTransferInitInfo):
-        pass
-
-    @dataclass
-    class Update(WeightTransferUpdateInfo):
-        path: str = ""
-
-    class FileTransfer(WeightTransferEngine):
-        init_info_cls, update_info_cls = Init, Update
-
-        def init_transfer_engine(self, init_info: Init) -> None:
-            pass
-
-        def start_weight_update(self) -> None:
-            initialize_layerwise_reload(self.model)
-
-        def receive_weights(self, update_info: Update) -> None:
-            self.model.load_weights(_read(update_info.path))  # pyright: ignore[reportCallIssue]
-
-        def finish_weight_update(self) -> None:
-            finalize_layerwise_reload(self.model, self.model_config)
-            _repack_tied_heads(self.model)
-
-        def shutdown(self) -> None:
-            pass
-
-    WeightTransferEngineFactory.register_engine("minirl_file", FileTransfer)
-
-
 @functools.cache
 def install() -> None:
-    """Apply the repairs that this platform needs, and register the file backend; once per process."""
+    """Apply the repairs that this platform needs; once per process."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         _repair_expert_prepack()
         _repair_seeded_chunks()
-    _register_file_backend()
 
 
 if "vllm" in sys.modules:  # imported by vLLM, as its worker extension

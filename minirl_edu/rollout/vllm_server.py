@@ -1,0 +1,561 @@
+"""A rollout engine on a vLLM server, over HTTP: the contract of `VLLMEngine`, with vLLM in a process of its own.
+
+The server (`scale/serve.py`) may be restarted at any time, also in the middle of a generation. It comes back with the
+weights it was started with; the engine notices by their version, pushes its last synced weights again, and asks again
+for what is missing. Since samples depend on seeds alone, the run goes on as if nothing had happened.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import http.client
+import io
+import json
+import os
+import socket
+import tempfile
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from minirl_edu.rollout.base import EngineError, Rollout, Sampling
+from minirl_edu.rollout.hf import end_tokens
+from minirl_edu.rollout.vllm import (
+    assemble,
+    check_room,
+    checkpoint_weights,
+    other_weights,
+    place_routes,
+    request_settings,
+)
+from minirl_edu.rollout.vllm_worker import decode_routes, request_key
+from minirl_edu.routing import RoutingReplay
+from minirl_edu.seeding import derive_seed
+
+KEY_VARIABLE = "MINIRL_VLLM_API_KEY"
+"""The environment variable that holds the server's API key."""
+_ATTEMPTS = 6  # in a row without any progress, while the server is up; with the waits between them about 6 s
+_SECONDS_TO_CONNECT = 10.0
+_NEVER_SYNCED = "default"  # vLLM's version of the weights that it started with
+_ON_TRIAL = "minirl-trial"
+_PROBE_TOKENS = 16
+# What makes two models different functions, or differently shaped ones, of the same weights.
+_SIZES = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"),
+    *("moe_intermediate_size", "norm_topk_prob", "hidden_act", "rms_norm_eps", "tie_word_embeddings"),
+    *("rope_parameters", "sliding_window"),
+)
+
+
+class _Lost(Exception):
+    """The connection broke, or the server said 5xx: worth another try."""
+
+
+class VLLMServerEngine:
+    """vLLM behind HTTP at `url`, started by `scale/serve.py`, on this machine or another.
+
+    Tokens and **processed** log-probabilities come back as JSON numbers, which lose no bit of an fp32. Seeds are those
+    of `VLLMEngine`, so the two give the same rollout, up to roundings that depend on which requests share a batch.
+
+    A freshly started server is tried out first, as `VLLMEngine` does it: after a reload it must give the same numbers
+    as before, bit for bit. With "nccl" it is not.
+
+    Args:
+        api_key: default: the environment's MINIRL_VLLM_API_KEY. It is in no message, and belongs in no config.
+        weights: folder that the server can read, for the safetensors file of each sync; default: a temporary one, for a
+            server on this machine. It takes up to two states of the model.
+        record_routes: keep the experts of every token (Mixture-of-Experts models).
+        dtype: refuse a server that computes in another, such as "float32"; default: any.
+        timeout: seconds that one request, all samples of a prompt, may take, waiting at the server included.
+        start_timeout: seconds to wait for the server, at the start and whenever it is gone.
+        concurrency: prompts in flight at once.
+        transfer: "file", through `weights`; or "nccl", vLLM's own weight-transfer API between GPUs, which needs vLLM in
+            this process too. "nccl" has not been run by the project's tests, which have no GPU. vLLM's third way, ipc,
+            unpickles what comes over HTTP, and is not offered.
+        nccl_address: host and port, on this machine, at which the server's workers meet this process for "nccl".
+
+    Raises ValueError for a missing or wrong key, or a server that runs another model, another dtype, other
+    log-probabilities, or was not started by `scale/serve.py`; ConnectionError if there is none within `start_timeout`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        url: str = "http://127.0.0.1:8000",
+        api_key: str | None = None,
+        weights: str | Path | None = None,
+        record_routes: bool = False,
+        dtype: str | None = None,
+        timeout: float = 600.0,
+        start_timeout: float = 600.0,
+        concurrency: int = 64,
+        transfer: str = "file",
+        nccl_address: str = "127.0.0.1:29555",
+    ) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
+            raise ValueError(f"url: {url!r} is not of the form http://HOST:PORT")
+        key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+        if not key or not key.isascii() or not key.isprintable():
+            raise ValueError(f"api_key: none, or not one line of ASCII; set the environment variable {KEY_VARIABLE}")
+        if transfer not in ("file", "nccl"):
+            raise ValueError(f"transfer: {transfer!r} is unknown; use 'file' or 'nccl'")
+        self.url, self.timeout, self.start_timeout, self.concurrency = url, timeout, start_timeout, concurrency
+        self.dtype, self.transfer, self.nccl_address = dtype, transfer, nccl_address
+        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        self._host, self._secure = parts.netloc, parts.scheme == "https"
+        self._replay = RoutingReplay(model) if record_routes else None  # finds and counts the routers; refuses dense
+        self._name = uuid.uuid4().hex[:12]  # in the versions, so that no other trainer's are taken for ours
+        self._folder = Path(tempfile.mkdtemp(prefix="minirl-weights-") if weights is None else weights).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file: Path | None = None
+        self._clean_up = weakref.finalize(self, _clean_up, self._folder, self._name, weights is None)
+        self._sender: Any = None
+        self._closed = False
+        self.version = 0
+        try:
+            self.sync(model, version=0)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---------------------------------------------------------------------------------------------------- generate
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, group_size: int, sampling: Sampling, seed: int) -> Rollout:
+        """Sample `group_size` responses to each prompt (token ids). The rollout is validated.
+
+        Raises ValueError for an empty prompt, one that leaves no room for `max_new_tokens`, or a temperature below
+        0.01, which vLLM would raise silently; TimeoutError for a request that takes longer than `timeout`;
+        ConnectionError if the server is gone for `start_timeout`; EngineError for an answer without log-probabilities,
+        routes or the right weights.
+        """
+        self._open()
+        remedy = f"start the server at {self.url} with a larger --max-model-len"
+        check_room(prompts, sampling, self._max_model_len, remedy)
+        bodies = [
+            {
+                "token_ids": list(prompt),
+                "sampling_params": request_settings(sampling, group_size, derive_seed(seed, "rollout", i), self._ends),
+            }
+            for i, prompt in enumerate(prompts)
+        ]
+        samples = [sample for group in self._ask(bodies) for sample in group]
+        responses = [(sample.tokens, sample.logp) for sample in samples]
+        rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
+        if self._replay is None:
+            return rollout.validate()
+        rows = [sample.routes for sample in samples if sample.routes is not None]
+        routes = place_routes(rows, rollout.inputs.cpu(), self._replay.layers)
+        rollout = dataclasses.replace(rollout, routes=routes.to(self._device))
+        return rollout.validate(num_experts=self._replay.num_experts)
+
+    def _ask(self, bodies: list[dict[str, Any]]) -> list[list["_Sample"]]:
+        """The samples of each request. What a broken connection or a restarted server took away is asked for again."""
+        done: dict[int, list[_Sample]] = {}
+        fruitless = 0
+        while missing := [i for i in range(len(bodies)) if i not in done]:
+            answers, trouble = self._round([bodies[i] for i in missing])
+            if self._replay is not None and not self._returns_routes and answers:
+                try:
+                    self._take_routes(list(answers.values()))
+                except _Lost as error:  # and with the server, the routes of answers that had come
+                    answers, trouble = {}, str(error)
+            done |= {missing[i]: samples for i, samples in answers.items()}
+            if not trouble:
+                continue
+            fruitless = 0 if answers else fruitless + 1
+            if fruitless == _ATTEMPTS:
+                raise EngineError(f"{self.url}: no answer to any request in {_ATTEMPTS} attempts: {trouble}")
+            time.sleep(_pause(fruitless))
+            self._ensure()
+        return [done[i] for i in range(len(bodies))]
+
+    def _round(self, bodies: list[dict[str, Any]]) -> tuple[dict[int, list["_Sample"]], str]:
+        """Ask once for each; returns the good answers by index, and what went wrong with one of the others."""
+        answers: dict[int, list[_Sample]] = {}
+        trouble = ""
+        sockets: set[socket.socket] = set()
+        pool = ThreadPoolExecutor(min(self.concurrency, len(bodies)), thread_name_prefix="rollout")
+        try:
+            futures = []
+            for body in bodies:
+                body = body | {"request_id": uuid.uuid4().hex}  # a new one: the server may still know the last
+                futures.append(pool.submit(self._request, "POST", "/inference/v1/generate", body, sockets=sockets))
+            for i, (future, body) in enumerate(zip(futures, bodies, strict=True)):
+                try:
+                    samples = self._samples(future.result(), body["sampling_params"]["n"])
+                except _Lost as error:
+                    trouble = str(error)
+                else:
+                    answers[i] = samples
+        finally:
+            # On an error, or Ctrl-C, don't wait for the others: closing their connections ends them at the server too.
+            pool.shutdown(wait=False, cancel_futures=True)
+            for connected in list(sockets):
+                with contextlib.suppress(OSError):
+                    connected.shutdown(socket.SHUT_RDWR)
+        return answers, trouble
+
+    def _samples(self, answer: dict[str, Any], group_size: int) -> list["_Sample"]:
+        """Check an answer's n samples and bring them into order."""
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != group_size:
+            raise EngineError(f"{self.url}: {len(choices)} samples for a request of {group_size}")
+        samples = []
+        for choice in choices:
+            spans = choice.get("weight_versions")
+            if not spans:
+                raise EngineError(f"weight_version: {self.url} returned none; start the server with scale/serve.py")
+            if stale := {span["version"] for span in spans} - {self._label}:
+                raise _Lost(
+                    f"its weights were {', '.join(sorted(stale))}, not {self._label}; does another trainer use it?"
+                )
+            if choice["finish_reason"] not in ("stop", "length") or not choice["token_ids"]:
+                raise _Lost(f"a sample ended by {choice['finish_reason']!r}")
+            content = (choice.get("logprobs") or {}).get("content") or []
+            if [at["token_id"] for at in content] != choice["token_ids"]:
+                raise EngineError(
+                    f"logp_rollout: {self.url} returned {len(content)} log-probabilities for "
+                    f"{len(choice['token_ids'])} tokens; start the server with scale/serve.py"
+                )
+            routes = None
+            if self._replay is not None and self._returns_routes:
+                if choice.get("routed_experts") is None:
+                    raise EngineError(
+                        f"routes: {self.url} returned none; vLLM needs its V2 model runner and no pipeline parallelism"
+                    )
+                routes = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+            key = (answer["request_id"], choice["index"])
+            samples.append(_Sample(key, choice["token_ids"], [at["logprob"] for at in content], routes))
+        return samples
+
+    def _take_routes(self, groups: list[list["_Sample"]]) -> None:
+        """The CPU strategy: the worker recorded the routes. Raises RuntimeError where it has none."""
+        coded = self._rpc("minirl_take_routes", [group[0].key[0] for group in groups])
+        taken = {request_key(request): decode_routes(routes) for request, routes in coded.items()}
+        for sample in (sample for group in groups for sample in group):
+            if sample.key not in taken:
+                raise EngineError(f"routes: {self.url} recorded none for a request that it answered; restart it")
+            sample.routes = taken[sample.key]
+
+    # -------------------------------------------------------------------------------------------------------- sync
+
+    def sync(self, model: PreTrainedModel, *, version: int) -> None:
+        """Take `model`'s weights as the new θ_old; requests in flight are aborted and the prefix cache is dropped.
+
+        The weights are kept for a server that restarts: as a file, or, for "nccl", by a reference to `model`, which
+        must not change between a sync and the generations that follow it. Raises as `generate` does.
+        """
+        self._open()
+        self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
+        self._device, self._config = model.device, model.config.get_text_config()
+        self._architecture = type(model).__name__
+        self._label = f"{version}-{self._name}"
+        if self.transfer == "file":
+            self._write(model)
+        else:
+            self._source: Any = _Source(model)
+        self._ensure()
+        self.version = version
+
+    def _write(self, model: PreTrainedModel) -> None:
+        """The weights as vLLM reads them. Renamed when whole, so that no reader ever sees half a file."""
+        before, self._file = self._file, self._folder / f"minirl-{self._label}.safetensors"
+        partial = self._file.with_suffix(".partial")
+        try:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint_weights(model)}
+            save_file(tensors, partial)
+            partial.replace(self._file)
+        finally:
+            partial.unlink(missing_ok=True)
+        if before is not None and before != self._file:
+            before.unlink(missing_ok=True)
+
+    def _ensure(self) -> None:
+        """Wait until the server is there and has our weights: push them if it reports another version."""
+        trouble = ""
+        for attempt in range(_ATTEMPTS):
+            self._wait()
+            try:
+                if (seen := self._request("GET", "/weight_info")["weight_version"]) != self._label:
+                    self._check_server()
+                    if seen == _ON_TRIAL:
+                        cause = trouble or "by an earlier client"
+                        raise ValueError(f"url: the trial of {self.url}'s reload was broken off ({cause}); restart it")
+                    if seen == _NEVER_SYNCED and self.transfer == "file":
+                        self._try_reload()
+                    self._push()
+                return
+            except _Lost as error:
+                trouble = str(error)
+            time.sleep(_pause(attempt))
+        raise EngineError(
+            f"{self.url}: pushing weights failed {_ATTEMPTS} times: {trouble}; start it with scale/serve.py and see "
+            "what it prints"
+        )
+
+    def _try_reload(self) -> None:
+        """Load other weights, then again those that the server has just started with: that must leave no trace, in the
+        numbers that vLLM holds and in the log-probabilities of a probe. Raises ValueError where it does.
+        """
+        assert self._file is not None
+        fresh = self._state()
+        self._request("POST", "/update_weight_version", {"new_version": _ON_TRIAL})  # it is no fresh server any more
+        other = self._folder / f"minirl-{self._name}-other.safetensors"
+        try:
+            save_file({name: other_weights(tensor) for name, tensor in load_file(self._file).items()}, other)
+            self._rpc("minirl_load_file", str(other))
+        finally:
+            other.unlink(missing_ok=True)
+        self._rpc("minirl_load_checkpoint")
+        self._reset_cache()
+        reloaded = self._state()
+        if wrong := [name for name in fresh if fresh[name] != reloaded[name]]:
+            raise ValueError(
+                f"model: vLLM at {self.url} cannot be trusted with new weights of a {self._architecture}: after a "
+                f"reload, its {wrong[0]} differ from a fresh server's; use the engine hf"
+            )
+
+    def _state(self) -> dict[str, Any]:
+        """What tells two sets of weights in the server apart; see `VLLMEngine`."""
+        vocab = self._config.vocab_size
+        length = min(_PROBE_TOKENS, self._max_model_len - 1)
+        body = {
+            "token_ids": [(7 * i * i + i + 7) % vocab for i in range(length)],
+            "sampling_params": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
+        }
+        probe = self._request("POST", "/inference/v1/generate", body)["prompt_logprobs"]
+        return {"log-probabilities": probe, **self._rpc("minirl_digests")}
+
+    def _reset_cache(self) -> None:
+        if not self._request("POST", "/reset_prefix_cache")["success"]:
+            raise _Lost("the prefix cache was not dropped")
+
+    def _push(self) -> None:
+        # Paused, so that no token is sampled between the new weights and their version.
+        self._request("POST", "/pause?mode=abort")
+        if self.transfer == "file":
+            self._rpc("minirl_load_file", str(self._file))
+        else:
+            self._send_by_nccl()
+        self._reset_cache()
+        if self._replay is not None and not self._returns_routes:
+            layers = tuple(self._rpc("minirl_record_routes"))
+            if layers != self._replay.layers:
+                raise ValueError(f"routes: {self.url} has experts at layers {layers}, not {self._replay.layers}")
+        # Last: a server that reports our version has all of the above.
+        self._request("POST", "/update_weight_version", {"new_version": self._label})
+        self._request("POST", "/resume")
+
+    def _check_server(self) -> None:
+        """Refuse a server whose answers would not be this model's rollouts."""
+        server = self._rpc("minirl_describe")
+        self._max_model_len: int = server["max_model_len"]
+        self._returns_routes: bool = server["returns_routes"]
+        if self._architecture not in server["architectures"]:
+            raise ValueError(f"model: {self.url} serves a {server['architectures'][0]}, not a {self._architecture}")
+        ours = json.loads(self._config.to_json_string(use_diff=False))
+        theirs = server["config"]
+        wrong = [name for name in _SIZES if name in ours and name in theirs and ours[name] != theirs[name]]
+        if wrong:
+            seen = ", ".join(f"{name} = {theirs[name]!r} (here {ours[name]!r})" for name in wrong)
+            raise ValueError(f"model: {self.url} serves another one: {seen}; start the server with this run's model")
+        if self.dtype is not None and server["dtype"] != self.dtype:
+            raise ValueError(f"dtype: {self.url} computes in {server['dtype']}; restart it with --dtype {self.dtype}")
+        if self._replay is not None and not (server["returns_routes"] or server["records_routes"]):
+            raise ValueError(
+                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2"
+            )
+        if server["logprobs_mode"] != "processed_logprobs":
+            raise ValueError(
+                f"logprobs_mode: {self.url} returns {server['logprobs_mode']}, not those of the distribution sampled "
+                "from; start it with scale/serve.py"
+            )
+
+    def _send_by_nccl(self) -> None:
+        """vLLM's own weight-transfer API. Its HTTP client sends no key, so this engine is the client."""
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        # A version that is not from our last push means a new process, without our group.
+        fresh = self._request("GET", "/weight_info")["weight_version"] != getattr(self._sender, "label", None)
+        if self._sender is None or fresh:
+            host, _, port = self.nccl_address.rpartition(":")
+            workers = self._request("GET", "/get_world_size")["world_size"]
+            info = NCCLTrainerInitInfo(master_address=host, master_port=int(port), world_size=workers + 1, rank=0)
+            client = _SyncClient(self)
+            self._sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+        self._sender.source, self._sender.label = self._source, self._label
+        self._sender.send_weights()
+
+    def close(self) -> None:
+        """Remove the weights' file; the server runs on."""
+        self._closed = True
+        if self._sender is not None:
+            self._sender.shutdown()
+        self._clean_up()
+
+    def _open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine was closed; make a new VLLMServerEngine")
+
+    # -------------------------------------------------------------------------------------------------------- HTTP
+
+    def _rpc(self, method: str, *args: Any) -> Any:
+        """Call a worker's method; the answer of the first worker, which stands for all."""
+        return self._request("POST", "/collective_rpc", {"method": method, "args": list(args)})["results"][0]
+
+    def _wait(self) -> None:
+        """Until the server answers /health; meanwhile one line says how long it has been, and why."""
+        started, attempt = time.monotonic(), 0
+        line: tqdm | None = None
+        try:
+            while True:
+                try:
+                    self._request("GET", "/health", seconds=_SECONDS_TO_CONNECT)
+                    return
+                except (_Lost, TimeoutError) as error:
+                    reason = str(error)
+                waited = time.monotonic() - started
+                if waited > self.start_timeout:
+                    raise ConnectionError(
+                        f"{self.url}: no vLLM server within start_timeout = {self.start_timeout:g} s ({reason}); start "
+                        "one with `python scale/serve.py --model …`, or correct rollout.options.url"
+                    )
+                if line is None:
+                    line = tqdm(bar_format="{desc}", leave=False)
+                line.set_description_str(
+                    f"waiting for a vLLM server at {self.url}: {waited:.0f} of {self.start_timeout:.0f} s ({reason})"
+                )
+                time.sleep(min(_pause(attempt), max(0.0, self.start_timeout - waited) + 0.01))
+                attempt += 1
+        finally:
+            if line is not None:
+                line.close()
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        seconds: float | None = None,
+        sockets: set[socket.socket] | None = None,
+    ) -> Any:
+        """One request; returns the JSON of the answer, None for an empty one.
+
+        Raises _Lost for what another try may mend, else an error that says what to do. `sockets` holds the connection
+        while the request runs.
+        """
+        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
+        connection = kind(self._host, timeout=_SECONDS_TO_CONNECT)
+        held: socket.socket | None = None
+        try:
+            try:
+                connection.connect()
+            except OSError as error:
+                raise _Lost(_reason(error)) from None
+            held = connection.sock
+            assert held is not None
+            held.settimeout(seconds or self.timeout)
+            if sockets is not None:
+                sockets.add(held)
+            connection.request(method, path, None if body is None else json.dumps(body).encode(), self._headers)
+            response = connection.getresponse()
+            status, content = response.status, response.read()
+        except TimeoutError:
+            raise TimeoutError(
+                f"{self.url}{path}: no answer within timeout = {seconds or self.timeout:g} s; raise "
+                "rollout.options.timeout, or lower concurrency, max_new_tokens or group_size"
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _Lost(_reason(error)) from None
+        finally:
+            if sockets is not None and held is not None:
+                sockets.discard(held)
+            connection.close()
+        if status == 200:
+            return json.loads(content) if content else None
+        said = f"{status} {content[:500].decode(errors='replace')}".strip()
+        if status >= 500:
+            raise _Lost(f"{path} answered {said}")
+        if status == 401:
+            raise ValueError(f"api_key: {self.url} refused it; set {KEY_VARIABLE} to the key that the server has")
+        if status in (403, 404):
+            raise ValueError(f"url: {self.url} has no {path} ({said}); start the server with scale/serve.py")
+        raise EngineError(f"{self.url}{path}: {said}")
+
+
+@dataclasses.dataclass
+class _Sample:
+    """One response, with the id and index by which the worker recorded its routes."""
+
+    key: tuple[str, int]
+    tokens: list[int]
+    logp: list[float]
+    routes: np.ndarray | None
+
+
+class _Source:
+    """A model's weights in the form that vLLM's trainer side reads (its `WeightSource`)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def metadata(self) -> list[Any]:
+        """Name, dtype and shape of each weight."""
+        from vllm.distributed.weight_transfer.base import ParamMeta
+
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return checkpoint_weights(self.model)
+
+
+class _SyncClient:
+    """The four calls of vLLM's trainer side (its `VLLMWeightSyncClient`), with our key."""
+
+    def __init__(self, engine: VLLMServerEngine) -> None:
+        self._post: Callable[..., Any] = lambda path, body=None: engine._request("POST", path, body)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._post("/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._post("/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
+        self._post("/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._post("/finish_weight_update", {"weight_version": weight_version})
+
+
+def _clean_up(folder: Path, name: str, own: bool) -> None:
+    """Remove an engine's weights, also those of one that nobody closed; the folder too if the engine made it."""
+    for file in folder.glob(f"minirl-*{name}*"):
+        file.unlink(missing_ok=True)
+    if own:
+        folder.rmdir()
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before the next attempt: 0.1, 0.2, 0.4 … at most 5."""
+    return min(0.1 * 2**attempt, 5.0)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

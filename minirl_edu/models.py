@@ -7,6 +7,7 @@ head dimension of at least 32 and a hidden size that is a multiple of 32.
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -154,7 +155,8 @@ def load_model(
         raise ValueError(_not_found(name)) from error
     if source:
         # The weights are plain numbers now; what is saved from this model must not say otherwise.
-        model.hf_quantizer.remove_quantization_config(model)
+        quantizer: Any = model.hf_quantizer
+        quantizer.remove_quantization_config(model)
     return model
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,7 +131,8 @@ def test_the_pretrained_model_of_the_package_answers_and_its_saved_copy_is_an_or
     assert (sum(p.numel() for p in model.parameters()), model.dtype) == (134_515_008, torch.float32)
     tokens = torch.tensor([encode_chat(tokenizer, "What is 3 + 4? Give only the number.")])
     with torch.inference_mode():
-        answer = model.generate(tokens, max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
+        generate: Any = model.generate
+        answer = generate(tokens, max_new_tokens=16, do_sample=False)[0, tokens.shape[1] :]
     assert "7" in tokenizer.decode(answer) and answer[-1] == model.config.eos_token_id
 
     model.save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ def test_the_recipe_asks_in_the_models_chat_template_and_reads_what_it_says():
     tokenizer = load_tokenizer(config.model.name)
     task = make_task(config.task.name, tokenizer=tokenizer, **config.task.options)
     problem = task.evaluation(1)[0]
-    text = tokenizer.decode(task.encode(problem))
+    text = str(tokenizer.decode(task.encode(problem)))
     assert text.count("<|im_start|>") == 3  # system, user, and the reply that is to come
     assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
     assert problem.prompt in text

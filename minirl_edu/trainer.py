@@ -125,11 +125,12 @@ class MiniRLTrainer:
         self.step = 0  # global steps done
         self.grad_step = 0
         self._score: float | None = None  # the latest, for the progress bar
-        self._prepare_folder(resume)
+        self._take_up(resume)
         self.engine = engine or make_engine(
             self._unwrapped, config.rollout, seed=config.seed, routes=self.replay is not None
         )
         self.engine.sync(self._unwrapped, version=self.step)
+        self._start_folder()  # last: what fails before leaves no run behind
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -395,8 +396,8 @@ class MiniRLTrainer:
         self.detector.load_state_dict(state["detector"])
         self.step, self.grad_step = state["global_step"], state["grad_step"]
 
-    def _prepare_folder(self, resume: bool) -> None:
-        """Start the run's folder, or take up an old run: its metrics are cut back to the checkpoint's step."""
+    def _take_up(self, resume: bool) -> None:
+        """Go on with the run in the folder, if there is one: its metrics are cut back to the checkpoint's step."""
         config_path = self.out / "config.yaml"
         if self._metrics_path.exists() or config_path.exists():
             if not resume:
@@ -405,8 +406,10 @@ class MiniRLTrainer:
             self._restore()
             if self._metrics_path.exists():
                 _cut_back(self._metrics_path, self.step)
+
+    def _start_folder(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        save_config(self.config, config_path)
+        save_config(self.config, self.out / "config.yaml")
         (self.out / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", encoding="utf-8")
         if self.config.output.trackers:
             self.accelerator.init_trackers("minirl", config=_flat(self.config.to_dict()))

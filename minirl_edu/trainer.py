@@ -8,7 +8,9 @@ One global step, synchronous:
     4. sync       the final weights become the engine's next θ_old
 
 The first mini-batch is updated at θ = θ_old, so its π_old is the update's own forward, detached; only the others need a
-forward for it (`train.reference_old_logp` runs one for all: the reference that the saving is tested against).
+forward for it (`train.reference_old_logp` runs one for all: the reference that the saving is tested against). Groups
+whose responses were all rewarded alike have no gradient and get a forward only (`train.zero_advantage_backward` runs the
+backward of all).
 """
 
 import json
@@ -242,14 +244,24 @@ class MiniRLTrainer:
     # ------------------------------------------------------------------------------------------- π_old and π_θ
 
     def _cut(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
-        cuts = micro_batches(rollout, self.config.train.tokens_per_micro_batch, share_prompts=self.share_prompts)
-        parts = [MicroBatch(part, layout, advantages[rows]) for rows, part, layout in cuts]
+        budget, parts = self.config.train.tokens_per_micro_batch, []
+        for rows in self._by_signal(rollout, advantages):
+            cuts = micro_batches(rollout.take(rows), budget, share_prompts=self.share_prompts)
+            parts += [MicroBatch(part, layout, advantages[rows[inner]]) for inner, part, layout in cuts]
         if self.config.algorithm.replay == "R3":
             for part in parts:
                 if part.rollout.routes is None:
                     raise ConfigError("algorithm.replay = 'R3': the rollout engine recorded no routes")
                 part.forced = part.chosen = part.layout.pack(part.rollout.routes)
         return parts
+
+    def _by_signal(self, rollout: Rollout, advantages: Tensor) -> list[Tensor]:
+        """The rows of the groups that have a gradient, and those of the groups that have none; only what there is."""
+        groups = (advantages != 0).view(-1, rollout.group_size).any(1)
+        if self.config.train.zero_advantage_backward:
+            groups = torch.ones_like(groups)
+        signal = groups.repeat_interleave(rollout.group_size)
+        return [rows for kind in (signal, ~signal) if len(rows := kind.nonzero()[:, 0])]
 
     @torch.no_grad()
     def _old_logprobs(self, batch: MicroBatch) -> None:
@@ -274,17 +286,23 @@ class MiniRLTrainer:
         responses = sum(len(batch.advantages) for batch in mini_batch)
         tokens = sum(len(batch.layout.targets) for batch in mini_batch)
         outputs = []
+        every = self.config.train.zero_advantage_backward
         for batch in mini_batch:
-            with self._experts(batch) as tape:
+            backward = every or bool(batch.advantages.any())
+            with self._experts(batch) as tape, torch.set_grad_enabled(backward):
                 output = response_logprobs(self.model, batch.layout, temperature=self.sampling.temperature)
                 if not torch.isfinite(output.logp).all():
                     raise self._diverged("log-probabilities of the target policy that are not finite")
                 # In the first mini-batch θ = θ_old: π_old is this very forward.
                 logp_old = output.logp.detach() if batch.logp_old is None else batch.logp_old
-                self.accelerator.backward(self._loss(output.logp, logp_old, batch, responses, tokens).loss)
+                if backward:
+                    self.accelerator.backward(self._loss(output.logp, logp_old, batch, responses, tokens).loss)
             if tape is not None:
                 batch.chosen = tape.routes
             outputs.append((output.logp.detach(), logp_old, output.entropy))
+        for parameter in self.model.parameters():  # AdamW moves on by its momentum even where there is no gradient
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
         if not math.isfinite(grad_norm := float(clipped)):  # type: ignore[arg-type]
             raise self._diverged(f"a gradient norm of {grad_norm}")

@@ -56,6 +56,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "max_grad_norm": inf,
         "tokens_per_micro_batch": 512,
         "reference_old_logp": True,
+        "zero_advantage_backward": True,
     },
     "eval": {"every": 0, "problems": 8, "through_rollout": False},
     "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},

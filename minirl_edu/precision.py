@@ -7,6 +7,8 @@ in vLLM's dynamic fp8; sums stay fp32. Embeddings, norms, attention scores and t
 precision, as they do in deployed fp8 models; the router too, unless asked.
 
 Rounding to nearest makes an engine repeat the same errors (a bias). Stochastic rounding's errors are zero on average.
+"Frozen" rounding is stochastic with draws that an engine never renews: unbiased over weights, and yet the same errors
+again and again.
 """
 
 import re
@@ -42,6 +44,10 @@ FORMATS: dict[str, Format | None] = {
     "mxfp4": Format(1, 0, 6.0, block=32),
     **{f"int{bits}": Format(None, 0, 2.0 ** (bits - 1) - 1) for bits in range(8, 2, -1)},
 }
+
+
+ROUNDINGS = ("nearest", "stochastic", "frozen")
+"""How values reach the grid: see the top of this module."""
 
 
 # Adding 1.5 · 2^23 steps to an fp32 number and taking them off again leaves it no bits below one step: the addition
@@ -110,8 +116,8 @@ class Precision:
         for field in ("weights", "activations"):
             if (value := getattr(self, field)) not in FORMATS:
                 raise ValueError(f"precision: {field} format {value!r} is unknown; choose one of {', '.join(FORMATS)}")
-        if self.rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding: {self.rounding!r} is unknown; choose 'nearest' or 'stochastic'")
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"rounding: {self.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
 
     @classmethod
     def parse(cls, spec: str, rounding: str = "nearest", router: bool = False) -> "Precision":
@@ -121,7 +127,7 @@ class Precision:
 
     def __str__(self) -> str:
         name = self.weights if self.weights == self.activations else f"{self.weights}/{self.activations}"
-        return name + (" stochastic" if self.rounding == "stochastic" else "") + (" +router" if self.router else "")
+        return name + (f" {self.rounding}" if self.rounding != "nearest" else "") + (" +router" if self.router else "")
 
 
 def _targets(model: nn.Module, router: bool) -> Iterator[tuple[nn.Module, list[str]]]:

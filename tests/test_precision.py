@@ -91,7 +91,7 @@ def test_an_unknown_precision_names_the_choices(spec: str):
 
 
 def test_an_unknown_rounding_names_the_choices():
-    with pytest.raises(ValueError, match="'nearest' or 'stochastic'"):
+    with pytest.raises(ValueError, match="nearest, stochastic, frozen"):
         Precision.parse("int4", "up")
 
 

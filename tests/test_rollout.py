@@ -436,6 +436,18 @@ def test_stochastic_weights_are_drawn_from_seed_and_version():
     assert not same(drawn(0, 1), drawn(1, 1))
 
 
+def test_frozen_rounding_keeps_its_draws_from_sync_to_sync():
+    model = lively("moe")
+    frozen, stochastic = (
+        HFEngine(model, Precision.parse("int4/fp32", kind), seed=1) for kind in ("frozen", "stochastic")
+    )
+    first = {name: tensor.clone() for name, tensor in weights(frozen.model).items()}
+    assert same(first, weights(stochastic.model))  # unbiased like the other: the same draws, the first time
+    for engine in (frozen, stochastic):
+        engine.sync(model, version=1)
+    assert same(first, weights(frozen.model)) and not same(first, weights(stochastic.model))
+
+
 def test_stochastic_activations_are_drawn_from_the_seeds_of_engine_and_call():
     model, precision = lively("moe"), Precision.parse("fp32/int4", "stochastic")
 

@@ -149,7 +149,7 @@ class HFEngine:
 
     At `Precision()` (fp32) its log-probabilities and routes equal the training engine's to float tolerance, so that
     any discrepancy is the precision's. Stochastic rounding is drawn anew at every sync (weights) and every call
-    (activations), from `seed`.
+    (activations), from `seed`; "frozen" rounding with the same draws each time.
     `record_routes` keeps the experts of every token (Mixture-of-Experts models).
     """
 
@@ -196,6 +196,7 @@ class HFEngine:
 
     def _generator(self, stream: str, step: int) -> torch.Generator:
         assert self.model is not None
+        step = 0 if self.precision.rounding == "frozen" else step
         return torch.Generator(self.model.device).manual_seed(derive_seed(self.seed, stream, step))
 
     def _open(self) -> PreTrainedModel:

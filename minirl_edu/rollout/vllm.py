@@ -271,8 +271,9 @@ class VLLMEngine:
         if self._refusal:
             raise EngineError(f"{self._refusal}. Use the engine `hf`, or a new VLLMEngine for each version")
         generator = None
-        if self.experts is not None and self.experts.rounding == "stochastic":
-            generator = torch.Generator(model.device).manual_seed(derive_seed(self.seed, "weights", version))
+        if self.experts is not None and self.experts.rounding != "nearest":
+            draws = 0 if self.experts.rounding == "frozen" else version
+            generator = torch.Generator(model.device).manual_seed(derive_seed(self.seed, "weights", draws))
         self._load(_rounded(checkpoint_weights(model), self._expert_format, generator))
         self._take_model(model)
         self.version = version

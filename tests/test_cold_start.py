@@ -161,8 +161,8 @@ def test_a_saved_cold_start_loads_as_model_tokenizer_and_replayable_routers(tmp_
 # --------------------------------------------------------------------------------------------------- the shipped ones
 
 
-def test_exactly_three_cold_starts_ship():
-    assert set(cold_starts()) == {"chain-steps", "chain-operands", "chain-copy"}
+def test_the_cold_starts_of_three_teachers_and_a_dense_twin_ship():
+    assert set(cold_starts()) == {"chain-steps", "chain-operands", "chain-copy", "chain-steps-dense"}
 
 
 @pytest.mark.parametrize("name", cold_starts())

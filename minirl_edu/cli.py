@@ -220,6 +220,23 @@ def _gap_accidents(name: str) -> tuple[list[dict[str, Any]], Any, str]:
     return rows, plots.gap_accidents(rows), f"{texts}\n\n{gap.accident_table(rows)}"
 
 
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from minirl_edu.config import ConfigError
+    from minirl_edu.experiments.reproduce import reproduce
+    from minirl_edu.experiments.spec import load_spec
+
+    if arguments.seeds is not None and arguments.seeds < 1:
+        raise ConfigError(f"--seeds = {arguments.seeds}: use 1 or more")
+    return reproduce(
+        load_spec(arguments.spec),
+        arguments.figures,
+        arguments.out,
+        tier=arguments.tier,
+        seeds=arguments.seeds,
+        workers=arguments.workers,
+    )
+
+
 def _quiet() -> None:
     """Keep transformers' loading bars out of the way of the training bar."""
     from transformers.utils import logging
@@ -309,6 +326,17 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, help="of both engines (default: 1)")
     command.add_argument("--seeds", type=int, help="repetitions; another model each for the random ones")
     command.add_argument("--out", default="runs/gap", help="folder for gap.json, gap.png, gap.svg (default: runs/gap)")
+
+    text = "Run the paper's figures with several seeds, draw them, and judge its claims; goes on where it was stopped."
+    command = add("reproduce", _reproduce, text)
+    command.add_argument(
+        "figures", nargs="+", metavar="FIGURE", help="fig1 … fig5, appendix, questions, atlas, …, or all"
+    )
+    command.add_argument("--tier", default="fast", choices=("fast", "full"), help="default: fast, within 10 minutes")
+    command.add_argument("--seeds", type=int, help="default: the tier's")
+    command.add_argument("--out", default="runs/reproduce", help="folder for runs, figures and CLAIMS.md")
+    command.add_argument("--workers", type=int, help="processes of one thread each (default: one per core)")
+    command.add_argument("--spec", help="another spec file than the one that ships (experiments/paper.yaml)")
 
     add("doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
 

@@ -86,8 +86,8 @@ class RolloutConfig(_Section):
     `minirl_edu.rollout`."""
     rounding: Literal["nearest", "stochastic", "frozen"] = "nearest"
     """How values reach that format. Nearest errs the same way each time, which training can learn to compensate;
-    stochastic is unbiased, with other draws at every sync; frozen keeps the first draws, so that random errors, too, come
-    back each time."""
+    stochastic is unbiased, with other draws at every sync; frozen keeps the first draws, so that random errors come
+    back each time, too."""
     quantise_router: bool = False
     """Round the MoE routers as well; deployments usually keep them in full precision."""
     temperature: _Positive = 1.0
@@ -153,7 +153,7 @@ class TrainConfig(_Section):
     reference_old_logp: bool = False
     """True: compute π_old in a forward of its own even on-policy, where π_θ detached is the same thing for less."""
     zero_advantage_backward: bool = False
-    """True: run the backward pass also of groups whose responses were all rewarded alike. Their advantages are 0, and so
+    """True: run the backward pass also of groups whose responses were all rewarded alike. Their advantages are 0 and so
     is their gradient: without it they get a forward only, for the metrics."""
 
     def __post_init__(self) -> None:

@@ -587,3 +587,82 @@ def gap_accidents(rows: Sequence[Mapping[str, Any]]) -> Figure:
         },
     )
     return figure
+
+
+def phase_diagrams(
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    across: tuple[str, Sequence[Any]],
+    up: tuple[str, Sequence[Any]],
+    *,
+    columns: int = 3,
+) -> Figure:
+    """Where each method stays stable: one panel a method, one cell a setting, for example learning rate × precision.
+
+    `panels[label]` is the final scores and the shares of runs that collapsed, each [len(up), len(across)], NaN where
+    nothing was run; `across` and `up` are the axes' names and values. Colour and upper number: mean final score, from 0
+    to 1; below it the share of the runs that collapsed, if any did. Raises ValueError for tables of another shape.
+    """
+    shape = (len(up[1]), len(across[1]))
+    for label, tables in panels.items():
+        for table in tables:
+            if table.shape != shape:
+                raise ValueError(f"{label}: table of shape {table.shape}, expected {shape}: {up[0]} by {across[0]}")
+    columns = min(columns, len(panels))
+    panel = (0.62 * shape[1] + 1.3, 0.55 * shape[0] + 1.1)
+    figure, axes = _panels(len(panels), columns, panel=panel)
+    image = None
+    for ax, (label, (scores, collapsed)) in zip(axes, panels.items(), strict=False):
+        # Light is good: with the numbers in it, the map reads in greyscale.
+        image = ax.imshow(scores, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")
+        for (y, x), score in np.ndenumerate(scores):
+            if math.isfinite(score):
+                share = f"\n✕ {100 * collapsed[y, x]:.0f} %" if collapsed[y, x] > 0 else ""
+                ink = "white" if score < 0.5 else _INK
+                ax.text(x, y, f"{score:.2f}{share}", ha="center", va="center", fontsize=8.5, color=ink, linespacing=1.3)
+        ax.set_xticks(range(shape[1]), [str(value) for value in across[1]])
+        ax.set_yticks(range(shape[0]), [str(value) for value in up[1]])
+        ax.grid(visible=False)
+        ax.set_facecolor("#eeeeee")
+        _name(ax, label, up[0], across[0])
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    if image is not None:
+        bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
+        bar.set_label("final score (✕: share of the runs that collapsed)", fontsize=10, color=_INK)
+    return figure
+
+
+def early_warning(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], verdicts: Sequence[Any]) -> Figure:
+    """How well metrics foretell a fall of the score: ROC curves, and how early each predictor's alarms came.
+
+    `curves[name]` is false-alarm rates and shares of falls foretold over all thresholds; each of `verdicts` has a
+    `predictor`, `foretold`, `falls`, `false_alarms`, `healthy` and `leads`, the gradient steps from alarm to fall (see
+    `minirl_edu.experiments.early_warning`). A large mark on a curve is its predictor at its own threshold.
+    """
+    figure, (left, right) = _panels(2, 2, panel=(5.2, 3.8))
+    names = [verdict.predictor for verdict in verdicts]
+    styles = dict(zip(names, METHOD_STYLE.values(), strict=False))
+    left.plot([0, 1], [0, 1], color=_SOFT, linewidth=0.8, linestyle=":")
+    for verdict in verdicts:
+        style = styles[verdict.predictor]
+        if verdict.predictor in curves:
+            left.plot(*curves[verdict.predictor], linewidth=1.9, color=style["color"], linestyle=style["linestyle"])
+        rate = verdict.false_alarms / verdict.healthy, verdict.foretold / verdict.falls
+        left.plot(*rate, linestyle="none", marker=style["marker"], color=style["color"], markersize=9, gid="chosen")
+    drawn = [(i, verdict) for i, verdict in enumerate(verdicts) if verdict.leads]
+    for i, verdict in drawn:
+        style = styles[verdict.predictor]
+        spread = np.linspace(-0.16, 0.16, len(verdict.leads))
+        right.plot(verdict.leads, i + spread, ".", color=style["color"], alpha=0.45, markersize=5)
+        right.plot(
+            np.median(verdict.leads), i, marker=style["marker"], color=style["color"], markersize=9, linestyle="none",
+            markeredgecolor="white", gid=f"median:{verdict.predictor}",
+        )  # fmt: skip
+    right.set_yticks(range(len(names)), [f"{v.predictor}\n{v.foretold} of {v.falls} falls" for v in verdicts])
+    right.set_ylim(len(names) - 0.5, -0.5)
+    right.set_xscale("log")
+    right.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    _name(left, "Falls of the score foretold", "share of the falls", "false alarms: share of the healthy runs")
+    _name(right, "How early", "", "gradient steps from the alarm to the fall (large: median)")
+    _legend(figure, styles)
+    return figure

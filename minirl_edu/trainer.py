@@ -9,8 +9,8 @@ One global step, synchronous:
 
 The first mini-batch is updated at θ = θ_old, so its π_old is the update's own forward, detached; only the others need a
 forward for it (`train.reference_old_logp` runs one for all: the reference that the saving is tested against). Groups
-whose responses were all rewarded alike have no gradient and get a forward only (`train.zero_advantage_backward` runs the
-backward of all).
+whose responses were all rewarded alike have no gradient and get a forward only (`train.zero_advantage_backward` runs
+the backward of all).
 """
 
 import json

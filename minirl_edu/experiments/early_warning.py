@@ -1,0 +1,173 @@
+"""Early warning: how long before a run's score falls does a metric say so, and how often does it cry wolf?
+
+A predictor watches one metric of a run as `CollapseDetector` does, by two moving averages of its gradient steps: a fast
+one, where the metric is now, and a slow one, its running baseline. Its *level* is how far they have parted in the
+direction that means trouble, in nats:
+
+    level_t = ± log(fast_t / slow_t)
+
+and it raises the alarm at the first gradient step whose level exceeds a threshold. The threshold is chosen on some runs
+(the largest share of falls foretold at a bounded rate of false alarms) and judged on others. A fall is foretold by an
+alarm before it; an alarm in a run whose score never fell is a false one.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from minirl_edu.diagnostics import CollapseDetector
+from minirl_edu.plots import Metrics
+
+
+class Predictor(NamedTuple):
+    """A metric to watch: its column, the direction that means trouble (+1: it rises), and the value below which it is
+    harmless however fast it grows."""
+
+    column: str
+    direction: int
+    floor: float
+
+
+PREDICTORS = {
+    "entropy": Predictor("entropy", -1, 1e-6),
+    "KL": Predictor("k3_rollout_old", 1, 1e-3),
+    "gradient norm": Predictor("grad_norm", 1, 1e-3),
+    "first-order gap": Predictor("first_order_gap", 1, 1e-4),
+}
+"""The single metrics that are compared. Floors are in nats per token, the gradient's unit, and the gap's."""
+
+DETECTOR = "CollapseDetector"
+"""The predictor that is not tuned here: any alarm of the library's detector about entropy, KL or reward."""
+
+
+class Watched(NamedTuple):
+    """A run, and the gradient step at which its score fell (None: it never did)."""
+
+    metrics: Metrics
+    fell: float | None
+
+
+class Verdict(NamedTuple):
+    """How a predictor did on runs that its threshold was not chosen on."""
+
+    predictor: str
+    threshold: float
+    foretold: int
+    falls: int
+    false_alarms: int
+    healthy: int
+    leads: list[float]
+    """Gradient steps from the alarm to the fall, one for each fall foretold."""
+
+
+def averages(values: np.ndarray, window: int) -> np.ndarray:
+    """Running mean of the values so far: plain until `window` of them are in, exponential from there; NaNs are skipped.
+
+    Shape [n] → [n]. The same recursion as `CollapseDetector`'s.
+    """
+    mean, count, result = 0.0, 0, np.empty(len(values))
+    for i, value in enumerate(values):
+        if math.isfinite(value):
+            count += 1
+            mean += (value - mean) / min(count, window)
+        result[i] = mean
+    return result
+
+
+def levels(metrics: Metrics, predictor: Predictor, *, warmup: int = 20) -> np.ndarray:
+    """The predictor's level at each gradient step, [n] in nats; −∞ for the first `warmup` steps."""
+    values = metrics[predictor.column]
+    fast, slow = (
+        np.maximum(averages(values, window), predictor.floor)
+        for window in (CollapseDetector.FAST, CollapseDetector.SLOW)
+    )
+    level = predictor.direction * np.log(fast / slow)
+    level[np.cumsum(np.isfinite(values)) <= warmup] = -math.inf
+    return level
+
+
+def alarm(metrics: Metrics, level: np.ndarray, threshold: float) -> float | None:
+    """The first gradient step whose level exceeds the threshold, or None."""
+    above = np.flatnonzero(level > threshold)
+    return float(metrics["grad_step"][above[0]]) if len(above) else None
+
+
+def detector_alarm(metrics: Metrics) -> float | None:
+    """The gradient step of `CollapseDetector`'s first alarm about entropy, KL or reward, or None."""
+    detector, names = CollapseDetector(), ("entropy", "kl_rollout_old", "reward")
+    for row, step in enumerate(metrics["grad_step"]):
+        if detector.update({name: metrics[name][row] for name in names if math.isfinite(metrics[name][row])}):
+            return float(step)
+    return None
+
+
+def peak(run: Watched, level: np.ndarray) -> float:
+    """The run's highest level before its fall (in all of a healthy run): an alarm is raised in time exactly where the
+    threshold lies below it."""
+    before = level if run.fell is None else level[run.metrics["grad_step"] < run.fell]
+    return float(before.max(initial=-math.inf))
+
+
+def roc(
+    peaks_of_falls: Sequence[float], peaks_of_healthy: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Thresholds, false-alarm rates and shares of falls foretold, from the strictest threshold to the loosest.
+
+    Raises ValueError without runs of both kinds.
+    """
+    if not len(peaks_of_falls) or not len(peaks_of_healthy):
+        raise ValueError(f"{len(peaks_of_falls)} runs that fell, {len(peaks_of_healthy)} healthy: need some of both")
+    falls, healthy = np.asarray(peaks_of_falls), np.asarray(peaks_of_healthy)
+    finite = np.unique(np.concatenate([falls, healthy]))[::-1]
+    thresholds = np.concatenate([[math.inf], finite])
+    # An alarm needs a level above the threshold; to count a run whose peak is the threshold, stand just below it.
+    just_below = np.concatenate([[math.inf], np.nextafter(finite, -math.inf)])
+    false_alarms = (healthy[None] > just_below[:, None]).mean(1)
+    foretold = (falls[None] > just_below[:, None]).mean(1)
+    return thresholds, false_alarms, foretold
+
+
+def area(false_alarms: np.ndarray, foretold: np.ndarray) -> float:
+    """Area under the ROC curve: the chance that a run that will fall peaks higher before it than a healthy run ever does.
+
+    Ties count half.
+    """
+    return float(np.trapezoid(foretold, false_alarms))
+
+
+def choose_threshold(runs: Sequence[Watched], predictor: Predictor, *, false_alarm_rate: float) -> float:
+    """The loosest threshold whose rate of false alarms on these runs is at most `false_alarm_rate`.
+
+    Raises ValueError without runs of both kinds.
+    """
+    peaks = [(run.fell is not None, peak(run, levels(run.metrics, predictor))) for run in runs]
+    healthy = [level for fell, level in peaks if not fell]
+    thresholds, rates, _ = roc([level for fell, level in peaks if fell], healthy)
+    chosen = thresholds[rates <= false_alarm_rate][-1]
+    # Halfway to the next healthy run that it would have to excuse, not right at the last one excused.
+    return float(np.nextafter(chosen, -math.inf)) if math.isfinite(chosen) else float(max(healthy))
+
+
+def judge(tuning: Sequence[Watched], held_out: Sequence[Watched], *, false_alarm_rate: float = 0.05) -> list[Verdict]:
+    """Each predictor's threshold chosen on `tuning` and judged on `held_out`; last, `CollapseDetector` as it is.
+
+    Raises ValueError if either lacks runs that fell or healthy ones.
+    """
+    verdicts = []
+    for name, predictor in PREDICTORS.items():
+        threshold = choose_threshold(tuning, predictor, false_alarm_rate=false_alarm_rate)
+        alarms = [alarm(run.metrics, levels(run.metrics, predictor), threshold) for run in held_out]
+        verdicts.append(_record(name, threshold, held_out, alarms))
+    return [*verdicts, _record(DETECTOR, math.nan, held_out, [detector_alarm(run.metrics) for run in held_out])]
+
+
+def _record(name: str, threshold: float, runs: Sequence[Watched], alarms: Sequence[float | None]) -> Verdict:
+    falls = [(run.fell, raised) for run, raised in zip(runs, alarms, strict=True) if run.fell is not None]
+    healthy = [raised for run, raised in zip(runs, alarms, strict=True) if run.fell is None]
+    if not falls or not healthy:
+        raise ValueError(f"{len(falls)} runs that fell, {len(healthy)} healthy: need some of both")
+    leads = [fell - raised for fell, raised in falls if raised is not None and raised < fell]
+    false_alarms = sum(raised is not None for raised in healthy)
+    return Verdict(name, threshold, len(leads), len(falls), false_alarms, len(healthy), leads)

@@ -1,0 +1,95 @@
+"""One command: run what the figures need, draw them, judge the claims.
+
+OUT/runs/<tier>/<setting>/<variant>/seed<k>.csv     every run
+OUT/figures/<figure>.png, .svg                      in the paper's layout, or as a phase diagram
+OUT/CLAIMS.md                                       every claim, those whose runs are missing as "not run"
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure as Drawing
+
+from minirl_edu.experiments.claims import claims_markdown, judge
+from minirl_edu.experiments.runner import finished_runs, jobs_for, run_all
+from minirl_edu.experiments.spec import Grid, Run, RunResult, Spec
+from minirl_edu.experiments.statistics import summary
+from minirl_edu.plots import Metrics, four_curves, phase_diagrams
+
+Results = Mapping[Run, Sequence[RunResult]]
+
+
+def reproduce(
+    spec: Spec,
+    names: Sequence[str],
+    out: Path | str,
+    *,
+    tier: str,
+    seeds: int | None = None,
+    workers: int | None = None,
+) -> int:
+    """Run, draw and judge the figures `names` (or groups of them) into `out`; returns the command's exit status.
+
+    `seeds=None`: as many as the tier has; `workers=None`: one per core. What is finished is kept and not run again.
+    Raises ConfigError for unknown names and numbers out of range.
+    """
+    out, figures = Path(out), spec.expand(names)
+    seeds = seeds or spec.tiers[tier].seeds
+    command = f"minirl reproduce {' '.join(names)} --tier {tier} --seeds {seeds} --out {out}"
+    outcome = run_all(jobs_for(spec, figures, out, tier=tier, seeds=seeds), out, workers=workers, command=command)
+    print(write_results(spec, figures, out, tier=tier, seeds=seeds))
+    return outcome.status
+
+
+def write_results(spec: Spec, figures: Sequence[str], out: Path, *, tier: str, seeds: int) -> str:
+    """Draw the figures and judge all claims from the runs under `out`; returns what to read, a line each."""
+    written = []
+    for name in figures:
+        results = finished_runs(jobs_for(spec, [name], out, tier=tier, seeds=seeds))
+        if not results:
+            continue
+        drawing = draw_grid(spec, spec.grids[name], results) if name in spec.grids else draw(spec, name, results)
+        (out / "figures").mkdir(exist_ok=True)
+        for suffix in ("png", "svg"):
+            drawing.savefig(out / "figures" / f"{name}.{suffix}", dpi=160)
+        written.append(f"{name}: {out / 'figures' / name}.png")
+    judged = [name for name in spec.figures if name not in spec.grids]
+    results = finished_runs(jobs_for(spec, judged, out, tier=tier, seeds=seeds))
+    if results and not set(figures) <= spec.grids.keys():
+        judgements = judge(spec, results)
+        links = {name: f"figures/{name}.png" for name in judged if (out / "figures" / f"{name}.png").exists()}
+        facts = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+        text = claims_markdown(spec, judgements, tier=tier, seeds=seeds, out=out.name, environment=facts, figures=links)
+        (out / "CLAIMS.md").write_text(text, encoding="utf-8")
+        written += [f"{j.claim.id}: {j.verdict}" for j in judgements if set(j.claim.figures) & set(figures)]
+        written.append(f"claims: {out / 'CLAIMS.md'}")
+    return "\n".join(written)
+
+
+def draw(spec: Spec, name: str, results: Results) -> Drawing:
+    """The figure's four panels (score, reward, entropy, KL), a line per run: mean over seeds with its 95 % interval."""
+    settings = {setting for setting, _ in results}
+    curves: dict[str, list[Metrics]] = {}
+    for setting, variant in spec.figures[name].runs:
+        if found := results.get((setting, variant)):
+            label = spec.variants[variant].label + (f" ({setting})" if len(settings) > 1 else "")
+            curves[label] = [result.metrics for result in found]
+    return four_curves(curves)
+
+
+def draw_grid(spec: Spec, grid: Grid, results: Results) -> Drawing:
+    """The grid's phase diagrams, a panel per variant: final score and share of the runs that collapsed."""
+    shape = (len(grid.up[1]), len(grid.across[1]))
+    panels = {}
+    for variant in grid.variants:
+        scores, collapsed = np.full(shape, np.nan), np.full(shape, np.nan)
+        for at in np.ndindex(shape):
+            found = results.get((grid.setting(grid.across[1][at[1]], grid.up[1][at[0]]), variant), [])
+            if found:
+                numbers = [summary(result, spec.definitions) for result in found]
+                scores[at] = np.mean([n["final_score"] for n in numbers])
+                collapsed[at] = np.mean([n["collapsed"] for n in numbers])
+        panels[spec.variants[variant].label] = (scores, collapsed)
+    return phase_diagrams(panels, grid.across, grid.up)

@@ -1,0 +1,305 @@
+"""The spec file: what it means, and that no mistake in it reaches a run; a run's CSV file: that nothing is lost."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import yaml
+
+from minirl_edu.config import Config, ConfigError
+from minirl_edu.experiments.spec import COLUMNS, Criterion, load_spec, read_run, write_run
+
+SMALL = {
+    "base": {"train.lr": 1e-3, "train.group_size": 4, "task.options": {"min_operands": 2}},
+    "settings": {
+        "near": {"about": "near policy", "set": {"train.mini_batches": 1, "train.lr": 2e-3}},
+        "far": {"about": "off-policy", "set": {"train.mini_batches": 4, "train.global_steps": 50}},
+    },
+    "variants": {
+        "plain": {"label": "MiniRL", "set": {}},
+        "hot": {"label": "hot", "set": {"train.lr": 3e-3, "task.options.max_operands": 5}},
+    },
+    "figures": {
+        "one": {"title": "One", "runs": [["near", "plain"], ["near", "hot"]]},
+        "two": {"title": "Two", "runs": [["far", "hot"], ["near", "plain"]]},
+    },
+    "tiers": {
+        "fast": {"seeds": 2, "set": {"near": {"train.global_steps": 7, "train.lr": 4e-3}}, "leave_out": ["far"]},
+        "full": {"seeds": 8, "set": {}},
+    },
+    "seeds": {"first": 3, "calibration": 100},
+    "definitions": {"final_evaluations": 3, "collapse_share": 0.7},
+    "claims": [
+        {
+            "id": "C1",
+            "paper": "Hot is better.",
+            "setting": "large",
+            "figure": "one",
+            "criteria": [
+                {"kind": "higher", "metric": "final_score", "run": ["near", "hot"], "than": ["near", "plain"]}
+            ],
+        },
+        {"id": "C2", "paper": "It scales.", "setting": "large", "not_testable": "One size only."},
+    ],
+}
+
+
+def load(tmp_path, *changes):
+    """The spec SMALL after some changes: (keys, value) pairs; DELETE removes the key."""
+    data = copy.deepcopy(SMALL)
+    for keys, value in changes:
+        node = data
+        for key in keys[:-1]:
+            node = node[key]
+        if value is DELETE:
+            del node[keys[-1]]
+        else:
+            node[keys[-1]] = value
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return load_spec(path)
+
+
+DELETE = object()
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_spec()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return load(tmp_path_factory.mktemp("small"))
+
+
+# ------------------------------------------------------------------------------------------------ the shipped spec
+
+
+def test_the_shipped_spec_has_a_claim_for_every_finding(shipped):
+    claims = {claim.id: claim for claim in shipped.claims}
+    findings = {"F1a", "F1b", "F1c", "F1d", "F2a", "F2b", "F3a", "F3b", "F4", "F5a", "F5b", "A1", "L1"}
+    assert findings | {"D1", "Q1", "Q2"} <= claims.keys()
+    assert [name for name, claim in claims.items() if claim.not_testable] == ["L1"]
+
+
+def test_the_shipped_ablations_are_what_they_say(shipped):
+    algorithm = {name: shipped.config("full", "on_policy", name, 0).algorithm for name in shipped.variants}
+    assert algorithm["minirl"] == Config().algorithm  # MiniRL is the default, unchanged
+    assert algorithm["no_is"].is_correction is False and algorithm["no_is"].clip is True
+    assert (algorithm["r3_no_clip"].replay, algorithm["r3_no_clip"].clip) == ("R3", False)
+    assert algorithm["grpo"].objective == "grpo"
+
+
+def test_the_shipped_settings_keep_the_mini_batch_while_n_grows(shipped):
+    sizes = {}
+    for setting, n in {"on_policy": 1, "n2": 2, "n4": 4, "n8": 8}.items():
+        train = shipped.config("full", setting, "minirl", 0).train
+        assert train.mini_batches == n
+        sizes[setting] = train.mini_batch_prompts * train.group_size
+    assert len(set(sizes.values())) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- layers
+
+
+def test_later_layers_win_value_by_value(small):
+    assert small.config("full", "far", "plain", 3).train.lr == 1e-3  # base
+    assert small.config("full", "near", "plain", 3).train.lr == 2e-3  # < setting
+    assert small.config("full", "near", "hot", 3).train.lr == 3e-3  # < variant
+    assert small.config("fast", "near", "hot", 3).train.lr == 4e-3  # < tier
+    config = small.config("fast", "near", "hot", 5)
+    assert config.seed == 5
+    assert config.train.global_steps == 7
+    # The variant's option joins the base's instead of replacing the section.
+    assert config.task.options == {"min_operands": 2, "max_operands": 5}
+    assert small.overrides("full", "far") == {
+        "train.lr": 1e-3, "train.group_size": 4, "task.options.min_operands": 2,
+        "train.mini_batches": 4, "train.global_steps": 50,
+    }  # fmt: skip
+
+
+def test_configs_of_one_spec_do_not_share_options(small):
+    small.config("full", "near", "plain", 3).task.options["min_operands"] = 9
+    assert small.config("full", "near", "plain", 3).task.options == {"min_operands": 2}
+
+
+def test_runs_come_once_in_the_figures_order_without_what_the_tier_leaves_out(small):
+    assert small.runs(["two", "one"], "full") == [("far", "hot"), ("near", "plain"), ("near", "hot")]
+    assert small.runs(["two", "one"], "fast") == [("near", "plain"), ("near", "hot")]
+    assert list(small.seeds("one", 2)) == [3, 4]
+
+
+def test_a_claim_may_rest_on_several_figures(tmp_path):
+    criterion = {"kind": "collapses", "run": ["far", "hot"], "share": 0.25}
+    spec = load(
+        tmp_path, (["claims", 0, "figure"], ["one", "two"]), (["claims", 0, "criteria"], [criterion]),
+    )  # fmt: skip
+    assert spec.claims[0].figures == ("one", "two")
+    assert spec.claims[0].criteria == (Criterion("collapses", ("far", "hot"), share=0.25),)
+
+
+# ------------------------------------------------------------------------------------------------------ bad specs
+
+CRITERION = ["claims", 0, "criteria", 0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["settigns"], {}, r"spec.yaml: the file: unknown name 'settigns'; did you mean settings"),
+        (["definitions"], DELETE, r"the file: definitions is missing"),
+        (["settings", "near", "sets"], {}, r"settings.near: unknown name 'sets'; did you mean set\?"),
+        (["settings", "near", "about"], 3, r"settings.near.about = 3: expected text"),
+        (["base", "train.lrr"], 1, r"base: train.lrr: unknown field; did you mean train.lr"),
+        (["variants", "hot", "set"], {"algorithm.clipp": False}, r"variants.hot.set: algorithm.clipp: unknown field"),
+        (["variants", "hot", "set"], {"train.lr": "high"}, r"variants.hot.set: train.lr = 'high': expected a number"),
+        (["variants", "hot", "set"], {"train.lr.x": 1}, r"train.lr.x: lr = 0.001 has no fields"),
+        (["variants", "hot", "set"], {"seed": 1}, r"variants.hot.set: seed = 1: each run gets its own"),
+        (["variants", "hot", "label"], "MiniRL", r"variants: label 'MiniRL' is used twice"),
+        (["figures", "one", "runs"], [["near", "hto"]], r"figures.one.runs\[0\]: unknown name 'hto'; did you mean hot"),
+        (["figures", "one", "runs"], [["nowhere", "hot"]], r"unknown name 'nowhere'; known: near, far"),
+        (["figures", "one", "runs"], ["near"], r"figures.one.runs\[0\] = 'near': expected \[setting, variant\]"),
+        (["tiers", "fast", "set"], {"nera": {}}, r"tiers.fast.set: unknown name 'nera'; did you mean near"),
+        (["tiers", "fast", "set", "near"], {"train.steps": 3}, r"tiers.fast.set.near: train.steps: unknown field"),
+        (["tiers", "fast", "leave_out"], ["fra"], r"tiers.fast.leave_out\[0\]: unknown name 'fra'; did you mean far"),
+        (["tiers", "fast", "seeds"], 0, r"tiers.fast.seeds = 0: expected an integer of at least 1"),
+        (["seeds", "first"], True, r"seeds.first = True: expected an integer"),
+        (["definitions", "collapse_share"], 25, r"definitions.collapse_share = 25: expected a number between 0 and 1"),
+        (["claims", 1, "id"], "C1", r"claims: id 'C1' is used twice"),
+        (["claims", 1, "criteria"], [], r"claims\[1\]: unknown name 'criteria'"),
+        (["claims", 0, "criteria"], [], r"claim C1: criteria = \[\]: expected at least one"),
+        (["claims", 0, "figure"], "oen", r"claim C1: figure: unknown name 'oen'; did you mean one"),
+        ([*CRITERION, "kind"], "hihger", r"claim C1: criteria\[0\].kind: unknown name 'hihger'; did you mean higher"),
+        ([*CRITERION, "kind"], "stable", r"criteria\[0\]: unknown name 'metric'; known: kind, run, share"),
+        ([*CRITERION, "than"], DELETE, r"claim C1: criteria\[0\]: than is missing"),
+        ([*CRITERION, "metric"], "final_scor", r"criteria\[0\].metric: unknown name .*mean final_score"),
+        # Known names, but the command printed for the claim would not make this run.
+        ([*CRITERION, "run"], ["far", "hot"], r"criteria\[0\].run = \['far', 'hot'\]: expected a run of the claim"),
+        ([*CRITERION, "margin"], "3", r"criteria\[0\].margin = '3': expected a number"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_refused_where_it_is(tmp_path, keys, value, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, (keys, value))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [
+        ({"kind": "comparable", "metric": "final_score", "margin": 0}, "expected a difference above 0"),
+        ({"kind": "comparable", "metric": "kl", "margin": 0.9}, "expected a factor above 1"),
+        ({"kind": "lower", "metric": "kl", "margin": -2}, "expected a factor above 0"),
+    ],
+)
+def test_margins_fit_the_metric(tmp_path, criterion, message):
+    criterion |= {"run": ["near", "hot"], "than": ["near", "plain"]}
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, (["claims", 0, "criteria"], [criterion]))
+
+
+def test_layers_that_only_together_make_no_config_are_refused_with_the_run(tmp_path):
+    warmup = {"train.warmup_steps": 3, "train.lr_schedule": "linear"}
+    with pytest.raises(ConfigError, match=r"run \[near, hot\] in tier fast: train.warmup_steps = 3: .* ignores it"):
+        load(
+            tmp_path,
+            (["variants", "hot", "set"], warmup),
+            (["tiers", "fast", "set", "near"], {"train.lr_schedule": "constant"}),
+        )
+
+
+def test_unknown_names_in_a_call_are_refused(small):
+    with pytest.raises(ConfigError, match="tier: unknown name 'slow'; known: fast, full"):
+        small.runs(["one"], "slow")
+    with pytest.raises(ConfigError, match="figure: unknown name 'three'"):
+        small.runs(["three"], "fast")
+    with pytest.raises(ConfigError, match="variant: unknown name 'hit'; did you mean hot"):
+        small.config("fast", "near", "hit", 0)
+
+
+def test_a_file_that_is_no_yaml_or_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "spec.yaml"
+    for text, message in (("base: [", "not valid YAML"), ("- 1", r"the file = \[1\]: expected a mapping")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load_spec(path)
+
+
+# ------------------------------------------------------------------------------------------------------ a run's file
+
+HEADER = {"config": {"seed": 4, "train.lr": 1e-3}, "digest": "abc", "seconds": 41.2, "diverged": None}
+
+
+def test_a_run_survives_its_file(tmp_path):
+    path = tmp_path / "runs" / "full" / "n2" / "r3" / "seed4.csv"
+    records = [
+        {"global_step": 0, "grad_step": 0, "score": 0.4375, "score_rollout": None},
+        {
+            "global_step": 12345,
+            "grad_step": 123456,
+            "reward": 0.123456,
+            "kl_rollout_old": -1.23456e-9,
+            "warnings": ["x"],
+        },
+        {"global_step": 12346, "grad_step": 123457, "reward": math.nan, "is_weight_max": math.inf, "lr": 3e-4},
+    ]
+    write_run(path, records, header=HEADER)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0].removeprefix("# ")) == HEADER
+    assert lines[1] == ",".join(COLUMNS)
+    assert lines[3].startswith("12345,123456,,,0.1235,,-1.235e-09,")  # steps are whole, the rest has 4 digits
+
+    run = read_run(path)
+    assert (run.seed, run.diverged, run.digest, run.seconds) == (4, None, "abc", 41.2)
+    assert tuple(run.metrics) == COLUMNS
+    np.testing.assert_array_equal(run.metrics["grad_step"], [0, 123456, 123457])
+    np.testing.assert_array_equal(run.metrics["score"], [0.4375, math.nan, math.nan])
+    np.testing.assert_array_equal(run.metrics["reward"], [math.nan, 0.1235, math.nan])
+    assert run.metrics["is_weight_max"][2] == math.inf
+    assert all(column.dtype == np.float64 for column in run.metrics.values())
+
+
+def test_a_diverged_run_and_the_default_seed(tmp_path):
+    message = 'log-probabilities, "not finite",\nin step 3'
+    write_run(tmp_path / "r.csv", [], header=HEADER | {"diverged": message, "config": {}, "seconds": 3})
+    run = read_run(tmp_path / "r.csv")
+    assert run.diverged == message
+    assert run.seed == Config().seed
+    assert len(run.metrics["score"]) == 0
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    class Records(list):
+        def __iter__(self):
+            yield {"global_step": 0, "grad_step": 0, "score": 0.5}
+            raise ValueError("nonsense")
+
+    path = tmp_path / "seed0.csv"
+    write_run(path, [{"global_step": 0, "grad_step": 0}], header=HEADER)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="nonsense"):
+        write_run(path, Records(), header=HEADER)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="digest is missing"):
+        write_run(path, [], header={"config": {}, "seconds": 1.0, "diverged": None})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["", "# {}\n", "grad_step\n1\n", "# {\n"])
+def test_another_file_is_not_taken_for_a_run(tmp_path, text):
+    path = tmp_path / "seed0.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"seed0.csv is not a run's CSV file .*; delete it and run again"):
+        read_run(path)
+
+
+def test_half_a_row_is_not_taken_for_a_run(tmp_path):
+    path = tmp_path / "seed0.csv"
+    write_run(path, [{"global_step": 0, "grad_step": 0}] * 2, header=HEADER)
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(ValueError, match="not a run's CSV file"):
+        read_run(path)
+    with pytest.raises(FileNotFoundError):
+        read_run(tmp_path / "seed1.csv")

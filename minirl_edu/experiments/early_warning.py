@@ -115,22 +115,20 @@ def roc(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Thresholds, false-alarm rates and shares of falls foretold, from the strictest threshold to the loosest.
 
+    Thresholds stand halfway between neighbouring peaks.
     Raises ValueError without runs of both kinds.
     """
     if not len(peaks_of_falls) or not len(peaks_of_healthy):
         raise ValueError(f"{len(peaks_of_falls)} runs that fell, {len(peaks_of_healthy)} healthy: need some of both")
     falls, healthy = np.asarray(peaks_of_falls), np.asarray(peaks_of_healthy)
-    finite = np.unique(np.concatenate([falls, healthy]))[::-1]
-    thresholds = np.concatenate([[math.inf], finite])
-    # An alarm needs a level above the threshold; to count a run whose peak is the threshold, stand just below it.
-    just_below = np.concatenate([[math.inf], np.nextafter(finite, -math.inf)])
-    false_alarms = (healthy[None] > just_below[:, None]).mean(1)
-    foretold = (falls[None] > just_below[:, None]).mean(1)
-    return thresholds, false_alarms, foretold
+    peaks = np.unique(np.concatenate([falls, healthy]))[::-1]
+    thresholds = np.concatenate([[math.inf], (peaks[1:] + peaks[:-1]) / 2, [-math.inf]])
+    lowest_alarmed = np.concatenate([[math.inf], peaks])[:, None]
+    return thresholds, (healthy >= lowest_alarmed).mean(1), (falls >= lowest_alarmed).mean(1)
 
 
 def area(false_alarms: np.ndarray, foretold: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a run that will fall peaks higher before it than a healthy run ever does.
+    """Area under the ROC curve: the chance that a run that will fall peaks higher before it than a healthy one ever does.
 
     Ties count half.
     """
@@ -138,16 +136,16 @@ def area(false_alarms: np.ndarray, foretold: np.ndarray) -> float:
 
 
 def choose_threshold(runs: Sequence[Watched], predictor: Predictor, *, false_alarm_rate: float) -> float:
-    """The loosest threshold whose rate of false alarms on these runs is at most `false_alarm_rate`.
+    """The threshold that foretells most falls of these runs with a rate of false alarms of at most `false_alarm_rate`;
+    of several, the strictest.
 
     Raises ValueError without runs of both kinds.
     """
     peaks = [(run.fell is not None, peak(run, levels(run.metrics, predictor))) for run in runs]
-    healthy = [level for fell, level in peaks if not fell]
-    thresholds, rates, _ = roc([level for fell, level in peaks if fell], healthy)
-    chosen = thresholds[rates <= false_alarm_rate][-1]
-    # Halfway to the next healthy run that it would have to excuse, not right at the last one excused.
-    return float(np.nextafter(chosen, -math.inf)) if math.isfinite(chosen) else float(max(healthy))
+    thresholds, rates, foretold = roc(
+        [level for fell, level in peaks if fell], [level for fell, level in peaks if not fell]
+    )
+    return float(thresholds[np.argmax(np.where(rates <= false_alarm_rate, foretold, -1.0))])
 
 
 def judge(tuning: Sequence[Watched], held_out: Sequence[Watched], *, false_alarm_rate: float = 0.05) -> list[Verdict]:

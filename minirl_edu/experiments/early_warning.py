@@ -128,7 +128,7 @@ def roc(
 
 
 def area(false_alarms: np.ndarray, foretold: np.ndarray) -> float:
-    """Area under the ROC curve: the chance that a run that will fall peaks higher before it than a healthy one ever does.
+    """Area under the ROC curve: the chance that a run about to fall peaks higher than a healthy one ever does.
 
     Ties count half.
     """

@@ -163,15 +163,25 @@ def test_jobs_are_the_runs_of_the_figures_for_each_seed_at_the_path_that_says_so
             "minirl": Variant(name="minirl", label="MiniRL", overrides={}),
             "r2": Variant(name="r2", label="R2", overrides={"algorithm.replay": "R2"}),
         },
-        figures={"fig2": Figure(name="fig2", title="N = 2", runs=(("n2", "minirl"), ("n2", "r2")))},
+        figures={
+            "fig2": Figure(name="fig2", title="N = 2", runs=(("n2", "minirl"), ("n2", "r2"))),
+            "again": Figure(name="again", title="the same runs, one seed", runs=(("n2", "minirl"),), seeds=1),
+            "trial": Figure(name="trial", title="on other seeds", runs=(("n2", "r2"),), calibration=True),
+        },
+        grids={},
         tiers={"fast": Tier(name="fast", seeds=2, overrides={"n2": {"train.global_steps": 5}})},
+        groups={},
         first_seed=3,
+        first_calibration_seed=100,
         definitions=Definitions(final_evaluations=3, collapse_share=0.7),
         claims=(),
     )
     jobs = jobs_for(spec, ["fig2"], tmp_path, tier="fast", seeds=2)
-    paths = ["minirl/seed3.csv", "r2/seed3.csv", "minirl/seed4.csv", "r2/seed4.csv"]
+    paths = ["minirl/seed3.csv", "minirl/seed4.csv", "r2/seed3.csv", "r2/seed4.csv"]
     assert [run.path for run in jobs] == [tmp_path / "runs" / "fast" / "n2" / path for path in paths]
+    assert jobs_for(spec, ["fig2", "again"], tmp_path, tier="fast", seeds=2) == jobs  # shared runs are made once
+    assert [run.key[3] for run in jobs_for(spec, ["again"], tmp_path, tier="fast", seeds=2)] == [3]
+    assert [run.key[3] for run in jobs_for(spec, ["trial"], tmp_path, tier="fast", seeds=2)] == [100, 101]
     last = jobs[-1].config
     assert (last.seed, last.algorithm.replay, last.train.mini_batches, last.train.lr) == (4, "R2", 2, 1e-3)
     assert jobs[-1].cost == 5 * 2 * last.train.mini_batch_prompts * last.train.group_size

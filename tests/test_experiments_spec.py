@@ -64,6 +64,50 @@ def load(tmp_path, *changes):
 
 DELETE = object()
 
+GRID = {
+    "title": "A map",
+    "about": "somewhere",
+    "set": {"train.mini_batches": 2, "train.lr": 1e-2},
+    "across": {"label": "learning rate", "values": {"1e-4": {"train.lr": 1e-4}, "1e-3": {"train.lr": 1e-3}}},
+    "up": {"label": "engine", "values": {"int3/int4": {"rollout.precision": "int3/int4"}, "fp8": {}}},
+    "variants": ["plain"],
+}
+
+
+def test_a_grid_is_a_setting_per_cell_and_a_figure_of_all(tmp_path):
+    spec = load(tmp_path, (["grids"], {"map": GRID, "trial": {**GRID, "seeds": 2, "calibration": True}}))
+    grid = spec.grids["map"]
+    assert grid.across == ("learning rate", ("1e-4", "1e-3")) and grid.up == ("engine", ("int3/int4", "fp8"))
+    cells = [grid.setting(x, y) for x in grid.across[1] for y in grid.up[1]]
+    assert cells[0] == "map.int3_int4.1e-4"  # a folder's name
+    assert spec.runs(["map"], "full") == [(cell, "plain") for cell in cells]
+    config = spec.config("full", cells[0], "plain", 0)
+    assert (config.train.lr, config.rollout.precision, config.train.mini_batches) == (1e-4, "int3/int4", 2)
+    assert spec.config("full", cells[3], "plain", 0).train.lr == 1e-3  # base < grid < axes
+    assert spec.seeds("map", 8) == range(3, 11) and spec.seeds("trial", 8) == range(100, 102)
+
+
+def test_groups_name_several_figures(tmp_path):
+    spec = load(tmp_path, (["groups"], {"both": ["two", "one"]}))
+    assert spec.expand(["one", "both", "two"]) == ["one", "two"]
+    with pytest.raises(ConfigError, match="figure: unknown name 'bot'; did you mean both"):
+        spec.expand(["bot"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["across", "values", "1e-4"], {"train.lrr": 1}, r"train\.lrr: unknown field"),
+        (["variants"], ["plane"], r"grids\.map\.variants\[0\]: unknown name 'plane'; did you mean plain"),
+        (["calibration"], "yes", r"grids\.map\.calibration = 'yes': expected true or false"),
+        (["up"], {"label": "engine"}, r"grids\.map\.up: values is missing"),
+        (["seeds"], 0, r"grids\.map\.seeds = 0"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_found_when_it_is_read(tmp_path, keys, value, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, (["grids"], {"map": copy.deepcopy(GRID)}), (["grids", "map", *keys], value))
+
 
 @pytest.fixture(scope="module")
 def shipped():

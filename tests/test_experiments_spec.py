@@ -87,6 +87,12 @@ def test_a_grid_is_a_setting_per_cell_and_a_figure_of_all(tmp_path):
     assert spec.seeds("map", 8) == range(3, 11) and spec.seeds("trial", 8) == range(100, 102)
 
 
+def test_a_tier_can_leave_a_grid_out(tmp_path):
+    spec = load(tmp_path, (["grids"], {"map": GRID}), (["tiers", "fast", "leave_out"], ["map"]))
+    assert spec.runs(["map", "one"], "fast") == [("near", "plain"), ("near", "hot")]
+    assert len(spec.runs(["map"], "full")) == 4
+
+
 def test_groups_name_several_figures(tmp_path):
     spec = load(tmp_path, (["groups"], {"both": ["two", "one"]}))
     assert spec.expand(["one", "both", "two"]) == ["one", "two"]

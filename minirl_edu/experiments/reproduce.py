@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure as Drawing
 
+from minirl_edu.config import ConfigError
 from minirl_edu.experiments.claims import claims_markdown, judge
 from minirl_edu.experiments.runner import finished_runs, jobs_for, run_all
 from minirl_edu.experiments.spec import Grid, Run, RunResult, Spec
@@ -37,6 +38,8 @@ def reproduce(
     """
     out, figures = Path(out), spec.expand(names)
     seeds = seeds or spec.tiers[tier].seeds
+    if not spec.runs(figures, tier):
+        raise ConfigError(f"tier {tier!r} leaves out all that {' '.join(names)} needs; use --tier full")
     command = f"minirl reproduce {' '.join(names)} --tier {tier} --seeds {seeds} --out {out}"
     outcome = run_all(jobs_for(spec, figures, out, tier=tier, seeds=seeds), out, workers=workers, command=command)
     print(write_results(spec, figures, out, tier=tier, seeds=seeds))

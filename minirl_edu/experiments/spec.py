@@ -132,7 +132,7 @@ class Tier:
     overrides: Mapping[str, Mapping[str, Any]]
     """Per setting, its overrides in this tier."""
     leave_out: tuple[str, ...] = ()
-    """Settings that are not run."""
+    """Settings and grids that are not run."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,8 @@ class Spec:
     def runs(self, figures: Sequence[str], tier: str) -> list[Run]:
         """What the figures need in this tier, in order and without repeats. Raises ConfigError for unknown names."""
         left_out = _known(tier, self.tiers, "tier").leave_out
-        wanted = (run for name in figures for run in _known(name, self.figures, "figure").runs)
-        return list(dict.fromkeys(run for run in wanted if run[0] not in left_out))
+        wanted = [_known(name, self.figures, "figure") for name in figures if name not in left_out]
+        return list(dict.fromkeys(run for figure in wanted for run in figure.runs if run[0] not in left_out))
 
     def seeds(self, figure: str, count: int) -> range:
         """The seeds of a figure's runs: `count` of them or as many as it wants at most, from `first_seed`, or those
@@ -277,7 +277,7 @@ def _spec(data: Any) -> Spec:
         figures=figures,
         grids=grids,
         tiers={
-            name: _tier(name, entry, settings, at)
+            name: _tier(name, entry, settings, grids, at)
             for at, name, entry in _entries(data["tiers"], "tiers", ("seeds", "set"), ("leave_out",))
         },
         groups={
@@ -329,7 +329,9 @@ def _cell_name(grid: str, across: str, up: str) -> str:
     return ".".join(re.sub(r"[^\w=+-]+", "_", part) for part in (grid, up, across))
 
 
-def _tier(name: str, entry: Mapping[str, Any], settings: Mapping[str, Setting], at: str) -> Tier:
+def _tier(
+    name: str, entry: Mapping[str, Any], settings: Mapping[str, Setting], grids: Mapping[str, Grid], at: str
+) -> Tier:
     overrides = {
         _name_in(settings, setting, f"{at}.set"): _flat(block, f"{at}.set.{setting}")
         for setting, block in _mapping(entry["set"], f"{at}.set").items()
@@ -339,7 +341,7 @@ def _tier(name: str, entry: Mapping[str, Any], settings: Mapping[str, Setting], 
         name,
         _integer(entry["seeds"], f"{at}.seeds", 1),
         overrides,
-        tuple(_name_in(settings, setting, f"{at}.leave_out[{i}]") for i, setting in left_out),
+        tuple(_name_in((*settings, *grids), left, f"{at}.leave_out[{i}]") for i, left in left_out),
     )
 
 

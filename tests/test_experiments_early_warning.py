@@ -14,9 +14,11 @@ from minirl_edu.experiments.early_warning import (
     area,
     averages,
     choose_threshold,
+    curve,
     detector_alarm,
     judge,
     levels,
+    markdown,
     peak,
     roc,
 )
@@ -138,3 +140,16 @@ def test_predictors_are_judged_on_other_runs():
     assert verdicts[DETECTOR].foretold == 6 and verdicts[DETECTOR].false_alarms == 0
     with pytest.raises(ValueError, match="0 runs that fell, 14 healthy"):
         judge(tuning, held_out[6:])
+
+
+def test_the_table_has_rates_with_intervals_leads_and_areas():
+    runs = [falling(seed) for seed in range(8)] + [healthy(seed) for seed in range(8, 30)]
+    verdicts = judge(runs, runs)
+    areas = {name: area(*curve(runs, predictor)) for name, predictor in PREDICTORS.items()}
+    assert areas["entropy"] == 1 and 0.2 < areas["gradient norm"] < 0.8
+    head, rule, *rows = markdown(verdicts, areas).splitlines()
+    assert [row.split(" | ")[0] for row in rows] == [f"| {name}" for name in (*PREDICTORS, DETECTOR)]
+    assert {line.count("|") for line in (head, rule, *rows)} == {7}
+    # 8 of 8: Clopper and Pearson's lower end is 0.025^(1/8) = 0.63
+    assert "8 of 8: 100% (63% to 100%) | 0 of 22: 0% (0% to 15%)" in rows[0] and rows[0].endswith("| 1.00 |")
+    assert "its own" in rows[-1] and rows[-1].endswith("|  |")

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from minirl_edu.cli import main
-from minirl_edu.experiments.reproduce import draw, draw_grid
-from minirl_edu.experiments.spec import RunResult, Spec, load_spec, read_run
+from minirl_edu.experiments.reproduce import draw, draw_grid, write_results
+from minirl_edu.experiments.runner import jobs_for, run_header
+from minirl_edu.experiments.spec import COLUMNS, RunResult, Spec, load_spec, read_run, write_run
 
 TINY = {
     "base": {
@@ -89,6 +90,28 @@ def test_a_cell_of_the_phase_diagram_is_the_mean_of_its_runs(spec: Spec):
     (text,) = minirl.texts  # the other cells were not run
     assert text.get_text() == "0.55\n✕ 50 %" and text.get_position() == (1, 1)
     assert not hot.texts
+
+
+def test_early_warning_learns_from_the_calibration_and_is_judged_on_the_maps(spec_path: Path, tmp_path: Path):
+    data = yaml.safe_load(spec_path.read_text(encoding="utf-8"))
+    data["grids"]["trial"] = {**data["grids"]["map"], "calibration": True, "seeds": 2}
+    path = tmp_path / "spec.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    spec, out = load_spec(path), tmp_path / "out"
+    jobs = jobs_for(spec, ["map", "trial"], out, tier="fast", seeds=2)
+    for number, job in enumerate(jobs):
+        falls, rows = number % 2 == 0, []
+        for step in range(81):
+            ill = falls and step >= 40
+            row = dict.fromkeys(COLUMNS, 0.1) | {"global_step": step, "grad_step": step, "score": 0.8}
+            rows.append(row | {"entropy": 0.01 if ill else 0.1, "score": 0.1 if falls and step >= 60 else 0.8})
+        write_run(job.path, rows, header={**run_header(job.config), "seconds": 1.0, "diverged": None})
+    written = write_results(spec, ["map"], out, tier="fast", seeds=2)
+    assert "EARLY_WARNING.md" in written and (out / "figures" / "early_warning.png").exists()
+    text = (out / "EARLY_WARNING.md").read_text(encoding="utf-8")
+    assert "\n8 runs of the phase diagrams" in text and "chosen on 16 other runs" in text
+    (entropy,) = (line for line in text.splitlines() if line.startswith("| entropy |"))
+    assert "4 of 4: 100%" in entropy and "0 of 4: 0%" in entropy
 
 
 @pytest.mark.slow

@@ -12,12 +12,13 @@ alarm before it; an alarm in a run whose score never fell is a false one.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from minirl_edu.diagnostics import CollapseDetector
+from minirl_edu.experiments.statistics import proportion
 from minirl_edu.plots import Metrics
 
 
@@ -127,6 +128,13 @@ def roc(
     return thresholds, (healthy >= lowest_alarmed).mean(1), (falls >= lowest_alarmed).mean(1)
 
 
+def curve(runs: Sequence[Watched], predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
+    """The predictor's ROC curve on these runs: false-alarm rates and shares of falls foretold. Raises as `roc`."""
+    peaks = [(run.fell is not None, peak(run, levels(run.metrics, predictor))) for run in runs]
+    _, false_alarms, foretold = roc(*([level for fell, level in peaks if fell == kind] for kind in (True, False)))
+    return false_alarms, foretold
+
+
 def area(false_alarms: np.ndarray, foretold: np.ndarray) -> float:
     """Area under the ROC curve: the chance that a run about to fall peaks higher than a healthy one ever does.
 
@@ -159,6 +167,26 @@ def judge(tuning: Sequence[Watched], held_out: Sequence[Watched], *, false_alarm
         alarms = [alarm(run.metrics, levels(run.metrics, predictor), threshold) for run in held_out]
         verdicts.append(_record(name, threshold, held_out, alarms))
     return [*verdicts, _record(DETECTOR, math.nan, held_out, [detector_alarm(run.metrics) for run in held_out])]
+
+
+def markdown(verdicts: Sequence[Verdict], areas: Mapping[str, float]) -> str:
+    """The verdicts as a Markdown table, rates with their 95 % interval; `areas` are those under the ROC curves."""
+    rows = []
+    for verdict in verdicts:
+        leads = np.quantile(verdict.leads, [0.5, 0.25, 0.75]) if verdict.leads else None
+        foretold, false_alarms = (
+            "{} of {}: {:.0%} ({:.0%} to {:.0%})".format(k, n, *proportion(k, n))
+            for k, n in ((verdict.foretold, verdict.falls), (verdict.false_alarms, verdict.healthy))
+        )
+        lead = "" if leads is None else "{:.0f} ({:.0f} to {:.0f})".format(*leads)
+        threshold = "its own" if math.isnan(verdict.threshold) else f"{verdict.threshold:.2g}"
+        curve = f"{areas[verdict.predictor]:.2f}" if verdict.predictor in areas else ""
+        rows.append((verdict.predictor, threshold, foretold, false_alarms, lead, curve))
+    heads = (
+        "predictor", "threshold, nats", "falls foretold", "false alarms, of healthy runs",
+        "gradient steps before the fall: median (quartiles)", "area under the ROC curve",
+    )  # fmt: skip
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 def _record(name: str, threshold: float, runs: Sequence[Watched], alarms: Sequence[float | None]) -> Verdict:

@@ -3,6 +3,7 @@
 OUT/runs/<tier>/<setting>/<variant>/seed<k>.csv     every run
 OUT/figures/<figure>.png, .svg                      in the paper's layout, or as a phase diagram
 OUT/CLAIMS.md                                       every claim, those whose runs are missing as "not run"
+OUT/EARLY_WARNING.md                                after grids: which metrics foretell a fall of the score
 """
 
 import json
@@ -12,12 +13,30 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure as Drawing
 
+from minirl_edu import plots
 from minirl_edu.config import ConfigError
+from minirl_edu.experiments import early_warning
 from minirl_edu.experiments.claims import claims_markdown, judge
+from minirl_edu.experiments.early_warning import PREDICTORS, Watched
 from minirl_edu.experiments.runner import finished_runs, jobs_for, run_all
 from minirl_edu.experiments.spec import Grid, Run, RunResult, Spec
 from minirl_edu.experiments.statistics import summary
-from minirl_edu.plots import Metrics, four_curves, phase_diagrams
+from minirl_edu.plots import Metrics
+
+EARLY_WARNING = """# Which metric foretells that the score will fall?
+
+{held_out} runs of the phase diagrams judge it. The thresholds were chosen on {tuning} other runs, those of the
+calibration, for the most falls foretold at a false-alarm rate of at most 5 %. A predictor compares a metric's fast and
+slow moving average; its level is the logarithm of their ratio. A fall is foretold by an alarm before the evaluation
+from which the score stayed low; an alarm in a run that never fell is a false one. No alarm is possible in the first 20
+gradient steps. `CollapseDetector` is the library's, at its defaults, without its alarms about the score itself.
+
+    {command}
+
+![ROC curves, and how early the alarms came](figures/early_warning.png)
+
+{table}
+"""
 
 Results = Mapping[Run, Sequence[RunResult]]
 
@@ -54,10 +73,10 @@ def write_results(spec: Spec, figures: Sequence[str], out: Path, *, tier: str, s
         if not results:
             continue
         drawing = draw_grid(spec, spec.grids[name], results) if name in spec.grids else draw(spec, name, results)
-        (out / "figures").mkdir(exist_ok=True)
-        for suffix in ("png", "svg"):
-            drawing.savefig(out / "figures" / f"{name}.{suffix}", dpi=160)
+        _save(drawing, out, name)
         written.append(f"{name}: {out / 'figures' / name}.png")
+    if any(name in spec.grids for name in figures):
+        written += _early_warning(spec, out, tier=tier, seeds=seeds)
     judged = [name for name in spec.figures if name not in spec.grids]
     results = finished_runs(jobs_for(spec, judged, out, tier=tier, seeds=seeds))
     if results and not set(figures) <= spec.grids.keys():
@@ -71,6 +90,41 @@ def write_results(spec: Spec, figures: Sequence[str], out: Path, *, tier: str, s
     return "\n".join(written)
 
 
+def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]:
+    """Judge the predictors of a fall on all runs of the phase diagrams, with thresholds from the calibration's runs.
+
+    Writes nothing while either lacks runs that fell or healthy ones.
+    """
+    watched: dict[bool, list[Watched]] = {True: [], False: []}  # of the calibration, of the phase diagrams
+    for name in spec.grids:
+        found = finished_runs(jobs_for(spec, [name], out, tier=tier, seeds=seeds))
+        watched[spec.figures[name].calibration] += [
+            Watched(run.metrics, summary(run, spec.definitions)["collapse_step"])
+            for runs in found.values()
+            for run in runs
+        ]
+    try:
+        verdicts = early_warning.judge(watched[True], watched[False])
+    except ValueError:
+        return []
+    curves = {name: early_warning.curve(watched[False], predictor) for name, predictor in PREDICTORS.items()}
+    _save(plots.early_warning(curves, verdicts), out, "early_warning")
+    text = EARLY_WARNING.format(
+        held_out=len(watched[False]),
+        tuning=len(watched[True]),
+        command=f"minirl reproduce {' '.join(spec.grids)} --tier {tier} --seeds {seeds} --out {out.name}",
+        table=early_warning.markdown(verdicts, {name: early_warning.area(*both) for name, both in curves.items()}),
+    )
+    (out / "EARLY_WARNING.md").write_text(text, encoding="utf-8")
+    return [f"early warning: {out / 'EARLY_WARNING.md'}"]
+
+
+def _save(drawing: Drawing, out: Path, name: str) -> None:
+    (out / "figures").mkdir(exist_ok=True)
+    for suffix in ("png", "svg"):
+        drawing.savefig(out / "figures" / f"{name}.{suffix}", dpi=160)
+
+
 def draw(spec: Spec, name: str, results: Results) -> Drawing:
     """The figure's four panels (score, reward, entropy, KL), a line per run: mean over seeds with its 95 % interval."""
     settings = {setting for setting, _ in results}
@@ -79,7 +133,7 @@ def draw(spec: Spec, name: str, results: Results) -> Drawing:
         if found := results.get((setting, variant)):
             label = spec.variants[variant].label + (f" ({setting})" if len(settings) > 1 else "")
             curves[label] = [result.metrics for result in found]
-    return four_curves(curves)
+    return plots.four_curves(curves)
 
 
 def draw_grid(spec: Spec, grid: Grid, results: Results) -> Drawing:
@@ -95,4 +149,4 @@ def draw_grid(spec: Spec, grid: Grid, results: Results) -> Drawing:
                 scores[at] = np.mean([n["final_score"] for n in numbers])
                 collapsed[at] = np.mean([n["collapsed"] for n in numbers])
         panels[spec.variants[variant].label] = (scores, collapsed)
-    return phase_diagrams(panels, grid.across, grid.up)
+    return plots.phase_diagrams(panels, grid.across, grid.up)

@@ -24,7 +24,7 @@ TINY = {
         "minirl": {"label": "MiniRL", "set": {}},
         "hot": {"label": "hot", "set": {"train.lr": 3e-3}},
     },
-    "figures": {"one": {"title": "One", "runs": [["near", "minirl"], ["near", "hot"]]}},
+    "figures": {"one": {"title": "One", "runs": [["near", "minirl"], ["near", "hot"]], "error_parts": True}},
     "grids": {
         "map": {
             "title": "A map",
@@ -121,6 +121,8 @@ def test_the_command_runs_draws_judges_and_does_nothing_twice(spec_path: Path, t
     assert main([*command, "--seeds", "1"]) == 0
     figures = {path.name for path in (out / "figures").iterdir()}
     assert figures == {"one.png", "one.svg", "map.png", "map.svg"}
+    parts = (out / "SYSTEMATIC.md").read_text(encoding="utf-8").splitlines()[-1]
+    assert parts.startswith("| near policy | ") and parts.endswith("| 1 |")
     claims = (out / "CLAIMS.md").read_text(encoding="utf-8")
     assert "Hot is better." in claims and "figures/one.png" in claims and str(tmp_path) not in claims
     runs = sorted(path.relative_to(out / "runs" / "fast").as_posix() for path in out.rglob("*.csv"))

@@ -4,6 +4,7 @@ OUT/runs/<tier>/<setting>/<variant>/seed<k>.csv     every run
 OUT/figures/<figure>.png, .svg                      in the paper's layout, or as a phase diagram
 OUT/CLAIMS.md                                       every claim, those whose runs are missing as "not run"
 OUT/EARLY_WARNING.md                                after grids: which metrics foretell a fall of the score
+OUT/SYSTEMATIC.md                                   where the spec asks: what part of each engine's error comes back
 """
 
 import json
@@ -11,17 +12,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure as Drawing
+from tqdm import tqdm
 
 from minirl_edu import plots
 from minirl_edu.config import ConfigError
-from minirl_edu.experiments import early_warning
+from minirl_edu.experiments import early_warning, systematic
 from minirl_edu.experiments.claims import claims_markdown, judge
 from minirl_edu.experiments.early_warning import PREDICTORS, Watched
 from minirl_edu.experiments.runner import finished_runs, jobs_for, run_all
 from minirl_edu.experiments.spec import Grid, Run, RunResult, Spec
 from minirl_edu.experiments.statistics import summary
 from minirl_edu.plots import Metrics
+
+SYSTEMATIC = """# How much of an engine's error comes back at every sync?
+
+A policy is trained for eight global steps; after each, the engine has its weights, and both engines score the same
+responses. The mean square of log μ − log π over syncs and tokens splits into what is the same at every sync
+(systematic) and what varies. Means over seeds, with their range.
+
+    {command}
+
+{table}
+"""
 
 EARLY_WARNING = """# Which metric foretells that the score will fall?
 
@@ -75,6 +89,8 @@ def write_results(spec: Spec, figures: Sequence[str], out: Path, *, tier: str, s
         drawing = draw_grid(spec, spec.grids[name], results) if name in spec.grids else draw(spec, name, results)
         _save(drawing, out, name)
         written.append(f"{name}: {out / 'figures' / name}.png")
+        if spec.figures[name].error_parts:
+            written += _error_parts(spec, name, out, tier=tier, seeds=min(seeds, 3))
     if any(name in spec.grids for name in figures):
         written += _early_warning(spec, out, tier=tier, seeds=seeds)
     judged = [name for name in spec.figures if name not in spec.grids]
@@ -117,6 +133,24 @@ def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]
     )
     (out / "EARLY_WARNING.md").write_text(text, encoding="utf-8")
     return [f"early warning: {out / 'EARLY_WARNING.md'}"]
+
+
+def _error_parts(spec: Spec, name: str, out: Path, *, tier: str, seeds: int) -> list[str]:
+    """Measure the figure's engines, once: a minute of training of its own for each three seeds and engines."""
+    path = out / "SYSTEMATIC.md"
+    if not path.exists():
+        torch.set_num_threads(1)
+        settings = dict.fromkeys(setting for setting, _ in spec.figures[name].runs)
+        configs = {s: [spec.config(tier, s, None, seed) for seed in spec.seeds(name, seeds)] for s in settings}
+        parts = {
+            spec.settings[setting].about: [systematic.measure_parts(config) for config in tqdm(found, desc=setting)]
+            for setting, found in configs.items()
+            if found[0].rollout.precision != "fp32"  # no error, no parts
+        }
+        command = f"minirl reproduce {name} --tier {tier} --seeds {seeds} --out {out.name}"
+        text = SYSTEMATIC.format(command=command, table=systematic.markdown(parts))
+        path.write_text(text, encoding="utf-8")
+    return [f"systematic errors: {path}"]
 
 
 def _save(drawing: Drawing, out: Path, name: str) -> None:

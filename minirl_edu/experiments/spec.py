@@ -106,6 +106,8 @@ class Figure:
     """At most so many seeds; None: the tier's."""
     calibration: bool = False
     """Made to choose settings by: on seeds that no verdict uses."""
+    error_parts: bool = False
+    """Measure as well what part of each setting's engine error is systematic."""
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,9 @@ def _spec(data: Any) -> Spec:
             name,
             _text(entry["title"], f"{at}.title"),
             tuple(_run(run, settings, variants, f"{at}.runs[{i}]") for i, run in _list(entry["runs"], f"{at}.runs")),
+            error_parts=_flag(entry, "error_parts", at),
         )
-        for at, name, entry in _entries(data["figures"], "figures", ("title", "runs"))
+        for at, name, entry in _entries(data["figures"], "figures", ("title", "runs"), ("error_parts",))
     }
     grids: dict[str, Grid] = {}
     axes = ("title", "about", "set", "across", "up", "variants")
@@ -310,10 +313,7 @@ def _grid(
     runs = tuple((cell.name, variant) for cell in cells.values() for variant in chosen)
     seeds = _integer(entry["seeds"], f"{at}.seeds", 1) if "seeds" in entry else None
     grid = Grid(name, (across[0], tuple(across[1])), (up[0], tuple(up[1])), chosen)
-    calibration = entry.get("calibration", False)
-    if not isinstance(calibration, bool):
-        raise ConfigError(f"{at}.calibration = {calibration!r}: expected true or false")
-    figure = Figure(name, _text(entry["title"], f"{at}.title"), runs, seeds, calibration)
+    figure = Figure(name, _text(entry["title"], f"{at}.title"), runs, seeds, _flag(entry, "calibration", at))
     return grid, figure, {cell.name: cell for cell in cells.values()}
 
 
@@ -474,6 +474,13 @@ def _number(value: Any, at: str, holds: Callable[[float], bool], expected: str) 
     if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
         raise ConfigError(f"{at} = {value!r}: expected {expected}")
     return float(value)
+
+
+def _flag(entry: Mapping[str, Any], key: str, at: str) -> bool:
+    value = entry.get(key, False)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{at}.{key} = {value!r}: expected true or false")
+    return value
 
 
 def _integer(value: Any, at: str, least: int) -> int:

@@ -5,13 +5,16 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lab notebooks benchmark lint format clean
+.PHONY: help demo reproduce test check lab notebooks benchmark lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
 demo: $(INSTALLED)  ## train a small model and write its report to runs/demo
 	$(PYTHON) -m minirl_edu.cli demo --out runs/demo
+
+reproduce: $(INSTALLED)  ## every figure and claim of the paper, small: about ten minutes, into runs/reproduce
+	$(PYTHON) -m minirl_edu.cli reproduce all --tier fast --out runs/reproduce
 
 test: lint  ## everything that has to pass: ruff, pyright and all tests
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile

@@ -117,17 +117,23 @@ def replay(rounds: int, *, seed: int = 0) -> Result:
 
 
 def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
-    """What it saves to take π_old from the update's own forward, and to read each prompt once in the update."""
+    """What it saves to take π_old from the update's own forward, to read each prompt once in the update, and to leave
+    out the backward of groups without a gradient: here every second group."""
     with TemporaryDirectory() as folder:
         own = _trainer(Path(folder) / "own", seed)
         forward = _trainer(Path(folder) / "forward", seed, "train.reference_old_logp=true")
+        backward = _trainer(Path(folder) / "backward", seed, "train.zero_advantage_backward=true")
     rollout, advantages = _rollout(own, seed)
+    halved = advantages.clone()
+    halved.view(-1, GROUP_SIZE)[::2] = 0
 
-    def update(share_prompts: bool) -> Callable[[], None]:
+    def update(
+        share_prompts: bool, trainer: MiniRLTrainer = own, advantages: torch.Tensor = advantages
+    ) -> Callable[[], None]:
         def gradient_step() -> None:
-            own.share_prompts = share_prompts
-            own._update(own._cut(rollout, advantages))
-            own.share_prompts = True
+            trainer.share_prompts = share_prompts
+            trainer._update(trainer._cut(rollout, advantages))
+            trainer.share_prompts = True
 
         return gradient_step
 
@@ -136,10 +142,16 @@ def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
         "step, forward for π_old": forward.global_step,
         "update, shared prompts": update(True),
         "update, plain batch": update(False),
+        "update, half without gradient": update(True, own, halved),
+        "update, half without gradient, backward of all": update(True, backward, halved),
     }
     seconds = _take_turns(cases, rounds, "own_pi_old")
-    a, b, c, d = cases
-    ratios = {"forward for π_old / own": _ratios(seconds, b, a), "plain batch / shared prompts": _ratios(seconds, d, c)}
+    a, b, c, d, e, f = cases
+    ratios = {
+        "forward for π_old / own": _ratios(seconds, b, a),
+        "plain batch / shared prompts": _ratios(seconds, d, c),
+        "backward of all / of half": _ratios(seconds, f, e),
+    }
     return {"seconds": seconds, "ratios": ratios}
 
 

@@ -590,7 +590,7 @@ def gap_accidents(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def phase_diagrams(
-    panels: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    panels: Mapping[str, tuple[np.ndarray, np.ndarray, np.ndarray]],
     across: tuple[str, Sequence[Any]],
     up: tuple[str, Sequence[Any]],
     *,
@@ -598,9 +598,10 @@ def phase_diagrams(
 ) -> Figure:
     """Where each method stays stable: one panel a method, one cell a setting, for example learning rate × precision.
 
-    `panels[label]` is the final scores and the shares of runs that collapsed, each [len(up), len(across)], NaN where
-    nothing was run; `across` and `up` are the axes' names and values. Colour and upper number: mean final score, from 0
-    to 1; below it the share of the runs that collapsed, if any did. Raises ValueError for tables of another shape.
+    `panels[label]` is the final scores, the shares of runs that collapsed and the shares in which the collapse detector
+    raised an alarm, each [len(up), len(across)], NaN where nothing was run; `across` and `up` are the axes' names and
+    values. Colour and upper number: mean final score, from 0 to 1; below it the two shares, where they are above 0.
+    Raises ValueError for tables of another shape.
     """
     shape = (len(up[1]), len(across[1]))
     for label, tables in panels.items():
@@ -608,17 +609,21 @@ def phase_diagrams(
             if table.shape != shape:
                 raise ValueError(f"{label}: table of shape {table.shape}, expected {shape}: {up[0]} by {across[0]}")
     columns = min(columns, len(panels))
-    panel = (0.62 * shape[1] + 1.3, 0.55 * shape[0] + 1.1)
+    panel = (0.85 * shape[1] + 1.3, 0.66 * shape[0] + 1.1)
     figure, axes = _panels(len(panels), columns, panel=panel)
     image = None
-    for ax, (label, (scores, collapsed)) in zip(axes, panels.items(), strict=False):
+    for ax, (label, (scores, collapsed, alarmed)) in zip(axes, panels.items(), strict=False):
         # Light is good: with the numbers in it, the map reads in greyscale.
         image = ax.imshow(scores, cmap="cividis", vmin=0, vmax=1, origin="lower", aspect="auto")
         for (y, x), score in np.ndenumerate(scores):
             if math.isfinite(score):
-                share = f"\n✕ {100 * collapsed[y, x]:.0f} %" if collapsed[y, x] > 0 else ""
+                lines = [f"{score:.2f}"]
+                lines += [
+                    f"{sign} {100 * s[y, x]:.0f} %" for sign, s in (("✕", collapsed), ("▲", alarmed)) if s[y, x] > 0
+                ]
                 ink = "white" if score < 0.5 else _INK
-                ax.text(x, y, f"{score:.2f}{share}", ha="center", va="center", fontsize=8.5, color=ink, linespacing=1.3)
+                text = "\n".join(lines)
+                ax.text(x, y, text, ha="center", va="center", fontsize=8, color=ink, linespacing=1.3)
         ax.set_xticks(range(shape[1]), [str(value) for value in across[1]])
         ax.set_yticks(range(shape[0]), [str(value) for value in up[1]])
         ax.grid(visible=False)
@@ -628,7 +633,7 @@ def phase_diagrams(
         ax.set_visible(False)
     if image is not None:
         bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
-        bar.set_label("final score (✕: share of the runs that collapsed)", fontsize=10, color=_INK)
+        bar.set_label("final score    ✕ collapsed    ▲ detector's alarm", fontsize=10, color=_INK)
     return figure
 
 

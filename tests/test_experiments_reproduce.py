@@ -140,12 +140,15 @@ def test_the_command_runs_draws_judges_and_does_nothing_twice(spec_path: Path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fig9"], "figure: unknown name 'fig9'; did you mean fig"),
-        (["fig1", "--seeds", "0"], "--seeds = 0: use 1 or more"),
-        (["fig1", "--workers", "0"], "--workers = 0: use 1 or more"),
+        (["ones"], "figure: unknown name 'ones'; did you mean one"),
+        (["one", "--seeds", "0"], "--seeds = 0: use 1 or more"),
+        (["one", "--workers", "0"], "--workers = 0: use 1 or more"),
     ],
 )
-def test_a_mistake_is_named_before_anything_runs(arguments: list[str], message: str, tmp_path: Path, capfd):
-    assert main(["reproduce", *arguments, "--out", str(tmp_path / "out")]) != 0
+def test_a_mistake_is_named_before_anything_runs(
+    arguments: list[str], message: str, spec_path: Path, tmp_path: Path, capfd
+):
+    command = ["reproduce", *arguments, "--spec", str(spec_path), "--out", str(tmp_path / "out")]
+    assert main(command) != 0
     assert message in capfd.readouterr().err
     assert not list(tmp_path.rglob("*.csv"))

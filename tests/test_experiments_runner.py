@@ -1,6 +1,7 @@
 """Running the experiments: every run ends in a file or in a report of why not, whoever is killed on the way."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from minirl_edu.config import ConfigError, load_config
+from minirl_edu.config import Config, ConfigError, load_config
 from minirl_edu.experiments import runner
 from minirl_edu.experiments.runner import (
     Job,
@@ -150,6 +151,14 @@ def test_the_digest_is_of_everything_that_moves_a_number_and_of_nothing_else(tmp
     assert config_digest(job(tmp_path, "minirl", "output.save_every=7").config) == digest
     monkeypatch.setattr(runner, "RESULTS_VERSION", runner.RESULTS_VERSION + 1)
     assert config_digest(job(tmp_path, "minirl").config) != digest
+
+
+def test_a_default_that_changes_is_noticed():
+    """Stored runs say what differs from the defaults. If this fails: does the change move any run's numbers? Then raise
+    `RESULTS_VERSION`. If not (a new field whose default keeps things as they were), only take over the new number."""
+    defaults = {section: fields for section, fields in Config().to_dict().items() if section != "output"}
+    text = json.dumps({"version": runner.RESULTS_VERSION, **defaults}, sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "c85b463ea8a94649"
 
 
 # ----------------------------------------------------------------------------------------------------------- all runs

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -355,3 +356,35 @@ def test_gap_accidents_draws_what_recognition_explains():
     assert [np.asarray(found.get_xdata()).item() for found in lines(figure, "before")] == [1e-12, 0.1]
     assert line(figure, "after") == ([1e-15], [1])
     assert {"healthy", "temperature, top_p"} <= set(texts(figure))
+
+
+def test_a_phase_diagram_says_the_score_and_who_fell_in_every_cell_that_was_run():
+    scores = np.array([[0.9, 0.2], [math.nan, 0.6]])
+    collapsed, alarmed = np.array([[0, 1], [math.nan, 0.5]]), np.array([[0, 0.25], [math.nan, 0]])
+    axes = ("learning rate", ["low", "high"]), ("N", [1, 8])
+    figure = plots.phase_diagrams({"MiniRL": (scores, collapsed, alarmed)}, *axes)
+    ax = figure.axes[0]
+    assert {text.get_position(): text.get_text() for text in ax.texts} == {
+        (0, 0): "0.90",
+        (1, 0): "0.20\n✕ 100 %\n▲ 25 %",
+        (1, 1): "0.60\n✕ 50 %",
+    }
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["low", "high"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "8"]
+    assert ax.images[0].origin == "lower" and ax.images[0].get_clim() == (0, 1)  # the same colours in every figure
+    with pytest.raises(ValueError, match="MiniRL: table of shape"):
+        plots.phase_diagrams({"MiniRL": (scores[:1], collapsed, alarmed)}, *axes)
+
+
+def test_early_warning_shows_each_predictors_rate_and_its_leads():
+    verdict = SimpleNamespace(predictor="entropy", foretold=3, falls=4, false_alarms=1, healthy=10, leads=[5.0, 10, 40])
+    silent = SimpleNamespace(predictor="KL", foretold=0, falls=4, false_alarms=0, healthy=10, leads=[])
+    curve = (np.array([0.0, 0.1, 1.0]), np.array([0.0, 0.75, 1.0]))
+    figure = plots.early_warning({"entropy": curve}, [verdict, silent])
+    chosen = [(*found.get_xdata(), *found.get_ydata()) for found in lines(figure, "chosen")]
+    assert chosen == [(0.1, 0.75), (0.0, 0.0)]
+    (median,) = lines(figure, "median:entropy")
+    assert median.get_xdata() == [10]
+    assert not lines(figure, "median:KL")
+    labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert labels == ["entropy\n3 of 4 falls", "KL\n0 of 4 falls"]

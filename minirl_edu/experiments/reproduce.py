@@ -171,16 +171,18 @@ def draw(spec: Spec, name: str, results: Results) -> Drawing:
 
 
 def draw_grid(spec: Spec, grid: Grid, results: Results) -> Drawing:
-    """The grid's phase diagrams, a panel per variant: final score and share of the runs that collapsed."""
+    """The grid's phase diagrams, a panel per variant: final score, share of the runs that collapsed, share in which
+    `CollapseDetector` raised an alarm about entropy, KL or reward."""
     shape = (len(grid.up[1]), len(grid.across[1]))
     panels = {}
     for variant in grid.variants:
-        scores, collapsed = np.full(shape, np.nan), np.full(shape, np.nan)
+        scores, collapsed, alarmed = (np.full(shape, np.nan) for _ in range(3))
         for at in np.ndindex(shape):
             found = results.get((grid.setting(grid.across[1][at[1]], grid.up[1][at[0]]), variant), [])
             if found:
                 numbers = [summary(result, spec.definitions) for result in found]
                 scores[at] = np.mean([n["final_score"] for n in numbers])
                 collapsed[at] = np.mean([n["collapsed"] for n in numbers])
-        panels[spec.variants[variant].label] = (scores, collapsed)
+                alarmed[at] = np.mean([early_warning.detector_alarm(result.metrics) is not None for result in found])
+        panels[spec.variants[variant].label] = (scores, collapsed, alarmed)
     return plots.phase_diagrams(panels, grid.across, grid.up)

@@ -38,7 +38,8 @@ from minirl_edu.experiments.spec import Run, RunResult, Spec, read_run, write_ru
 from minirl_edu.plots import read_records
 
 RESULTS_VERSION = 1
-"""Part of every digest. A change that can move a result (see CHANGELOG.md) raises it, and every run is made again."""
+"""Part of every digest. A change that can move a result, a default's among them (see CHANGELOG.md), raises it, and
+every run is made again."""
 
 _ATTEMPTS = 2
 _WORKER = "from minirl_edu.experiments.runner import _work; _work()"
@@ -126,23 +127,28 @@ def finished_runs(jobs: Sequence[Job]) -> dict[Run, list[RunResult]]:
 
 
 def config_digest(config: Config) -> str:
-    """SHA-256 (hex) of all that a run's numbers follow from: the whole config but `output`, and `RESULTS_VERSION`.
+    """SHA-256 (hex) of all that a run's numbers follow from: the fields that differ from the defaults (but for
+    `output`) and `RESULTS_VERSION`.
 
-    Defaults are part of it, so that a default that changes is noticed.
+    A new field whose default keeps things as they were leaves stored runs valid; a default that changes what a run
+    computes raises `RESULTS_VERSION`.
     """
-    settings = {name: value for name, value in config.to_dict().items() if name != "output"}
-    canonical = json.dumps({"results_version": RESULTS_VERSION, "config": settings}, sort_keys=True)
+    canonical = json.dumps({"results_version": RESULTS_VERSION, "config": _changed(config)}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def run_header(config: Config) -> dict[str, Any]:
     """What a run's CSV says of its config: the seed, the fields that differ from the defaults by dotted name, and the
     digest."""
+    return {"config": _changed(config), "digest": config_digest(config)}
+
+
+def _changed(config: Config) -> dict[str, Any]:
     default, changed = Config().to_dict(), {"seed": config.seed}
     for section, fields in config.to_dict().items():
         if isinstance(fields, dict) and section != "output":
             changed |= {f"{section}.{name}": v for name, v in fields.items() if v != default[section][name]}
-    return {"config": changed, "digest": config_digest(config)}
+    return changed
 
 
 # ---------------------------------------------------------------------------------------------------------- one run

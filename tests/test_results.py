@@ -1,0 +1,41 @@
+"""The stored results are those of the spec that ships, and CLAIMS.md is what they say."""
+
+from pathlib import Path
+
+import pytest
+
+from minirl_edu.experiments.claims import judge
+from minirl_edu.experiments.runner import finished_runs, jobs_for
+from minirl_edu.experiments.spec import Spec, load_spec, read_run
+
+RESULTS = Path(__file__).parents[1] / "lessons" / "results"
+TIER, SEEDS = "full", 8
+
+
+@pytest.fixture(scope="module")
+def spec() -> Spec:
+    return load_spec()
+
+
+@pytest.mark.slow
+def test_every_stored_run_is_one_of_the_specs_and_made_with_its_config(spec: Spec):
+    jobs = {job.path: job for job in jobs_for(spec, list(spec.figures), RESULTS, tier=TIER, seeds=SEEDS)}
+    stored = sorted((RESULTS / "runs").rglob("*.csv"))
+    assert stored and not [path for path in stored if path not in jobs]
+    found = finished_runs([jobs[path] for path in stored])  # leaves out those of another config
+    assert sum(map(len, found.values())) == len(stored)
+    assert all(read_run(path).metrics["grad_step"][-1] > 0 for path in stored)
+
+
+def test_the_stored_results_are_small():
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 20e6
+
+
+@pytest.mark.slow
+def test_claims_md_is_what_the_stored_runs_say(spec: Spec):
+    figures = [name for name in spec.figures if name not in spec.grids]
+    judgements = judge(spec, finished_runs(jobs_for(spec, figures, RESULTS, tier=TIER, seeds=SEEDS)))
+    lines = (RESULTS / "CLAIMS.md").read_text(encoding="utf-8").splitlines()
+    for judgement in judgements:
+        (row,) = (line for line in lines if line.startswith(f"| [{judgement.claim.id}]"))
+        assert row.split(" | ")[2].strip("*") == judgement.verdict

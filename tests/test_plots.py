@@ -381,10 +381,9 @@ def test_early_warning_shows_each_predictors_rate_and_its_leads():
     silent = SimpleNamespace(predictor="KL", foretold=0, falls=4, false_alarms=0, healthy=10, leads=[])
     curve = (np.array([0.0, 0.1, 1.0]), np.array([0.0, 0.75, 1.0]))
     figure = plots.early_warning({"entropy": curve}, [verdict, silent])
-    chosen = [(*found.get_xdata(), *found.get_ydata()) for found in lines(figure, "chosen")]
-    assert chosen == [(0.1, 0.75), (0.0, 0.0)]
-    (median,) = lines(figure, "median:entropy")
-    assert median.get_xdata() == [10]
+    chosen = [np.asarray(found.get_xydata()).tolist() for found in lines(figure, "chosen")]
+    assert chosen == [[[0.1, 0.75]], [[0.0, 0.0]]]
+    assert line(figure, "median:entropy")[0] == [10]
     assert not lines(figure, "median:KL")
     labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
     assert labels == ["entropy\n3 of 4 falls", "KL\n0 of 4 falls"]

@@ -85,9 +85,10 @@ def test_the_fp32_engine_is_the_training_engine_in_every_family(family: str):
     assert rollout.routes is not None
     rollout.validate(num_experts=8)
 
-    # Linear attention computes a sequence in chunks and a new token by recurrence: sums of another shape, 2e-5 seen.
+    # Linear attention computes a sequence in chunks and a new token by recurrence: sums of another shape. 2e-5 seen on
+    # one kind of CPU, 2e-4 on another; a row of the cache that belongs to another sequence moves logits by tenths.
     linear = "linear_attention" in (getattr(model.config, "layer_types", None) or ())
-    close = 1e-4 if linear else CLOSE
+    close = 1e-3 if linear else CLOSE
     assert gap(model, rollout, 0.7) <= close
     shared = can_share_prompts(model)
     assert shared == (not linear and family != "gpt_oss")  # gpt-oss: sliding windows

@@ -218,7 +218,7 @@ def _draw(
     `smooth` draws a running mean and the raw values faintly; `faint` names a second metric to draw faintly in the same
     colour. Returns all values of the thick lines.
     """
-    drawn = [np.empty(0)]
+    drawn, faintly = [np.empty(0)], [np.empty(0)]
     styles = method_styles(runs)
     for order, (label, seeds) in enumerate(runs.items()):
         seeds = _seeds(seeds)
@@ -246,13 +246,19 @@ def _draw(
             shared = np.isfinite(table).all(0)
             if steps.size:
                 thin |= {"alpha": 0.5, "linewidth": 1.1} if other == faint else {}
-                ax.plot(steps[shared], table[:, shared].mean(0), gid=f"faint:{other}:{label}", **thin)
+                faintly.append(table[:, shared].mean(0))
+                ax.plot(steps[shared], faintly[-1], gid=f"faint:{other}:{label}", **thin)
     values = np.concatenate(drawn)
     if not values.size:
         ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=_SOFT, fontsize=12)
         ax.set(xticks=[], yticks=[])
     elif log:
         _set_scale(ax, values)
+    if ax.get_yscale() == "linear" and values.size:
+        # The interval of two or three seeds may be many times what they span: the axis shows the values.
+        everything = np.concatenate([values, *faintly])
+        room = 0.05 * float(np.ptp(everything)) or 0.05 * abs(float(everything[0])) or 0.05
+        ax.set_ylim(everything.min() - room, everything.max() + room)
     return values
 
 

@@ -387,3 +387,10 @@ def test_early_warning_shows_each_predictors_rate_and_its_leads():
     assert not lines(figure, "median:KL")
     labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
     assert labels == ["entropy\n3 of 4 falls", "KL\n0 of 4 falls"]
+
+
+def test_the_interval_of_two_seeds_does_not_set_the_scale():
+    runs = {"MiniRL": [metrics(reward=np.full(21, 0.4)), metrics(reward=np.full(21, 0.6))]}
+    # Its 95 % interval is 0.5 ± 12.7 · 0.1.
+    bottom, top = plots.four_curves(runs).axes[1].get_ylim()
+    assert 0.35 < bottom < 0.4 and 0.6 < top < 0.65

@@ -159,13 +159,13 @@ def run_one(
 ) -> None:
     """Train one run and write its CSV, complete or not at all; nothing else is left.
 
-    `header` goes into the first line of the file (see `run_header`), with `seconds` and `diverged` added: None, or why
-    training stopped early; then the rows are those until there. `tick` is called after each global step with the number
-    of its gradient steps.
+    `header` goes into the first line of the file (see `run_header`), with `seconds` (of the processor: what the run
+    costs, however busy the machine is) and `diverged` added: None, or why training stopped early; then the rows are those
+    until there. `tick` is called after each global step with the number of its gradient steps.
 
     Raises ConfigError for settings that do not fit together, KeyboardInterrupt if Ctrl-C or SIGTERM ended the training.
     """
-    started, scratch = time.perf_counter(), _scratch(path)
+    started, scratch = time.process_time(), _scratch(path)
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     # No checkpoints on the way: a run is minutes long, and one that is cut short starts again.
     config = replace(config, output=OutputConfig(save_every=0))
@@ -174,7 +174,7 @@ def run_one(
         # A step at which training diverged has a record without measurements.
         unmeasured = {"global_step", "grad_step", "warnings"}
         records = [record for record in read_records(scratch / "metrics.jsonl") if record.keys() - unmeasured]
-        seconds = round(time.perf_counter() - started, 1)
+        seconds = round(time.process_time() - started, 1)
         write_run(scratch / path.name, records, header={**header, "seconds": seconds, "diverged": diverged})
         (scratch / path.name).replace(path)  # at one stroke, and whatever fails before leaves with the folder
     finally:

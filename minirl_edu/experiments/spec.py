@@ -551,6 +551,7 @@ class RunResult:
     digest: str
     """Of the config and of what else decides the numbers."""
     seconds: float
+    """Of the processor."""
 
 
 def write_run(path: str | Path, records: Sequence[Mapping[str, Any]], *, header: Mapping[str, Any]) -> None:

@@ -160,8 +160,8 @@ def run_one(
     """Train one run and write its CSV, complete or not at all; nothing else is left.
 
     `header` goes into the first line of the file (see `run_header`), with `seconds` (of the processor: what the run
-    costs, however busy the machine is) and `diverged` added: None, or why training stopped early; then the rows are those
-    until there. `tick` is called after each global step with the number of its gradient steps.
+    costs, however busy the machine is) and `diverged` added: None, or why training stopped early; then the rows are
+    those until there. `tick` is called after each global step with the number of its gradient steps.
 
     Raises ConfigError for settings that do not fit together, KeyboardInterrupt if Ctrl-C or SIGTERM ended the training.
     """

@@ -1,13 +1,19 @@
 """Generate and execute the notebooks: `python notebooks/build.py`, or `--check` that they belong to the sources.
 
-Every `src/NN_name.py` (jupytext's percent format) becomes `NN_name.ipynb` beside this file, run from top to bottom in a
-fresh kernel of this interpreter, with its outputs. Nothing that differs from machine to machine is kept: no times, no
-versions, no dead widgets. A path of this machine or a word on stderr in an output is an error, not something to hide.
+Every `src/NN_name.py` (jupytext's percent format) becomes two notebooks, run from top to bottom in a fresh kernel of this
+interpreter, with their outputs: `NN_name.ipynb`, in which the exercises are open, and `solutions/NN_name.ipynb`. Nothing
+that differs from machine to machine is kept: no times, no versions, no dead widgets. A path of this machine or a word on
+stderr in an output is an error, not something to hide.
+
+In a source, a Markdown cell that begins with `{exercise} 04.2` gets that exercise's heading from
+`minirl_edu.exercises`, and its hints below its text. In a code cell, what stands between `# solution` and `# end` is left
+out of the student's notebook: `raise NotImplementedError` takes its place, or the text after `# solution:`.
 """
 
 import argparse
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,16 +27,30 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from traitlets import default
 
+from minirl_edu.exercises import find, heading, hint_ladder
+
 FOLDER = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+SOLUTION = re.compile(r"^([ ]*)# solution(?:: (.*))?\n(.*?)^[ ]*# end\n?", re.MULTILINE | re.DOTALL)
 
 
-def generate(source: Path) -> NotebookNode:
-    """The notebook of a source, not executed: the same source always gives the same cells with the same ids."""
+def generate(source: Path, *, solution: bool = False) -> NotebookNode:
+    """The notebook of a source, not executed: the same source always gives the same cells with the same ids.
+
+    `solution`: with the exercises solved, instead of left open.
+    """
     parsed = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
-    note = f"*Generated from `notebooks/src/{source.name}`: edit that, then run `make notebooks`.*"
+    note = f"*Generated from `notebooks/src/{source.name}`: edit that, then run `make notebooks`."
+    if any(SOLUTION.search(f"{cell.source}\n") for cell in parsed.cells):
+        other = f"{'..' if solution else 'solutions'}/{source.stem}.ipynb"
+        note += f" {'With open exercises' if solution else 'With solutions'}: [{other}]({other})."
+    for cell in parsed.cells:
+        if cell.cell_type == "code":
+            cell.source = SOLUTION.sub(_solved if solution else _open, f"{cell.source}\n").rstrip("\n")
+        elif cell.source.startswith("{exercise}"):
+            cell.source = _exercise(cell.source)
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell(note), *parsed.cells],
+        cells=[nbformat.v4.new_markdown_cell(f"{note}*"), *parsed.cells],
         metadata={
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
@@ -43,6 +63,21 @@ def generate(source: Path) -> NotebookNode:
         cell["id"] = digest if seen[digest] == 1 else f"{digest}-{seen[digest]}"
         cell.metadata = NotebookNode()
     return notebook
+
+
+def _exercise(text: str) -> str:
+    """The cell of an exercise: heading, what is asked, hints."""
+    first, _, rest = text.partition("\n")
+    exercise = find(first.removeprefix("{exercise}").strip())
+    return f"{heading(exercise)}\n\n{rest.strip()}\n\n{hint_ladder(exercise)}"
+
+
+def _solved(match: re.Match[str]) -> str:
+    return match[3]
+
+
+def _open(match: re.Match[str]) -> str:
+    return f"{match[1]}{match[2] or 'raise NotImplementedError  # your turn'}\n"
 
 
 class _Kernel(AsyncKernelManager):
@@ -93,42 +128,56 @@ def blemishes(notebook: NotebookNode) -> list[str]:
     return found
 
 
+def targets(source: Path, folder: Path = FOLDER) -> dict[Path, bool]:
+    """The notebooks of a source, and whether each has the solutions."""
+    return {folder / f"{source.stem}.ipynb": False, folder / "solutions" / f"{source.stem}.ipynb": True}
+
+
 def out_of_date(folder: Path = FOLDER) -> list[str]:
     """Where the notebooks in `folder` are not those of the sources in `folder`/src; outputs are not compared."""
-    sources = {source.stem: source for source in sorted(folder.glob("src/*.py"))}
-    found = [f"{path.name} has no source" for path in sorted(folder.glob("*.ipynb")) if path.stem not in sources]
-    for name, source in sources.items():
-        path = folder / f"{name}.ipynb"
+    sources = sorted(folder.glob("src/*.py"))
+    wanted = {path: (source, solved) for source in sources for path, solved in targets(source, folder).items()}
+    there = sorted([*folder.glob("*.ipynb"), *folder.glob("solutions/*.ipynb")])
+    found = [f"{path.relative_to(folder)} has no source" for path in there if path not in wanted]
+    for path, (source, solved) in wanted.items():
         if not path.exists():
-            found.append(f"{path.name} was not generated")
-        elif _cells(nbformat.read(path, as_version=4)) != _cells(generate(source)):
-            found.append(f"{path.name} is not that of src/{source.name}")
+            found.append(f"{path.relative_to(folder)} was not generated")
+        elif _cells(nbformat.read(path, as_version=4)) != _cells(generate(source, solution=solved)):
+            found.append(f"{path.relative_to(folder)} is not that of src/{source.name}")
     return found
 
 
-def build(source: Path) -> Path:
-    """Generate, execute and write one notebook. Raises RuntimeError if its outputs have blemishes."""
-    notebook = generate(source)
-    execute(notebook)
-    if found := blemishes(notebook):
-        raise RuntimeError("\n".join([f"{source.name} was not written:", *found]))
-    path = FOLDER / f"{source.stem}.ipynb"
-    nbformat.validate(notebook)
-    nbformat.write(notebook, path)
-    return path
+def build(source: Path) -> list[Path]:
+    """Generate, execute and write both notebooks of a source. Raises RuntimeError if their outputs have blemishes."""
+    for path, solved in targets(source).items():
+        notebook = generate(source, solution=solved)
+        execute(notebook)
+        if found := blemishes(notebook):
+            raise RuntimeError("\n".join([f"{path.relative_to(FOLDER)} was not written:", *found]))
+        nbformat.validate(notebook)
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, path)
+    return list(targets(source))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build every notebook, or with `--check` only say which ones are out of date; returns the exit status."""
+    """Build the notebooks, or with `--check` only say which ones are out of date; returns the exit status."""
     parser = argparse.ArgumentParser(description="Generate and execute the notebooks from notebooks/src.")
+    parser.add_argument("units", nargs="*", help="numbers, such as 04 05 (default: all)")
+    parser.add_argument("--fast", action="store_true", help="in the setting of continuous integration")
     parser.add_argument("--check", action="store_true", help="compare with the sources, execute nothing")
-    if parser.parse_args(argv).check:
+    arguments = parser.parse_args(argv)
+    if arguments.check:
         found = out_of_date()
         print("\n".join([*found, "run: make notebooks"] if found else ["the notebooks are those of their sources"]))
         return int(bool(found))
+    if arguments.fast:
+        os.environ["MINIRL_LABS"] = "fast"
     for source in sorted(FOLDER.glob("src/*.py")):
-        path = build(source)
-        print(f"notebooks/{path.name}: {path.stat().st_size / 1e6:.2f} MB")
+        if arguments.units and source.name[:2] not in arguments.units:
+            continue
+        for path in build(source):
+            print(f"notebooks/{path.relative_to(FOLDER)}: {path.stat().st_size / 1e6:.2f} MB")
     return 0
 
 

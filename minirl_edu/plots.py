@@ -12,6 +12,7 @@ marker, so that figures read in greyscale.
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,18 @@ METHOD_STYLE: dict[str, dict[str, Any]] = {
     "R3": {"color": "#009E73", "linestyle": (0, (5, 1, 1, 1)), "marker": "D"},
     "GRPO": {"color": "#000000", "linestyle": (0, (3, 1, 1, 1, 1, 1)), "marker": "P"},
     "CISPO": {"color": "#777777", "linestyle": (0, (1, 1)), "marker": "*"},
+    # Combinations: the line of the one, the marker of the other, a colour of their own.
+    "R3 + length norm": {"color": "#44AA99", "linestyle": (0, (5, 1, 1, 1)), "marker": "s"},
+    "R3 − IS": {"color": "#882255", "linestyle": (0, (5, 1, 1, 1)), "marker": "X"},
+    "R2, no clipping": {"color": "#332288", "linestyle": (0, (7, 2)), "marker": "v"},
+    "R3, no clipping": {"color": "#999933", "linestyle": (0, (5, 1, 1, 1)), "marker": "v"},
+    "dense": {"color": "#8C564B", "linestyle": "-", "marker": "h"},
+    "dense, no clipping": {"color": "#C49C94", "linestyle": ":", "marker": "h"},
 }
 """How each method is drawn, everywhere. "MiniRL + R3" and "R3" are the same method."""
+
+_SETTING = re.compile(r"(.+) \((\w+)\)")
+_SETTING_LINES = ("-", (0, (5, 2)), (0, (1, 1)), (0, (6, 1, 1, 1)))
 
 _INK, _SOFT = "#222222", "#767676"
 
@@ -126,9 +137,20 @@ def _canonical(label: str) -> str:
 
 
 def method_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, line and marker per label: METHOD_STYLE's for a known method, else the unused ones in order."""
+    """Colour, line and marker per label: METHOD_STYLE's for a known method, else the unused ones in order.
+
+    Where the labels of known methods name several settings, as "R3 (n2)" and "R3 (n4)" do, the colour and the marker are
+    the method's and the line is the setting's.
+    """
     known = {_canonical(name): style for name, style in METHOD_STYLE.items()}
     labels = list(labels)
+    parts = {label: _SETTING.fullmatch(label) for label in labels}
+    settings = list(dict.fromkeys(part[2] for part in parts.values() if part and _canonical(part[1]) in known))
+    if len(settings) > 1:
+        lines = {name: _SETTING_LINES[i % len(_SETTING_LINES)] for i, name in enumerate(settings)}
+        for label, part in parts.items():
+            if part and part[2] in lines and (style := known.get(_canonical(part[1]))):
+                known[_canonical(label)] = style | {"linestyle": lines[part[2]]}
     taken = [known[_canonical(label)] for label in labels if _canonical(label) in known]
     spare = [style for style in METHOD_STYLE.values() if style not in taken] or list(METHOD_STYLE.values())
     unknown = [label for label in labels if _canonical(label) not in known]
@@ -615,7 +637,8 @@ def phase_diagrams(
             if table.shape != shape:
                 raise ValueError(f"{label}: table of shape {table.shape}, expected {shape}: {up[0]} by {across[0]}")
     columns = min(columns, len(panels))
-    panel = (0.85 * shape[1] + 1.3, 0.66 * shape[0] + 1.1)
+    names = max(len(str(value)) for value in up[1])
+    panel = (0.85 * shape[1] + 0.09 * names + 0.8, 0.66 * shape[0] + 1.1)
     figure, axes = _panels(len(panels), columns, panel=panel)
     image = None
     for ax, (label, (scores, collapsed, alarmed)) in zip(axes, panels.items(), strict=False):

@@ -113,9 +113,15 @@ def test_methods_look_the_same_in_every_company():
 
 def test_methods_differ_in_greyscale():
     styles = plots.METHOD_STYLE.values()
-    assert len({str(style["linestyle"]) for style in styles}) == len(plots.METHOD_STYLE)
-    assert len({style["marker"] for style in styles}) == len(plots.METHOD_STYLE)
+    assert len({(str(style["linestyle"]), style["marker"]) for style in styles}) == len(plots.METHOD_STYLE)
     assert len({style["color"] for style in styles}) == len(plots.METHOD_STYLE)
+
+
+def test_a_method_in_several_settings_keeps_its_colour_and_gets_a_line_for_each():
+    styles = plots.method_styles(["R3 (n2)", "R3 − IS (n2)", "R3 (n4)", "something (n4)"])
+    assert [styles[label]["color"] for label in ("R3 (n2)", "R3 (n4)")] == [plots.METHOD_STYLE["R3"]["color"]] * 2
+    assert styles["R3 − IS (n2)"]["color"] == plots.METHOD_STYLE["R3 − IS"]["color"]
+    assert styles["R3 (n2)"]["linestyle"] == styles["R3 − IS (n2)"]["linestyle"] != styles["R3 (n4)"]["linestyle"]
 
 
 def test_a_png_keeps_every_methods_colour():

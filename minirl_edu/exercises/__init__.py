@@ -2,9 +2,10 @@
 
     check("04.2", my_objective)      prints: right; or what is wrong with it, and a hint for just that
 
-Each lab's exercises are data in a module of their own (`unit04.EXERCISES`). An exercise *observes* what an answer does on
-small cases made by hand and compares that with what its solution does. Where the two differ, the observations of known
-mistakes are tried: an answer that does exactly what a known mistake does has made that mistake, however it is written.
+Each lab's exercises are data in a module of their own (`unit04.EXERCISES`). An exercise *observes* what an answer does
+on small cases made by hand and compares that with what its solution does. Where the two differ, the observations of
+known mistakes are tried: an answer that does exactly what a known mistake does has made that mistake, however it is
+written.
 """
 
 import importlib

@@ -114,9 +114,7 @@ def test_numbers_are_compared_within_the_tolerance_and_nan_is_a_number_of_its_ow
 
 
 def test_what_a_lab_shows_above_and_below_an_exercise():
-    assert heading(SQUARE) == (
-        "### Exercise 99.1 · Square\n\n*difficulty ●○○○○ · importance ●●○○○ · about 3 minutes*"
-    )
+    assert heading(SQUARE) == ("### Exercise 99.1 · Square\n\n*difficulty ●○○○○ · importance ●●○○○ · about 3 minutes*")
     assert hint_ladder(SQUARE).count("<details>") == 2
     assert "Hint 2 of 2" in hint_ladder(SQUARE)
 

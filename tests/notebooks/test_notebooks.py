@@ -11,6 +11,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from minirl_edu.exercises import exercises
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "notebooks"
 SOURCES = sorted(FOLDER.glob("src/*.py"))
@@ -21,11 +23,20 @@ assert spec is not None and spec.loader is not None
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
+NOTEBOOKS = [path for source in SOURCES for path in build.targets(source)]
+
 each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(FOLDER)))
 
 
-def read(source: Path) -> nbformat.NotebookNode:
-    return nbformat.read(FOLDER / f"{source.stem}.ipynb", as_version=4)
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def printed(path: Path) -> str:
+    """All text that a notebook's cells put out."""
+    outputs = [output for cell in read(path).cells for output in cell.get("outputs", [])]
+    return "\n".join(output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in outputs)
 
 
 def imported(tree: ast.Module) -> set[str]:
@@ -61,8 +72,8 @@ def public_names() -> set[str]:
     return found
 
 
-def test_there_is_a_first_notebook():
-    assert [source.stem for source in SOURCES][:1] == ["00_quickstart"]
+def test_there_are_twelve_labs():
+    assert [source.name[:2] for source in SOURCES] == [f"{number:02d}" for number in range(12)]
 
 
 def test_the_notebooks_are_those_of_their_sources():
@@ -74,35 +85,72 @@ def test_the_notebooks_are_those_of_their_sources():
     [
         (lambda folder: (folder / "src/00_quickstart.py").write_text("# %%\n1 + 1\n"), "is not that of src/"),
         (lambda folder: (folder / "00_quickstart.ipynb").unlink(), "was not generated"),
+        (lambda folder: (folder / "solutions/00_quickstart.ipynb").unlink(), "was not generated"),
         (lambda folder: (folder / "src/00_quickstart.py").unlink(), "has no source"),
     ],
 )
 def test_a_notebook_that_lags_behind_is_found(tmp_path, change, complaint):
-    (tmp_path / "src").mkdir()
-    for path in (Path("src/00_quickstart.py"), Path("00_quickstart.ipynb")):
+    for path in ("src/00_quickstart.py", "00_quickstart.ipynb", "solutions/00_quickstart.ipynb"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(FOLDER / path, tmp_path / path)
     assert build.out_of_date(tmp_path) == []
     change(tmp_path)
-    (found,) = build.out_of_date(tmp_path)
-    assert complaint in found
+    found = build.out_of_date(tmp_path)
+    assert found and all(complaint in line for line in found)
+
+
+SOURCE = """# %% [markdown]
+# {exercise} 00.1
+# What is twice x?
+
+# %%
+def twice(x):
+    # solution
+    return 2 * x
+    # end
+
+# solution: answer = ...
+answer = twice(1)
+# end
+"""
+
+
+def test_the_student_gets_the_exercise_and_not_the_solution(tmp_path):
+    source = tmp_path / "00_x.py"
+    source.write_text(SOURCE)
+    student, solved = (build.generate(source, solution=solution).cells for solution in (False, True))
+    assert student[1].source == solved[1].source
+    assert student[1].source.startswith("### Exercise 00.1 · ") and "What is twice x?" in student[1].source
+    assert "<details><summary>Hint 1 of " in student[1].source
+    assert student[2].source == "def twice(x):\n    raise NotImplementedError  # your turn\n\nanswer = ..."
+    assert solved[2].source == "def twice(x):\n    return 2 * x\n\nanswer = twice(1)"
+    assert "(solutions/00_x.ipynb)" in student[0].source and "(../00_x.ipynb)" in solved[0].source
 
 
 @each
-def test_a_notebook_has_its_outputs_and_no_blemish(source):
-    notebook = read(source)
+def test_the_solutions_are_right_and_the_students_notebook_waits_for_answers(source):
+    for path, solved in build.targets(source).items():
+        marks = re.findall(r"^([✓✗○]) (\d\d\.\d+): ", printed(path), re.MULTILINE)
+        assert [mark for mark, _ in marks] == (["✓"] if solved else ["○"]) * len(marks)
+        assert [number for _, number in marks] == list(exercises(source.name[:2]))
+
+
+@each_notebook
+def test_a_notebook_has_its_outputs_and_no_blemish(path):
+    notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # run once, from top to bottom
     assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) >= 3
     assert build.blemishes(notebook) == []
-    text = (FOLDER / f"{source.stem}.ipynb").read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|Users|tmp)/", text)  # whoever built it, wherever
     assert len(text) < 1.5e6
-    assert source.name in notebook.cells[0].source
+    assert f"src/{path.stem}.py" in notebook.cells[0].source
 
 
-@each
-def test_a_notebook_keeps_nothing_that_changes_from_build_to_build(source):
-    notebook = read(source)
+@each_notebook
+def test_a_notebook_keeps_nothing_that_changes_from_build_to_build(path):
+    notebook = read(path)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert notebook.metadata.language_info == {"name": "python"}
     assert all(cell.metadata == {} for cell in notebook.cells)
@@ -143,17 +191,13 @@ def test_a_redefinition_would_be_found():
 
 def test_the_quickstart_shows_what_its_text_says():
     """The prose quotes no numbers, but it says which way they go; the outputs that are shipped must agree."""
-    printed = "\n".join(
-        output.get("text", "") + output.get("data", {}).get("text/markdown", "")
-        for cell in read(FOLDER / "src" / "00_quickstart.py").cells
-        for output in cell.get("outputs", [])
-    )
-    before, after = map(float, re.findall(r"held-out score \| ([\d.]+) \| ([\d.]+)", printed)[0])
-    error = float(re.findall(r"standard error of ([\d.]+)", printed)[0])
+    text = printed(FOLDER / "00_quickstart.ipynb")
+    before, after = map(float, re.findall(r"held-out score \| ([\d.]+) \| ([\d.]+)", text)[0])
+    error = float(re.findall(r"standard error of ([\d.]+)", text)[0])
     assert after > before + 3 * error
-    entropy, last_entropy = map(float, re.findall(r"token entropy, nats \| ([\d.]+) \| ([\d.]+)", printed)[0])
+    entropy, last_entropy = map(float, re.findall(r"token entropy, nats \| ([\d.]+) \| ([\d.]+)", text)[0])
     assert last_entropy < entropy
-    dial = re.findall(r"^\| (\w+) \| (\S+e\S+) \| (\S+e\S+) \| (?:(-?\d+) %)? ?\| ([\d.]+)% \|$", printed, re.MULTILINE)
+    dial = re.findall(r"^\| (\w+) \| (\S+e\S+) \| (\S+e\S+) \| (?:(-?\d+) %)? ?\| ([\d.]+)% \|$", text, re.MULTILINE)
     rows = {name: (float(kl), int(removed or 0), float(flips)) for name, kl, _, removed, flips in dial}
     assert rows["fp32"] == (0.0, 0, 0.0)
     by_bits = ["fp32", "bf16", "int8", "int6", "int5", "int4", "int3"]
@@ -162,7 +206,7 @@ def test_the_quickstart_shows_what_its_text_says():
         assert values == sorted(values) and len(set(values)) == len(values)
     assert min(rows[name][1] for name in ("fp8_e4m3", "int8")) >= 10  # percent of the KL that R3 removes
     assert max(abs(rows[name][1]) for name in ("int5", "int4", "int3")) < 10
-    assert int(re.findall(r"flips in this response: (\d+)", printed)[0]) > 0
+    assert int(re.findall(r"flips in this response: (\d+)", text)[0]) > 0
 
 
 def cpu_seconds() -> float:
@@ -173,8 +217,10 @@ def cpu_seconds() -> float:
 
 @pytest.mark.slow
 @each
-def test_a_notebook_runs_in_under_a_minute(source):
-    notebook = build.generate(source)
+def test_a_lab_runs_in_under_a_minute(source, monkeypatch):
+    """In the fast setting, with its exercises solved."""
+    monkeypatch.setenv("MINIRL_LABS", "fast")
+    notebook = build.generate(source, solution=True)
     started = cpu_seconds()
     build.execute(notebook, timeout=240)
     # The kernel's own time: by the clock, a busy machine has been seen to take six times as long as a quiet one.

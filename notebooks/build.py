@@ -2,8 +2,8 @@
 
 Every `src/NN_name.py` (jupytext's percent format) becomes two notebooks, run from top to bottom in a fresh kernel of
 this interpreter, with their outputs: `NN_name.ipynb`, in which the exercises are open, and `solutions/NN_name.ipynb`.
-Nothing that differs from machine to machine is kept: no times, no versions, no dead widgets. A path of this machine or a
-word on stderr in an output is an error, not something to hide.
+Nothing that differs from machine to machine is kept: no times, no versions, no dead widgets. A path of this machine or
+a word on stderr in an output is an error, not something to hide.
 
 In a source, a Markdown cell that begins with `{exercise} 04.2` gets that exercise's heading from
 `minirl_edu.exercises`, and its hints below its text. In a code cell, what stands between `# solution` and `# end` is

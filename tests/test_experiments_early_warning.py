@@ -28,11 +28,11 @@ STEPS = 120
 
 
 def metrics(seed: int, **changes: tuple[int, float]) -> Metrics:
-    """A run of noisy constants; `entropy=(60, 0.2)` multiplies that column by 0.2 from gradient step 60 on."""
+    """A run of noisy constants; `entropy=(60, 0.05)` multiplies that column by 0.05 from gradient step 60 on."""
     rng = np.random.default_rng(seed)
-    columns = ("entropy", "k3_rollout_old", "kl_rollout_old", "grad_norm", "first_order_gap")
+    columns = ("entropy", "k3_rollout_old", "kl_rollout_old", "grad_norm", "first_order_gap", "ess", "reward")
     run = {name: 0.1 * np.exp(rng.normal(0, 0.1, STEPS)) for name in columns}
-    run |= {"grad_step": np.arange(1.0, STEPS + 1), "reward": np.full(STEPS, 0.5)}
+    run["grad_step"] = np.arange(1.0, STEPS + 1)
     for name, (step, factor) in changes.items():
         run[name][step - 1 :] *= factor
     return run
@@ -40,7 +40,7 @@ def metrics(seed: int, **changes: tuple[int, float]) -> Metrics:
 
 def falling(seed: int) -> Watched:
     """Entropy falls 20 steps before the score does; the gradient says nothing."""
-    return Watched(metrics(seed, entropy=(60, 0.2)), fell=80.0)
+    return Watched(metrics(seed, entropy=(60, 0.05)), fell=80.0)
 
 
 def healthy(seed: int) -> Watched:
@@ -61,6 +61,8 @@ def test_the_averages_are_the_detectors_and_skip_gaps():
     ("name", "column", "factor"),
     [
         ("entropy", "entropy", 0.2),
+        ("ESS", "ess", 0.2),
+        ("reward", "reward", 0.2),
         ("KL", "k3_rollout_old", 5.0),
         ("gradient norm", "grad_norm", 5.0),
         ("first-order gap", "first_order_gap", 5.0),

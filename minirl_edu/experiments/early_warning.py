@@ -36,8 +36,10 @@ PREDICTORS = {
     "KL": Predictor("k3_rollout_old", 1, 1e-3),
     "gradient norm": Predictor("grad_norm", 1, 1e-3),
     "first-order gap": Predictor("first_order_gap", 1, 1e-4),
+    "ESS": Predictor("ess", -1, 1e-3),
+    "reward": Predictor("reward", -1, 1e-2),
 }
-"""The single metrics that are compared. Floors are in nats per token, the gradient's unit, and the gap's."""
+"""The single metrics that are compared. Floors are in each metric's own unit (entropy and KL: nats per token)."""
 
 DETECTOR = "CollapseDetector"
 """The predictor that is not tuned here: any alarm of the library's detector about entropy, KL or reward."""

@@ -43,7 +43,8 @@ EARLY_WARNING = """# Which metric foretells that the score will fall?
 calibration, for the most falls foretold at a false-alarm rate of at most 5 %. A predictor compares a metric's fast and
 slow moving average; its level is the logarithm of their ratio. A fall is foretold by an alarm before the evaluation
 from which the score stayed low; an alarm in a run that never fell is a false one. No alarm is possible in the first 20
-gradient steps. `CollapseDetector` is the library's, at its defaults, without its alarms about the score itself.
+gradient steps. `CollapseDetector` is the library's, at its defaults, which were chosen on the calibration's runs too,
+without its alarms about the score itself.
 
     {command}
 

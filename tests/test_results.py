@@ -1,14 +1,17 @@
-"""The stored results are those of the spec that ships, and CLAIMS.md is what they say."""
+"""The stored results are those of the spec that ships, and CLAIMS.md, EARLY_WARNING.md and README are what they say."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from minirl_edu.experiments.claims import judge
+from minirl_edu.experiments.reproduce import early_warning_page
 from minirl_edu.experiments.runner import finished_runs, jobs_for
 from minirl_edu.experiments.spec import Spec, load_spec, read_run
 
-RESULTS = Path(__file__).parents[1] / "lessons" / "results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "lessons" / "results"
 TIER, SEEDS = "full", 8
 
 
@@ -39,3 +42,28 @@ def test_claims_md_is_what_the_stored_runs_say(spec: Spec):
     for judgement in judgements:
         (row,) = (line for line in lines if line.startswith(f"| [{judgement.claim.id}]"))
         assert row.split(" | ")[2].strip("*") == judgement.verdict
+
+
+def readme_table() -> str:
+    """CLAIMS.md's table of verdicts as README shows it, links led from there; to renew README:
+    `python -c "from tests.test_results import readme_table; print(readme_table())"`."""
+    lines = (RESULTS / "CLAIMS.md").read_text(encoding="utf-8").splitlines()
+    table = []
+    for line in lines[lines.index("## Verdicts") + 2 :]:
+        if not line.startswith("|"):
+            break
+        claim, finding, verdict, effect, _figure = line.removeprefix("| ").removesuffix(" |").split(" | ")
+        effect = re.sub(r"<br>\[and \d+ more\]\(#\w+\)", "", effect).replace("<br>", ": ", 1)
+        claim = claim.replace("(#", "(lessons/results/CLAIMS.md#")
+        table.append(f"| {claim} | {finding} | {verdict} | {effect} |")
+    return "\n".join(table)
+
+
+def test_the_readme_shows_the_verdicts():
+    assert readme_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_early_warning_md_is_what_the_stored_runs_say(spec: Spec):
+    page, _ = early_warning_page(spec, RESULTS, tier=TIER, seeds=SEEDS)
+    assert page == (RESULTS / "EARLY_WARNING.md").read_text(encoding="utf-8")

@@ -107,10 +107,11 @@ def write_results(spec: Spec, figures: Sequence[str], out: Path, *, tier: str, s
     return "\n".join(written)
 
 
-def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]:
-    """Judge the predictors of a fall on all runs of the phase diagrams, with thresholds from the calibration's runs.
+def early_warning_page(spec: Spec, out: Path, *, tier: str, seeds: int) -> tuple[str, Drawing]:
+    """EARLY_WARNING.md and its figure: the predictors of a fall judged on all runs of the phase diagrams, with
+    thresholds from the calibration's.
 
-    Writes nothing while either lacks runs that fell or healthy ones.
+    Raises ValueError while either lacks runs that fell or healthy ones.
     """
     watched: dict[bool, list[Watched]] = {True: [], False: []}  # of the calibration, of the phase diagrams
     for name in spec.grids:
@@ -120,18 +121,24 @@ def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]
             for runs in found.values()
             for run in runs
         ]
-    try:
-        verdicts = early_warning.judge(watched[True], watched[False])
-    except ValueError:
-        return []
+    verdicts = early_warning.judge(watched[True], watched[False])
     curves = {name: early_warning.curve(watched[False], predictor) for name, predictor in PREDICTORS.items()}
-    _save(plots.early_warning(curves, verdicts), out, "early_warning")
     text = EARLY_WARNING.format(
         held_out=len(watched[False]),
         tuning=len(watched[True]),
         command=f"minirl reproduce {' '.join(spec.grids)} --tier {tier} --seeds {seeds} --out {out.name}",
         table=early_warning.markdown(verdicts, {name: early_warning.area(*both) for name, both in curves.items()}),
     )
+    return text, plots.early_warning(curves, verdicts)
+
+
+def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]:
+    """Write nothing while there is nothing to judge."""
+    try:
+        text, drawing = early_warning_page(spec, out, tier=tier, seeds=seeds)
+    except ValueError:
+        return []
+    _save(drawing, out, "early_warning")
     (out / "EARLY_WARNING.md").write_text(text, encoding="utf-8")
     return [f"early warning: {out / 'EARLY_WARNING.md'}"]
 

@@ -31,7 +31,7 @@ from minirl_edu.exercises import find, heading, hint_ladder
 
 FOLDER = Path(__file__).resolve().parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
-SOLUTION = re.compile(r"^([ ]*)# solution(?:: (.*))?\n(.*?)^[ ]*# end\n?", re.MULTILINE | re.DOTALL)
+SOLUTION = re.compile(r"^([ ]*)# solution(?:: ([^\n]*))?\n(.*?)^[ ]*# end\n?", re.MULTILINE | re.DOTALL)
 
 
 def generate(source: Path, *, solution: bool = False) -> NotebookNode:

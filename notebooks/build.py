@@ -49,6 +49,8 @@ def generate(source: Path, *, solution: bool = False) -> NotebookNode:
             cell.source = SOLUTION.sub(_solved if solution else _open, f"{cell.source}\n").rstrip("\n")
         elif cell.source.startswith("{exercise}"):
             cell.source = _exercise(cell.source)
+        if solution and cell.cell_type == "markdown":
+            cell.source = cell.source.replace("](../", "](../../")  # it lies one folder deeper
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_markdown_cell(f"{note}*"), *parsed.cells],
         metadata={

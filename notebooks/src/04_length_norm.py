@@ -191,7 +191,7 @@ torch.testing.assert_close(
     torch.autograd.grad(objective, logits)[0], expected_update(pi, (reward - baseline) / length)
 )  # fmt: skip
 show_table(
-    ["a response that is", "reward R", f"the reward it trains on, (R − b)/|y|, b = {baseline:.2f}"],
+    ["a response that is", "reward R", f"the reward it trains on, (R − b)/length, b = {baseline:.2f}"],
     [[f"{kind}, {n} tokens", r, f"{(r - baseline) / n:+.3f}"]
      for kind, r in (("right", 1), ("wrong", 0)) for n in (1, 2, 4)],
 )  # fmt: skip

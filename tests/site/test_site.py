@@ -1,0 +1,261 @@
+"""The site builds without a warning, offline, and its pages show their equations, figures and links in a browser."""
+
+import ast
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from urllib.parse import unquote
+
+import pytest
+from playwright.sync_api import Browser
+
+from minirl_edu.config import load_config
+from minirl_edu.diagnostics import CollapseDetector
+from minirl_edu.models import tiny_moe
+from minirl_edu.trainer import MiniRLTrainer
+from tests.site.browser import Complaints, opened
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE = ROOT / "lessons" / "site"
+UNITS = sorted(path.stem for path in (ROOT / "notebooks" / "src").glob("[0-9][0-9]_*.py"))
+OWN_PAGES = [*sorted(SITE.glob("*.md")), ROOT / "lessons" / "README.md", ROOT / "notebooks" / "README.md"]
+
+
+def module_at(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"site_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+api, build = module_at(SITE / "api.py"), module_at(SITE / "build.py")
+
+
+# --------------------------------------------------------------------------------------------- pages written by hand
+
+
+@pytest.mark.parametrize("page", OWN_PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_links_of_a_page_lead_somewhere(page):
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))]
+    local = [link for link in links if link and "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", ["lessons/README.md", "notebooks/README.md"])
+def test_every_unit_is_listed_with_its_lesson_and_its_lab(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert list(dict.fromkeys(re.findall(r"(\d\d_\w+)\.md\)", text))) == UNITS
+    assert list(dict.fromkeys(re.findall(r"(\d\d_\w+)\.ipynb\)", text))) == UNITS
+
+
+def test_labels_of_equations_are_unique_over_the_whole_site():
+    pages = [*(ROOT / "lessons").glob("*.md"), *SITE.glob("*.md")]
+    labels = [label for page in pages for label in re.findall(r"^\$\$ \(([\w-]+)\)$", page.read_text("utf-8"), re.M)]
+    assert len(labels) == len(set(labels)) > 0
+
+
+def test_every_metric_that_a_run_writes_has_a_section_and_every_section_a_metric(tmp_path, monkeypatch):
+    monkeypatch.setattr(CollapseDetector, "update", lambda self, metrics: ["a warning"])
+    small = ("train.global_steps=1", "train.mini_batch_prompts=2", "train.group_size=2", "eval.problems=4")
+    model = tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16)
+    MiniRLTrainer(load_config(None, small), tmp_path / "run", model=model, progress=False).train()
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    written = {key for line in lines for key in line}
+    page = (SITE / "metrics.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^### `(\w+)`\n(.*?)(?=^##|\Z)", page, re.MULTILINE | re.DOTALL)
+    assert {name for name, _ in sections} == written
+    for name, text in sections:
+        for part in ("**What it is.**", "**Healthy.**", "**When it moves.**"):
+            assert part in text, f"{name} has no {part}"
+
+
+def test_the_ranges_are_those_of_the_stored_runs():
+    assert module_at(SITE / "ranges.py").table() in (SITE / "metrics.md").read_text(encoding="utf-8")
+
+
+def test_the_glossary_has_a_korean_term_a_sentence_and_a_unit_for_each_term():
+    rows = re.findall(
+        r"^\| \*\*(.+?)\*\* \| (.+?) \| (.+?) \| \[(\d\d)\]", (SITE / "glossary.md").read_text("utf-8"), re.M
+    )
+    assert len(rows) >= 50
+    algorithms = {"MiniRL", "GRPO", "CISPO"}  # names stay names
+    assert [term for term, korean, *_ in rows if not re.search("[가-힣]", korean) and term not in algorithms] == []
+    assert [term for term, _, sentence, _ in rows if not sentence.endswith(".")] == []
+    assert {unit for *_, unit in rows} == {unit[:2] for unit in UNITS}
+
+
+# ------------------------------------------------------------------------------------------------ what build.py makes
+
+
+def test_an_undocumented_public_name_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "minirl_edu").mkdir()
+    source = (
+        '"""A module."""\n\nclass A:\n    """A."""\n\n    def f(self): ...\n    def _g(self): ...\n\ndef h(): ...\n'
+    )
+    (tmp_path / "minirl_edu" / "some.py").write_text(source)
+    with pytest.raises(api.Undocumented, match=r"minirl_edu\.some\.A\.f\n  minirl_edu\.some\.h$"):
+        api.pages(tmp_path)
+
+
+def test_every_public_function_and_class_has_its_entry_in_the_reference():
+    pages = api.pages(ROOT)
+    assert Path("minirl_edu/index.md") in pages
+    for module in api.read_modules(ROOT):
+        if api.UNIT.search(f"{module.name}.py") or module.name == "minirl_edu":
+            continue
+        text = pages[module.page]
+        for node in module.tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert f"## `{node.name}`" in text, f"{module.name}.{node.name}"
+
+
+def test_a_docstring_becomes_markdown():
+    docstring = (
+        "Loss, with r < 1 and `other`:\n\n    loss = −Σ_t x\n\nText.\n\n"
+        "Args:\n    a, b: first\n        and more.\n    c: `other`."
+    )
+    assert api.markdown(docstring, {"other": "x.md#other"}) == (
+        "Loss, with r &lt; 1 and [`other`](x.md#other):\n\n```text\nloss = −Σ_t x\n```\n\n\nText.\n\n\n"
+        "**Args**\n\n- `a, b`: first and more.\n- `c`: [`other`](x.md#other)."
+    )
+
+
+def test_a_signature_is_that_of_the_source():
+    tree = ast.parse("def f(a: int, *b, c: str = 'x', **d) -> None: ...\ndef g(x, /, y=1): ...")
+    assert [api._signature(node) for node in tree.body] == [
+        "f(a: int, *b, c: str = 'x', **d) -> None", "g(x, /, y=1)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("origin", "text", "expected"),
+    [
+        ("lessons/01_a.md", "[lab](../notebooks/01_a.ipynb#x)", "[lab](../notebooks/01_a.ipynb#x)"),
+        ("lessons/01_a.md", "[`lib`](../minirl_edu/lib.py#L3)", "[`lib`](../minirl_edu/lib.md)"),
+        ("lessons/01_a.md", "[data](../minirl_edu/sub)", "[data](../minirl_edu/sub/index.md)"),
+        ("lessons/01_a.md", "[folder](results/)", "folder"),
+        ("lessons/01_a.md", "`f[a](../notebooks)`, [nowhere](x.md)", "`f[a](../notebooks)`, [nowhere](x.md)"),
+        ("lessons/site/index.md", "![p](../results/f.png)", "![p](lessons/results/f.png)"),
+        ("notebooks/solutions/01_a.ipynb", "[lesson](../lessons/01_a.md)", "[lesson](../../lessons/01_a.md)"),
+        ("README.md", "[start](lessons/site/index.md)", "[start](index.md)"),
+    ],
+)
+def test_links_are_kept_rewritten_or_made_plain_text(tmp_path, origin, text, expected):
+    names = ("lessons/01_a.md", "lessons/site/index.md", "notebooks/01_a.ipynb", "notebooks/solutions/01_a.ipynb")
+    for name in (*names, "minirl_edu/lib.py", "minirl_edu/sub/__init__.py", "lessons/results/f.png", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    pages = {Path(name) for name in (*names, "README.md", "minirl_edu/lib.md", "minirl_edu/sub/index.md")}
+    wanted: set[Path] = set()
+    assert build.relink(text, Path(origin), tmp_path, pages, wanted) == expected
+    assert wanted == ({Path("lessons/results/f.png")} if "png" in text else set())
+
+
+# --------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Iterator[Path]:
+    """The built site."""
+    out = tmp_path_factory.mktemp("site")
+    command = [sys.executable, str(SITE / "build.py"), "--out", str(out)]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    yield out / "html"
+    shutil.rmtree(out)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with opened() as found:
+        yield found
+
+
+READ = """async () => {
+    if (window.MathJax) await MathJax.startup.promise;
+    const images = [...document.images];
+    for (const image of images) image.loading = 'eager';
+    await Promise.all(images.map(image => image.decode().catch(() => null)));
+    const math = [...document.querySelectorAll('.math')];
+    const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    const raw = [];
+    while (walker.nextNode()) {
+        const { data, parentElement } = walker.currentNode;
+        if (parentElement.closest('pre, code, script, mjx-container')) continue;
+        if (/^\\| |\\$\\$|\\\\tag|\\\\frac|\\\\\\[|\\\\\\(/.test(data)) raw.push(data.slice(0, 80));
+    }
+    return {
+        title: document.title,
+        equations: math.length,
+        untypeset: math.filter(m => !m.querySelector('mjx-container svg')).map(m => m.textContent.slice(0, 80)),
+        errors: [...document.querySelectorAll('[data-mml-node="merror"]')].map(e => e.textContent.slice(0, 80)),
+        raw,
+        images: images.filter(i => i.closest('main')).length,
+        broken: images.filter(i => i.naturalWidth === 0).map(i => i.src),
+        links: [...document.links].map(a => a.href),
+        ids: [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name),
+        width: document.documentElement.scrollWidth,
+    };
+}"""
+
+
+@pytest.mark.slow
+def test_every_page_shows_its_equations_figures_and_links(site, browser):
+    paths = sorted(site.rglob("*.html"))
+    paths = [path for path in paths if not {"_static", "_downloads"} & set(path.relative_to(site).parts)]
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    complaints = Complaints(page, allowed=("file:",))
+    seen = {}
+    for path in paths:
+        page.goto(path.as_uri())
+        seen[path] = page.evaluate(READ)
+        found = seen[path]
+        assert complaints.found == [], path
+        assert (found["untypeset"], found["errors"], found["raw"], found["broken"]) == ([], [], [], []), path
+    for unit in UNITS:
+        labelled = re.findall(r"^\$\$ \(", (ROOT / "lessons" / f"{unit}.md").read_text(encoding="utf-8"), re.MULTILINE)
+        assert seen[site / "lessons" / f"{unit}.html"]["equations"] > len(labelled) >= 3
+        assert seen[site / "notebooks" / f"{unit}.html"]["images"] >= 3
+        assert seen[site / "notebooks" / "solutions" / f"{unit}.html"]["images"] >= 3
+    dead = set()
+    for path, found in seen.items():
+        for link in found["links"]:
+            if link.startswith("file:"):
+                name, _, anchor = link.removeprefix("file://").partition("#")
+                target = Path(unquote(name))
+                known = seen[target]["ids"] if target in seen else []
+                if not target.is_file() or (anchor and target in seen and unquote(anchor) not in known):
+                    dead.add((path.relative_to(site).as_posix(), link))
+    assert dead == set()
+
+
+LONGEST = "minirl_edu/experiments/early_warning"  # the name of a module, as a heading
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["index", "lessons/00_quickstart", "lessons/site/metrics", LONGEST])
+def test_a_page_fits_a_telephone(site, browser, name):
+    page = browser.new_page(viewport={"width": 420, "height": 900})
+    page.goto((site / f"{name}.html").as_uri())
+    assert page.evaluate(READ)["width"] <= 420
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_word_without_a_server(site, browser):
+    page = browser.new_page()
+    complaints = Complaints(page, allowed=("file:",))
+    page.goto((site / "search.html").as_uri() + "?q=staleness")
+    page.wait_for_selector("#search-results a", timeout=20_000)
+    assert complaints.found == []

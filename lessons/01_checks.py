@@ -167,7 +167,7 @@ def check_01_best_baseline() -> None:
     assert all(variance(best) < variance(best + d) for d in (-0.1, -0.01, -0.001, 0.001, 0.01, 0.1))
     low, middle, high = variance(-1.0), variance(0.0), variance(1.0)
     assert abs(best - (low - high) / (2 * (low - 2 * middle + high))) < 1e-10
-    assert abs(best - mean(probs, rewards).item()) > 1e-3  # not simply the mean reward
+    assert abs(best - mean(probs, rewards).item()) > 1e-3  # it is not the mean reward
 
 
 def check_01_own_baseline() -> None:

@@ -209,9 +209,9 @@ class CollapseDetector:
         score            the same, of the values themselves and from the start: evaluations are rare and large
         any of these     NaN or infinite
 
-    Metrics missing from an update are skipped. The defaults were chosen on the calibration runs of the reproduction, for
-    few false alarms; `lessons/results/EARLY_WARNING.md` judges them on others. A policy that learns loses entropy fast,
-    so the limit for entropy has to be a low one.
+    Metrics missing from an update are skipped. The defaults were chosen on the calibration runs of the reproduction,
+    for few false alarms; `lessons/results/EARLY_WARNING.md` judges them on others. A policy that learns loses entropy
+    fast, so the limit for entropy has to be a low one.
 
     Args:
         entropy_drop: fraction of the baseline below which entropy has collapsed.

@@ -139,8 +139,8 @@ def _canonical(label: str) -> str:
 def method_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, line and marker per label: METHOD_STYLE's for a known method, else the unused ones in order.
 
-    Where the labels of known methods name several settings, as "R3 (n2)" and "R3 (n4)" do, the colour and the marker are
-    the method's and the line is the setting's.
+    Where the labels of known methods name several settings, as "R3 (n2)" and "R3 (n4)" do, the colour and the marker
+    are the method's and the line is the setting's.
     """
     known = {_canonical(name): style for name, style in METHOD_STYLE.items()}
     labels = list(labels)

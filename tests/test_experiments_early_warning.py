@@ -31,7 +31,7 @@ def metrics(seed: int, **changes: tuple[int, float]) -> Metrics:
     """A run of noisy constants; `entropy=(60, 0.05)` multiplies that column by 0.05 from gradient step 60 on."""
     rng = np.random.default_rng(seed)
     columns = ("entropy", "k3_rollout_old", "kl_rollout_old", "grad_norm", "first_order_gap", "ess", "reward")
-    run = {name: 0.1 * np.exp(rng.normal(0, 0.1, STEPS)) for name in columns}
+    run: Metrics = {name: 0.1 * np.exp(rng.normal(0, 0.1, STEPS)) for name in columns}
     run["grad_step"] = np.arange(1.0, STEPS + 1)
     for name, (step, factor) in changes.items():
         run[name][step - 1 :] *= factor

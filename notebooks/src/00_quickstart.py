@@ -94,6 +94,7 @@ advantages
 # A batch holds several groups: the first `group_size` rewards belong to the first prompt, the next to the second, and
 # so on. Return one advantage per response, in the same order, without calling the library.
 
+
 # %%
 def advantages_by_hand(rewards, group_size):
     # solution
@@ -152,6 +153,7 @@ logp.grad
 # `[B, T]` tokens. Here $M_t = 1$ for all tokens, and no importance weight counts more than 5. Write the formula; no
 # autograd is needed.
 
+
 # %%
 def gradient_by_hand(log_pi, log_mu, advantages, mask):
     # solution
@@ -198,6 +200,7 @@ show_table(
 #
 # Return $M_t$ as a tensor of booleans `[B, T]`: true where a token keeps its gradient. You are given all three
 # log-probabilities; the bounds are $\varepsilon_{high} = 0.27$ and $\varepsilon_{low} = 0.2$.
+
 
 # %%
 def kept_tokens(log_pi, log_old, log_mu, advantages):
@@ -342,6 +345,7 @@ show_table(
 #
 # One number for each factor of (5): the mean of $|\log\pi_{old}/\mu_{old}|$ and the mean of
 # $|\log\pi_\theta/\pi_{old}|$ over all response tokens of a batch `[B, T]`, in this order.
+
 
 # %%
 def factor_sizes(log_mu, log_old, log_pi, mask):
@@ -497,6 +501,7 @@ else:
 # {exercise} 00.5
 #
 # Write $k_3$ yourself: the mean over response tokens of $r - 1 - \log r$. Mind which way round $r$ is.
+
 
 # %%
 def k3_by_hand(log_mu, log_old, mask):

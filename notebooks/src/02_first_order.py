@@ -719,13 +719,13 @@ Image(to_png(figure), width=850)
 
 
 # %%
-def summary(dots):
+def in_words(dots):
     return "" if dots is None else f"{dots.mean():.3f} ± {dots.std(ddof=1):.3f} ({len(dots)})"
 
 
 show_table(
     ["gap ± deviation (seeds)", *SETTINGS.values()],
-    [[name, *(summary(median.get((s, variant))) for s in SETTINGS)] for variant, name in METHODS.items()],
+    [[name, *(in_words(median.get((s, variant))) for s in SETTINGS)] for variant, name in METHODS.items()],
 )
 
 # %% [markdown]

@@ -166,6 +166,7 @@ show_table(["sampler", "mean weight", "KL as the trainer would log it"], rows)
 # **A temperature** that only one engine knows of. The sampler uses $T = 0.7$ and the trainer 1. By (10.2) the KL
 # depends on how sure the policy is.
 
+
 # %%
 def temperature_kl(logits, temperature):
     """(10.2), exactly: KL of softmax(z/T) from softmax(z), in nats."""
@@ -253,6 +254,7 @@ Image(to_png(figure), width=620)
 #
 # **Rewards in the wrong place.** Give every response the reward of another one. What is left of the gradient?
 
+
 # %%
 def mean_and_size(misplaced):
     """‖E[(R − b) g]‖ and √E‖(R − b) g‖² with each response's own reward, or with that of an independent one."""
@@ -309,6 +311,7 @@ Image(to_png(figure), width=620)
 # Runs A to F: same setting and same seeds as the healthy one, one fault each. Rows are instruments, columns are runs;
 # grey is healthy.
 
+
 # %%
 def all_sheets(seed=0):
     """Small multiples: nine instruments × six runs, one scale for each instrument."""
@@ -356,6 +359,7 @@ else:
 # %% [markdown]
 # Numbers help where curves are crowded. **Step 1** is the mean over the first rollout's four gradient steps, when the
 # engine has just been synced; *last* is the mean over the last 40 steps, *most* the largest value of all.
+
 
 # %%
 def reading(chart, key, where):
@@ -406,6 +410,7 @@ for fault in sorted(FAULTS.values()):
 #
 # What is wrong with run A? Return one of the names, such as `return "no baseline"`.
 
+
 # %%
 def fault_of_A():
     # solution
@@ -419,6 +424,7 @@ check("10.1", fault_of_A)
 # {exercise} 10.2
 #
 # And with run B?
+
 
 # %%
 def fault_of_B():
@@ -434,6 +440,7 @@ check("10.2", fault_of_B)
 #
 # And with run C?
 
+
 # %%
 def fault_of_C():
     # solution
@@ -447,6 +454,7 @@ check("10.3", fault_of_C)
 # {exercise} 10.4
 #
 # And with run D?
+
 
 # %%
 def fault_of_D():
@@ -462,6 +470,7 @@ check("10.4", fault_of_D)
 #
 # And with run E?
 
+
 # %%
 def fault_of_E():
     # solution
@@ -475,6 +484,7 @@ check("10.5", fault_of_E)
 # {exercise} 10.6
 #
 # And with run F?
+
 
 # %%
 def fault_of_F():
@@ -507,6 +517,7 @@ check("10.6", fault_of_F)
 #         update(model, rollout)
 # ```
 
+
 # %%
 def training_loop(engine, model, update, steps):
     # solution
@@ -531,6 +542,7 @@ check("10.7", training_loop)
 #     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 # ```
 
+
 # %%
 def scored_tokens(logits, tokens, temperature):
     # solution
@@ -552,6 +564,7 @@ check("10.8", scored_tokens)
 #         [float(response == answers[row % len(answers)]) for row, response in enumerate(responses)]
 #     )
 # ```
+
 
 # %%
 def rewards_of_batch(answers, responses, group_size):

@@ -220,8 +220,8 @@ def _legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
 
 def _set_scale(ax: Axes, values: np.ndarray) -> None:
     """A log axis where the values span two decades or more; zeros and negative noise get a linear strip below."""
-    positive = values[values > 0]
-    if not positive.size:
+    positive = values[values > 1e-5 * values.max()]  # far below everything else is the noise of a zero
+    if not positive.size or values.max() <= 0:
         return
     low, high = np.quantile(positive, [0.02, 0.98])
     floor = max(low, -values.min())

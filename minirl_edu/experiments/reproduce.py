@@ -163,8 +163,8 @@ def _error_parts(spec: Spec, name: str, out: Path, *, tier: str, seeds: int) -> 
 
 def _save(drawing: Drawing, out: Path, name: str) -> None:
     (out / "figures").mkdir(exist_ok=True)
-    for suffix in ("png", "svg"):
-        drawing.savefig(out / "figures" / f"{name}.{suffix}", dpi=160)
+    drawing.savefig(out / "figures" / f"{name}.svg")
+    (out / "figures" / f"{name}.png").write_bytes(plots.to_png(drawing))
 
 
 def draw(spec: Spec, name: str, results: Results) -> Drawing:

@@ -353,9 +353,9 @@ print("after the first flip: smallest", f"{off[~same].min():.1e}, median {np.med
 
 # %% [markdown]
 # **What to see.** Up to the first flip both are one curve and one gradient: replay costs nothing there. The first flip
-# (a gap in the line on the right) is at a prefix that is hardly ever reached, and costs nearly nothing either. The next
-# one moves the first token: the deployed objective jumps, and the optimised one does not notice. From there on it
-# climbs another hill, and its gradient is off by a share that does not start from zero.
+# is at a prefix that is hardly ever reached, and too small to be seen in the figure. The next one moves the first
+# token: the deployed objective jumps, and the optimised one does not notice. From there on it climbs another hill, and
+# its gradient is off by a share that does not start from zero.
 #
 # **What it does to training.** Gradient ascent on the replayed objective, the experts refreshed after every $N$ steps,
 # as R2 does after every global step. With $N = 1$ it is live training. Two policies, chosen because they differ:
@@ -394,7 +394,7 @@ Image(to_png(ascent_figure(16)), width=850)
 
 # %%
 seeds = range(0, 10 * pick(fast=12, full=60), 10)
-ends = {n: np.array([[curve[-1] for curve in ascend(seed, n)] for seed in seeds]) for n in (1, 16)}
+ends = {n: np.array([[values[-1] for values in ascend(seed, n)] for seed in seeds]) for n in (1, 16)}
 show_table(
     [f"{len(seeds)} policies, after 64 steps", "mean optimised", "mean deployed", "deployed more than 0.05 below"],
     [
@@ -659,14 +659,14 @@ comparisons = [
 ]  # fmt: skip
 found = []
 for setting, a, b in comparisons:
-    score, kl = effect(setting, a, b, "final_score"), effect(setting, a, b, "kl", log=True)
-    if score is not None and kl is not None:
-        found.append((f"{PLACES[setting]}: {LABELS[a]} against {LABELS[b]}", score, kl))
+    points, kl = effect(setting, a, b, "final_score"), effect(setting, a, b, "kl", log=True)
+    if points is not None and kl is not None:
+        found.append((f"{PLACES[setting]}: {LABELS[a]} against {LABELS[b]}", points, kl))
 
 figure = Figure(figsize=(10.5, 4.3), layout="constrained")
 left, right = axes(figure, 2, sharey=True)
-for row, (_, score, kl) in enumerate(found):
-    for ax, e, scale in ((left, score, lambda v: 100 * v), (right, kl, math.exp)):
+for row, (_, points, kl) in enumerate(found):
+    for ax, e, scale in ((left, points, lambda v: 100 * v), (right, kl, math.exp)):
         low, middle, high = (scale(v) for v in (e.low, e.estimate, e.high))
         clear = e.low > 0 or e.high < 0
         ax.plot([low, high], [row, row], color=ORANGE if clear else GREY, linewidth=2)
@@ -686,9 +686,9 @@ Image(to_png(figure), width=850)
 show_table(
     ["comparison", "seeds", "final score, points", "KL, ratio"],
     [
-        [name, score.n, f"{100 * score.estimate:+.1f} ({100 * score.low:+.1f} to {100 * score.high:+.1f})",
+        [name, points.n, f"{100 * points.estimate:+.1f} ({100 * points.low:+.1f} to {100 * points.high:+.1f})",
          f"× {math.exp(kl.estimate):.2f} ({math.exp(kl.low):.2f} to {math.exp(kl.high):.2f})"]
-        for name, score, kl in found
+        for name, points, kl in found
     ],
 )  # fmt: skip
 
@@ -704,18 +704,22 @@ show_table(
 # %%
 rows = []
 for (setting, variant), summaries in numbers.items():
-    metrics = [run.metrics for run in runs[setting, variant].values()]
+    logged = [run.metrics for run in runs[setting, variant].values()]
 
-    def over_seeds(name, metrics=metrics):
-        return f"{mean_effect(np.array([np.nanmean(m[name]) for m in metrics])).estimate:.4f}"
+    def over_seeds(name, logged=logged):
+        return f"{mean_effect(np.array([np.nanmean(columns[name]) for columns in logged])).estimate:.4f}"
 
     flips = "no router" if variant == "dense" else over_seeds("routing_flip_rate")
     collapsed = sum(s["collapsed"] for s in summaries.values())
+    first, final = (np.mean([s[key] for s in summaries.values()]) for key in ("first_score", "final_score"))
     rows.append(
-        [PLACES[setting], LABELS[variant], f"{collapsed} of {len(summaries)}", over_seeds("log_ratio_mismatch"),
-         over_seeds("log_ratio_staleness"), flips]
+        [PLACES[setting], LABELS[variant], f"{collapsed} of {len(summaries)}", f"{first:.2f} → {final:.2f}",
+         over_seeds("log_ratio_mismatch"), over_seeds("log_ratio_staleness"), flips]
     )  # fmt: skip
-show_table(["", "method", "collapsed", "size of the discrepancy", "size of the staleness", "flip rate"], rows)
+show_table(
+    ["", "method", "collapsed", "score", "discrepancy, size of its log", "staleness, size of its log", "flip rate"],
+    rows,
+)
 
 
 # %%
@@ -729,13 +733,13 @@ def curves(setting, metric, title):
             continue
         columns = [run.metrics[metric] for run in by_seed.values()]
         shortest = min(map(len, columns))
-        table = np.stack([column[:shortest] for column in columns])
-        there = np.isfinite(table).all(0)
+        values = np.stack([column[:shortest] for column in columns])
+        there = np.isfinite(values).all(0)
         step = next(iter(by_seed.values())).metrics["grad_step"][:shortest][there]
-        middle, half = mean_interval(table[:, there])
+        middle, half = mean_interval(values[:, there])
         width = max(len(middle) // 25, 1)  # means over so many values: single ones are noisy
         size = len(middle) // width * width
-        x, middle, half = (values[:size].reshape(-1, width).mean(1) for values in (step, middle, half))
+        x, middle, half = (part[:size].reshape(-1, width).mean(1) for part in (step, middle, half))
         style = styles[LABELS[variant]]
         line = dict(color=style["color"], linestyle=style["linestyle"])
         ax.plot(x, middle, label=f"{LABELS[variant]} ({len(by_seed)} seeds)", **line)
@@ -748,15 +752,15 @@ def curves(setting, metric, title):
 Image(to_png(curves("n8", "score", "held-out score")), width=850)
 
 # %% [markdown]
-# **What to see.** All methods climb alike and end near each other, with clipping on in all of them. Where a band
+# **What to see.** MiniRL, R2 and R3 climb alike and end near each other, with clipping on in all of them. Where a band
 # widens, single seeds fell and came back. The instability that replay cures in the paper does not appear on this model
 # at these settings: look at the column *collapsed*.
 #
-# The **dense** twin has no router at all; it is our own question (D1), how much of the trouble is routing. Where
-# nothing collapses with a router, nothing is left for its absence to cure, and the question stays open. The table says
-# something about the factors, though. The discrepancy of the dense runs is about half that of MiniRL's, and R3's lies
-# in between: on these runs flips make a good part of the first factor, without costing score. (Under R3 the flip rate
-# is zero by construction: the training engine used the rollout's experts.)
+# The **dense** twin has no router at all. It is a question of our own (D1): how much of the trouble is routing? Two
+# things keep it open. Where nothing collapses with a router, there is nothing for its absence to cure. And where the
+# dense model is shown, it learns much less in the same steps: its smaller discrepancy is that of a policy that has
+# hardly moved, not evidence about routers. (Under R3 the flip rate is zero by construction: the
+# training engine used the rollout's experts.)
 
 # %%
 try:

@@ -101,7 +101,7 @@ def test_a_notebook_that_lags_behind_is_found(tmp_path, change, complaint):
 
 SOURCE = """# %% [markdown]
 # {exercise} 00.1
-# What is twice x?
+# What is [twice](../lessons/00_x.md) x?
 
 # %%
 def twice(x):
@@ -119,8 +119,8 @@ def test_the_student_gets_the_exercise_and_not_the_solution(tmp_path):
     source = tmp_path / "00_x.py"
     source.write_text(SOURCE)
     student, solved = (build.generate(source, solution=solution).cells for solution in (False, True))
-    assert student[1].source == solved[1].source
-    assert student[1].source.startswith("### Exercise 00.1 · ") and "What is twice x?" in student[1].source
+    assert student[1].source.startswith("### Exercise 00.1 · ") and "[twice](../lessons/00_x.md)" in student[1].source
+    assert solved[1].source == student[1].source.replace("(../", "(../../")  # it lies one folder deeper
     assert "<details><summary>Hint 1 of " in student[1].source
     assert student[2].source == "def twice(x):\n    raise NotImplementedError  # your turn\n\nanswer = ..."
     assert solved[2].source == "def twice(x):\n    return 2 * x\n\nanswer = twice(1)"

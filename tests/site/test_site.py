@@ -148,7 +148,7 @@ def test_a_signature_is_that_of_the_source():
         ("lessons/01_a.md", "[folder](results/)", "folder"),
         ("lessons/01_a.md", "`f[a](../notebooks)`, [nowhere](x.md)", "`f[a](../notebooks)`, [nowhere](x.md)"),
         ("lessons/site/index.md", "![p](../results/f.png)", "![p](lessons/results/f.png)"),
-        ("notebooks/solutions/01_a.ipynb", "[lesson](../lessons/01_a.md)", "[lesson](../../lessons/01_a.md)"),
+        ("notebooks/solutions/01_a.ipynb", "[lesson](../../lessons/01_a.md)", "[lesson](../../lessons/01_a.md)"),
         ("README.md", "[start](lessons/site/index.md)", "[start](index.md)"),
     ],
 )

@@ -21,6 +21,7 @@ nb_render_markdown_format = "myst"  # tables and mathematics in what cells displ
 # Exercises and API pages go from one heading level to the next but one, which a reader sees and does not mind.
 suppress_warnings = ["myst.header"]
 
+html_show_search_summary = False  # they are fetched, which a browser refuses for pages opened from a folder
 html_theme = "sphinx_book_theme"
 html_title = "minirl_edu"
 html_static_path = ["static"]

@@ -68,8 +68,24 @@ class ModelConfig(_Section):
     """As in transformers' `from_pretrained`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    experts_implementation: Literal["eager", "batched_mm", "grouped_mm"] | None = None
+    """How experts multiply, as in transformers' `set_experts_implementation`; None: its default."""
+    expert_parallel: _Count = 1
+    """Processes that share the experts of each layer (transformers' `DistributedConfig`); 1: every process has all."""
+    random: bool = False
+    """Draw the weights from `seed` instead of loading them, to test a machine; `name` is then an architecture (one of
+    `minirl_edu/architectures`, a local folder or a hub id)."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Other values for the fields of the model's own config, such as `num_hidden_layers: 2`; with `random` only."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model. Only for code that was read."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overrides and not self.random:
+            raise ConfigError(
+                f"model.overrides = {self.overrides!r}: weights that are loaded fix the sizes; set model.random: true"
+            )
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,9 @@ class RolloutConfig(_Section):
     importance weight brings back."""
     max_new_tokens: _Count | None = None
     """Tokens per response, the end token included. None: the task's own limit."""
+    on_fault: Literal["stop", "drop"] = "stop"
+    """What to do about a response that cannot be trained on (log-probabilities that are no numbers, routes that are
+    missing or of the wrong length): stop, or drop its group and count it."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +208,16 @@ class OutputConfig(_Section):
 
 
 @dataclass(frozen=True)
+class RanksConfig(_Section):
+    """Several processes (ranks), as `accelerate launch` starts them."""
+
+    wait: _Positive = 7200.0
+    """Seconds that one rank waits for another before it gives up. The others wait for the first during a rollout."""
+    silent: _Positive = 60.0
+    """Seconds without a sign of life after which a rank counts as dead: the others name it and stop."""
+
+
+@dataclass(frozen=True)
 class Config(_Section):
     """A whole run. `Config()` is the quickstart; read one from YAML with `load_config`."""
 
@@ -201,6 +230,7 @@ class Config(_Section):
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    ranks: RanksConfig = field(default_factory=RanksConfig)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Config":

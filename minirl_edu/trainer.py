@@ -42,7 +42,7 @@ from minirl_edu.config import Config, ConfigError, load_config, save_config
 from minirl_edu.diagnostics import CollapseDetector, masked_mean, policy_metrics
 from minirl_edu.doctor import environment
 from minirl_edu.logprobs import Layout, can_share_prompts, micro_batches, response_logprobs
-from minirl_edu.models import load_model, load_tokenizer
+from minirl_edu.models import load_model, load_tokenizer, random_model
 from minirl_edu.objectives import PolicyLoss, cispo_loss, grpo_loss, minirl_loss
 from minirl_edu.rollout import Rollout, RolloutEngine, Sampling, make_engine, sample
 from minirl_edu.routing import Routes, RoutingReplay, Tape, UnsupportedRouter
@@ -473,13 +473,15 @@ class MiniRLTrainer:
 
     def _load_model(self) -> PreTrainedModel:
         settings = self.config.model
+        kind: dict[str, Any] = {
+            "dtype": settings.dtype,
+            "attn_implementation": settings.attn_implementation,
+            "trust_remote_code": settings.trust_remote_code,
+        }
         try:
-            return load_model(
-                settings.name,
-                dtype=settings.dtype,
-                attn_implementation=settings.attn_implementation,
-                trust_remote_code=settings.trust_remote_code,
-            )
+            if settings.random:
+                return random_model(settings.name, settings.overrides, seed=self.config.seed, **kind)
+            return load_model(settings.name, **kind)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -510,7 +512,7 @@ def _same_run(saved: Config, config: Config) -> None:
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in data.items():
-        if isinstance(value, dict) and key != "options":
+        if isinstance(value, dict) and key not in ("options", "overrides"):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value if isinstance(value, int | float | str) else str(value)

@@ -20,6 +20,10 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "dtype": "bfloat16",
         "attn_implementation": "eager",
         "gradient_checkpointing": True,
+        "experts_implementation": "grouped_mm",
+        "expert_parallel": 2,
+        "random": True,
+        "overrides": {"num_hidden_layers": 2},
         "trust_remote_code": True,
     },
     "rollout": {
@@ -30,6 +34,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "options": {"kv_cache_dtype": "fp8"},
         "temperature": 0.7,
         "max_new_tokens": 12,
+        "on_fault": "drop",
     },
     "algorithm": {
         "objective": "grpo",
@@ -60,12 +65,13 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
     },
     "eval": {"every": 0, "problems": 8, "through_rollout": False},
     "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},
+    "ranks": {"wait": 60.0, "silent": 5.0},
 }
 
 
 def leaves(data, prefix=""):
     for key, value in data.items():
-        if isinstance(value, dict) and key != "options":
+        if isinstance(value, dict) and key not in ("options", "overrides"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -27,11 +27,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages config diagnostics doctor exact objectives precision routing seeding",
+    0: "advantages config diagnostics doctor exact objectives precision ranks routing seeding",
     1: "models tasks",
     2: "rollout",
     3: "cold_start logprobs",
-    4: "checkpoint gap trainer",
+    4: "checkpoint gap plan trainer",
     5: "exercises experiments plots report",
     6: "cli",
 }

@@ -22,6 +22,9 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from minirl_edu.streaming import full, write_safetensors
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -38,11 +41,16 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     keep_last: int,
+    aliases: Mapping[str, Mapping[str, str]] | None = None,
+    first: bool = True,
 ) -> Path:
     """Write `directory/step-<step>` atomically, then delete all but the `keep_last` newest up to this step.
 
     `tensors` maps a group such as "model" to its named tensors; tensors that share memory exactly (tied embeddings) are
     stored once and shared again when loaded. `state` is JSON: string keys, lists rather than tuples.
+    Tensors that are sharded over several processes are made whole one at a time, while they are written: all processes
+    call this, with `first` True for the one that writes. Of those, memory does not tell which are tied: `aliases` names
+    them for each group, alias → name.
     A failure at any moment leaves earlier checkpoints as they were and nothing half-written that `latest_checkpoint`
     would take; what a killed process left is removed by the next save. One process saves at a time.
 
@@ -52,11 +60,16 @@ def save_checkpoint(
     if keep_last < 1:
         raise ValueError(f"keep_last = {keep_last}: expected at least 1, the checkpoint being written")
     directory = Path(directory)
+    if not first:
+        for named in tensors.values():
+            for tensor in named.values():
+                full(tensor)
+        return checkpoint_path(directory, step)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(".step-*.tmp"):
         shutil.rmtree(leftover)
 
-    final = directory / f"step-{step:06d}"
+    final = checkpoint_path(directory, step)
     if final.exists():
         try:
             _verify(final)
@@ -73,7 +86,9 @@ def save_checkpoint(
             if not re.fullmatch(r"[A-Za-z0-9_-]+", group):
                 raise ValueError(f"tensors: group {group!r}: expected letters, digits, - and _, as it names a file")
             stored, tied[group] = _untie(named)
-            safetensors.torch.save_file(stored, partial / f"{group}.safetensors")
+            tied[group] |= (aliases or {}).get(group, {})
+            whole = ((name, full(tensor)) for name, tensor in stored.items())
+            write_safetensors(partial / f"{group}.safetensors", stored, whole)
         (partial / "state.json").write_text(json.dumps({"state": state, "tied": tied}), encoding="utf-8")
         files = {}
         for path in sorted(partial.iterdir()):
@@ -110,13 +125,24 @@ def latest_checkpoint(directory: str | Path) -> Path | None:
     return None
 
 
-def load_checkpoint(path: str | Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The `tensors` (on the CPU) and the `state` that `save_checkpoint` was given.
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a global step is."""
+    return directory / f"step-{step:06d}"
 
+
+def checkpoint_step(path: Path) -> int:
+    """The global step of a checkpoint, from its name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def load_checkpoint(path: str | Path, *, verify: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The `tensors` (on the CPU, read from the file when used) and the `state` that `save_checkpoint` was given.
+
+    `verify=False` trusts the checksums, for one that `latest_checkpoint` has just verified.
     Raises CheckpointError for a file that is missing, truncated or changed.
     """
     path = Path(path)
-    files = _verify(path)
+    files = _verify(path) if verify else {file.name for file in path.iterdir()}
     try:
         saved = json.loads((path / "state.json").read_text(encoding="utf-8"))
         tensors = {}
@@ -178,6 +204,9 @@ def _untie(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     storages = set()
     for name, tensor in named.items():
         tensor = tensor.detach()
+        if isinstance(tensor, DTensor):
+            stored[name] = tensor
+            continue
         storage = (tensor.device, tensor.untyped_storage().data_ptr())
         view = (*storage, tensor.storage_offset(), tensor.dtype, tensor.shape, tensor.stride())
         if tensor.numel() and view in first:
@@ -193,7 +222,7 @@ def _untie(named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 def _steps(directory: Path) -> list[Path]:
     """The checkpoints in `directory`, oldest first, intact or not."""
     found = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=checkpoint_step)
 
 
 def _verify(path: Path) -> dict[str, Any]:

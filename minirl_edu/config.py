@@ -191,6 +191,8 @@ class EvalConfig(_Section):
     every: _CountOrZero = 10
     """Global steps between evaluations; 0: never."""
     problems: _Count = 256
+    through_trainer: bool = True
+    """Score them by the training engine in full precision. Of a sharded model that takes a whole copy on rank 0."""
     through_rollout: bool = True
     """Also score the same problems through the rollout engine: what a user of the deployed model would see."""
 

@@ -185,12 +185,12 @@ def architecture(
             raise ValueError(_not_found(name)) from error
     if not overrides:
         return config
-    fields = config.to_dict()
-    if unknown := [field for field in overrides if field not in fields]:
+    if unknown := [field for field in overrides if not hasattr(config, field)]:
         raise ValueError(f"model.overrides: a {type(config).__name__} has no {', '.join(unknown)}")
-    if "num_hidden_layers" in overrides:
+    fields = config.to_dict() | {config.attribute_map.get(field, field): value for field, value in overrides.items()}
+    if "num_hidden_layers" in overrides and "layer_types" not in overrides:
         fields.pop("layer_types", None)  # one for each layer; the config derives them again
-    return type(config).from_dict(fields | dict(overrides))
+    return type(config).from_dict(fields)
 
 
 def random_model(

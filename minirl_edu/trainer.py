@@ -1,4 +1,4 @@
-"""MiniRL's training loop, section 4.2 of arXiv 2512.01374.
+"""MiniRL's training loop, section 4.2 of arXiv 2512.01374, on one process or several (ranks).
 
 One global step, synchronous:
 
@@ -11,8 +11,14 @@ The first mini-batch is updated at θ = θ_old, so its π_old is the update's ow
 forward for it (`train.reference_old_logp` runs one for all: the reference that the saving is tested against). Groups
 whose responses were all rewarded alike have no gradient and get a forward only (`train.zero_advantage_backward` runs
 the backward of all).
+
+Under `accelerate launch` rank 0 samples, verifies and writes; each rank updates on its share of every mini-batch, whole
+groups of about as many tokens as the others'. The divisor of the loss is that of the whole mini-batch, so the gradient
+does not depend on the number of ranks. All ranks make the same number of forwards and backwards, because parameters
+that are sharded are gathered in each: where a rank has fewer micro-batches, it fills up with empty ones.
 """
 
+import copy
 import json
 import math
 import signal
@@ -20,18 +26,20 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages, leave_one_out_advantages
 from minirl_edu.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    checkpoint_step,
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
@@ -41,12 +49,14 @@ from minirl_edu.checkpoint import (
 from minirl_edu.config import Config, ConfigError, load_config, save_config
 from minirl_edu.diagnostics import CollapseDetector, masked_mean, policy_metrics
 from minirl_edu.doctor import environment
-from minirl_edu.logprobs import Layout, can_share_prompts, micro_batches, response_logprobs
+from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer, random_model
-from minirl_edu.objectives import PolicyLoss, cispo_loss, grpo_loss, minirl_loss
-from minirl_edu.rollout import Rollout, RolloutEngine, Sampling, make_engine, sample
+from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
+from minirl_edu.ranks import Ranks, make_accelerator, share_experts, share_rows
+from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine, sample
 from minirl_edu.routing import Routes, RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.seeding import derive_seed
+from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, untied_state
 from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
 
 ADVANTAGES = {
@@ -65,12 +75,32 @@ class TrainingDiverged(RuntimeError):
 class MicroBatch:
     """Rows of a mini-batch that go through the model in one forward. Routes are in the layout of that forward."""
 
+    rows: Tensor  # [b] which rows of this rank's share
     rollout: Rollout
     layout: Layout
     advantages: Tensor  # [b]
+    backward: bool  # False: advantages of 0 throughout, the forward is for the metrics
+    empty: bool = False  # True: keeps step with the other ranks, counts for nothing
     logp_old: Tensor | None = None  # log π_old [b, T], once known
     forced: Routes | None = None  # the experts that updates must use (R2, R3)
     chosen: Routes | None = None  # the experts that the training engine used at θ_old
+
+
+@dataclass
+class MiniBatch:
+    """The responses of one gradient step, and this rank's share of them."""
+
+    rewards: Tensor  # [B]
+    advantages: Tensor  # [B]
+    tokens: int  # of all responses
+    shares: list[Tensor]  # the rows of each rank
+    parts: list[MicroBatch]  # of this rank
+    rollout: Rollout | None = None  # all of it, on rank 0
+
+    @property
+    def responses(self) -> int:
+        """B: what the mean over responses divides by, whatever the number of ranks."""
+        return len(self.rewards)
 
 
 class MiniRLTrainer:
@@ -94,19 +124,74 @@ class MiniRLTrainer:
         resume: bool = False,
         progress: bool = True,
     ) -> None:
-        self.config, self.out, self.progress = config, Path(out), progress
-        self.accelerator = Accelerator(log_with=list[Any](config.output.trackers) or None, project_dir=str(self.out))
-        if self.accelerator.num_processes > 1:
-            raise ConfigError("several processes: this trainer runs in one; start it without `accelerate launch`")
+        self.config, self.out = config, Path(out)
+        try:
+            self.accelerator = make_accelerator(
+                wait=config.ranks.wait,
+                log_with=list[Any](config.output.trackers) or None,
+                project_dir=str(self.out),
+            )
+        except ValueError as error:
+            raise ConfigError(f"accelerate: {error}") from error
+        self.ranks = Ranks(self.accelerator, silent=config.ranks.silent)
+        self.progress = progress and self.ranks.first
+        with self.ranks.together():
+            self._build(model, task, engine, resume)
+
+    def _build(
+        self, model: PreTrainedModel | None, task: Task | None, engine: RolloutEngine | None, resume: bool
+    ) -> None:
+        config = self.config
+        if self.ranks.first:
+            self._open_folder(resume)
         self.task = task or self._make_task()
         model = model if model is not None else self._load_model()
+        self.replay = self._routing_replay(model)
+        self.share_prompts = can_share_prompts(model)
+        self.sampling = Sampling(config.rollout.max_new_tokens or self.task.max_new_tokens, config.rollout.temperature)
+        self.compute_advantages = ADVANTAGES[config.algorithm.advantages or OWN_ADVANTAGES[config.algorithm.objective]]
+        if self.ranks.first and config.rollout.engine == "hf":
+            model.to(self.ranks.device)  # type: ignore[arg-type]
+        self._engine = engine
+        if self.ranks.first and engine is None:  # from the model while it is whole
+            self._engine = make_engine(model, config.rollout, seed=config.seed, routes=self.replay is not None)
+        self._prepare(model)
+        self.detector = CollapseDetector()
+        self.step = 0  # global steps done
+        self.grad_step = 0
+        self._score: float | None = None  # the latest, for the progress bar
+        self._failures = self._verifier_failures()
+        if resume:
+            self._restore()
+        self._sync()
+        if self.ranks.first:
+            self._start_folder()  # last: what fails before leaves no run behind
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """The model and its optimizer as accelerate's config says: one copy, one on each rank, or sharded."""
+        config = self.config
+        if config.model.experts_implementation:
+            model.set_experts_implementation(config.model.experts_implementation)
         if config.model.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         # Dropout stays off in RL (π_θ must be one function), but checkpointing runs only in training mode.
         model.train(config.model.gradient_checkpointing)
-        self.replay = self._routing_replay(model)
-        self.share_prompts = can_share_prompts(model)
-        self.optimizer = torch.optim.AdamW(
+        sharding = self.ranks.size > 1 and (self.accelerator.is_fsdp2 or config.model.expert_parallel > 1)
+        self._twin: PreTrainedModel | None = None
+        if sharding and self.ranks.first and config.eval.every and config.eval.through_trainer:
+            self._twin = copy.deepcopy(model).requires_grad_(False)
+        if config.model.expert_parallel > 1:
+            if self.accelerator.is_fsdp2 or self.ranks.size == 1:
+                raise ConfigError(
+                    f"model.expert_parallel = {config.model.expert_parallel}: it needs several processes, which "
+                    "transformers then shards itself; use an accelerate config for DDP (scale/accelerate)"
+                )
+            try:
+                bf16 = self.accelerator.mixed_precision == "bf16"
+                model = share_experts(model, config.model.expert_parallel, bf16=bf16)
+            except ValueError as error:
+                raise ConfigError(f"model.expert_parallel = {config.model.expert_parallel}: {error}") from error
+        optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=config.train.lr,
             betas=config.train.adam_betas,
@@ -114,25 +199,27 @@ class MiniRLTrainer:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
-        self.model, self.optimizer = self.accelerator.prepare(model, self.optimizer)
+        self.model: Any = model
+        if config.model.expert_parallel > 1:
+            self.optimizer = self.accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.scheduler = get_scheduler(
             config.train.lr_schedule,
             self.optimizer,
             num_warmup_steps=config.train.warmup_steps,
             num_training_steps=config.train.global_steps * config.train.mini_batches,
         )
-        self.detector = CollapseDetector()
-        self.sampling = Sampling(config.rollout.max_new_tokens or self.task.max_new_tokens, config.rollout.temperature)
-        self.compute_advantages = ADVANTAGES[config.algorithm.advantages or OWN_ADVANTAGES[config.algorithm.objective]]
-        self.step = 0  # global steps done
-        self.grad_step = 0
-        self._score: float | None = None  # the latest, for the progress bar
-        self._take_up(resume)
-        self.engine = engine or make_engine(
-            self._unwrapped, config.rollout, seed=config.seed, routes=self.replay is not None
-        )
-        self.engine.sync(self._unwrapped, version=self.step)
-        self._start_folder()  # last: what fails before leaves no run behind
+
+    @property
+    def engine(self) -> RolloutEngine:
+        """The rollout engine; rank 0 has it."""
+        assert self._engine is not None, "the rollout engine is rank 0's"
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: RolloutEngine) -> None:
+        self._engine = engine
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -140,61 +227,55 @@ class MiniRLTrainer:
         """Run the remaining global steps and return the run's folder.
 
         Ctrl-C (or SIGTERM) finishes the global step, saves and returns; a second one stops at once. Raises
-        TrainingDiverged at the first number that is not finite.
+        TrainingDiverged at the first number that is not finite, and RankFailed if another process of the run is lost.
         """
+        with self.ranks.together():
+            self._train()
+            self.ranks.close()
+        return self.out
+
+    def _train(self) -> None:
         total = self.config.train.global_steps
-        if self.step == 0 and self.config.eval.every and not self._metrics_path.exists():
+        untouched = self.ranks.any(self.ranks.first and not self._metrics_path.exists())
+        if self.step == 0 and self.config.eval.every and untouched:
             self._write([{"global_step": 0, "grad_step": 0, **self.evaluate()}])
         with (
-            _stop_request() as stop,
+            _stop_request(self.ranks.first) as stop,
             tqdm(total=total, initial=self.step, unit="step", disable=not self.progress) as bar,
         ):
             while self.step < total:
                 lines = self.global_step()
                 self._write(lines)
-                stopping = stop.is_set()  # asked once: a request that comes after the save waits for the next step's
+                # Asked once: a request that comes after the save waits for the next step's.
+                stopping = self.ranks.any(stop.is_set())
                 if self.step == total or _due(self.step, self.config.output.save_every) or stopping:
                     self.save()
                 for warning in (w for line in lines for w in line.get("warnings", [])):
                     bar.write(f"warning: {warning}")
-                bar.set_postfix_str(self._postfix(lines[-1]), refresh=False)
+                if lines:
+                    bar.set_postfix_str(self._postfix(lines[-1]), refresh=False)
                 bar.update()
                 if stopping and self.step < total:
-                    bar.write(
-                        f"stopped after global step {self.step}; go on with: minirl train --resume --out {self.out}"
-                    )
+                    if self.ranks.first:
+                        bar.write(f"stopped after global step {self.step}; go on with: {_resume(self.out)}")
                     break
         if self.config.output.trackers:
             self.accelerator.end_training()
-        return self.out
 
     def global_step(self) -> list[dict[str, Any]]:
-        """One global step; returns the metrics of its gradient steps."""
+        """One global step; returns the metrics of its gradient steps (on rank 0, elsewhere none)."""
         settings, started = self.config.train, time.perf_counter()
         problems = self.task.sample(
             settings.mini_batches * settings.mini_batch_prompts,
             seed=derive_seed(self.config.seed, "problems", self.step),
         )
-        rollout = self.engine.generate(
-            [self.task.encode(problem) for problem in problems],
-            group_size=settings.group_size,
-            sampling=self.sampling,
-            seed=derive_seed(self.config.seed, "rollout", self.step),
-        )
-        if self.replay is not None and rollout.routes is not None:
-            rollout.routes.validate(self.replay.num_experts)
-        rewards = self.rewards(problems, rollout)
-        advantages = self.compute_advantages(rewards, settings.group_size).to(self.accelerator.device)
-        rows = settings.mini_batch_prompts * settings.group_size
-        mini_batches = [
-            self._cut(rollout.rows(r, r + rows), advantages[r : r + rows]) for r in range(0, len(rewards), rows)
-        ]
+        mini_batches, counts = self._share(*(self._sample(problems) if self.ranks.first else (None, None, None)))
         for mini_batch in mini_batches if settings.reference_old_logp else mini_batches[1:]:
-            for batch in mini_batch:
+            for batch in mini_batch.parts:
                 self._old_logprobs(batch)
 
         lines = []
-        for mini_batch, reward in zip(mini_batches, rewards.split(rows), strict=True):
+        for mini_batch in mini_batches:
             metrics = self._update(mini_batch)
             self.grad_step += 1
             now = time.perf_counter()
@@ -202,21 +283,156 @@ class MiniRLTrainer:
                 {
                     "global_step": self.step + 1,
                     "grad_step": self.grad_step,
-                    "reward": reward.mean().item(),
+                    "reward": mini_batch.rewards.mean().item(),
                     **metrics,
                     "seconds": now - started,
                 }
             )
             started = now
         self.step += 1
-        self.engine.sync(self._unwrapped, version=self.step)
+        self._sync()
         every, last = self.config.eval.every, self.step == self.config.train.global_steps
         if _due(self.step, every) or (every and last):
             lines[-1] |= self.evaluate()
+        if not self.ranks.first:
+            return []
+        lines[0] |= counts
         for line in lines:
             if warnings := self.detector.update({k: v for k, v in line.items() if isinstance(v, int | float)}):
                 line["warnings"] = warnings
         return lines
+
+    def _sync(self) -> None:
+        """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
+        if self.ranks.first:
+            self.engine.sync(self._unwrapped, version=self.step)
+        elif is_sharded(self._unwrapped):
+            for _ in full_state(self._unwrapped):
+                pass
+
+    # --------------------------------------------------------------------------------- rollout, rewards, shares of it
+
+    def _sample(self, problems: list[Problem]) -> tuple[Rollout, Tensor, list[int]]:
+        """Rank 0's part: the responses that can be trained on, their rewards, and the groups of each mini-batch."""
+        settings = self.config.train
+        rollout = self.engine.generate(
+            [self.task.encode(problem) for problem in problems],
+            group_size=settings.group_size,
+            sampling=self.sampling,
+            seed=derive_seed(self.config.seed, "rollout", self.step),
+        )
+        faults = rollout.faults(num_experts=None if self.replay is None else self.replay.num_experts)
+        faulty = {row // rollout.group_size for row in faults}
+        kept = [group for group in range(len(problems)) if group not in faulty]
+        groups = [sum(g // settings.mini_batch_prompts == m for g in kept) for m in range(settings.mini_batches)]
+        if faults and (self.config.rollout.on_fault == "stop" or not all(groups)):
+            fault, count = next(iter(faults.values())), f"{len(faults)} of {len(rollout.tokens)} responses"
+            remedy = (
+                "a mini-batch has none left" if not all(groups) else "rollout.on_fault: drop leaves out their groups"
+            )
+            raise EngineError(f"{fault}; {count} cannot be trained on: {remedy}")
+        if faults:
+            rollout, problems = rollout.without(faulty), [problems[group] for group in kept]
+        return rollout, self.rewards(problems, rollout), groups
+
+    def _share(
+        self, rollout: Rollout | None, rewards: Tensor | None, groups: list[int] | None
+    ) -> tuple[list[MiniBatch], dict[str, Any]]:
+        """Mini-batches with each rank's share of rank 0's rollout, and what is counted once for each global step."""
+        ranks, settings, size = self.ranks, self.config.train, self.config.train.group_size
+        count = settings.mini_batches
+        numbers, counts = None, {}
+        if rollout is not None:
+            assert rewards is not None and groups is not None
+            asked = count * settings.mini_batch_prompts
+            counts = {
+                "dropped_groups": asked - sum(groups),
+                "verifier_failures": self._new_verifier_failures(),
+                "bytes_per_token": rollout.bytes_per_token(),
+            }
+            lengths = rollout.response_mask.sum(1)
+            fed = (rollout.inputs.sum(1) - rollout.attention_mask[:, : rollout.prompt_length].sum(1)).view(-1, size)
+            costs = rollout.attention_mask[::size, : rollout.prompt_length].sum(1) + fed.sum(1)
+            tokens = [int(part.sum()) for part in lengths.split([n * size for n in groups])]
+            shape = _shape(rollout)
+            numbers = torch.tensor([*shape, *groups, *tokens, *costs.tolist()])
+        numbers = ranks.broadcast(numbers).tolist()
+        shape, rest = numbers[:_SHAPE], numbers[_SHAPE:]
+        groups, tokens, costs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        rewards = ranks.broadcast(rewards).float().cpu()
+        advantages = self.compute_advantages(rewards, size)
+
+        mini_batches, start = [], 0
+        for of_mini_batch, of_tokens in zip(groups, tokens, strict=True):
+            part = slice(start * size, (start + of_mini_batch) * size)
+            signal = (advantages[part] != 0).view(-1, size).any(1)
+            kinds = [int(not (s or settings.zero_advantage_backward)) for s in signal.tolist()]
+            shares = share_rows(costs[start : start + of_mini_batch], kinds, ranks.size)
+            rows = [(torch.tensor(s, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten() for s in shares]
+            mini_batches.append(MiniBatch(rewards[part], advantages[part].to(ranks.device), of_tokens, rows, []))
+            start += of_mini_batch
+        starts = [sum(groups[:m]) * size for m in range(count)]
+        mine = rollout
+        if ranks.size > 1:
+            rows = [
+                torch.cat([m.shares[r] + s for m, s in zip(mini_batches, starts, strict=True)])
+                for r in range(ranks.size)
+            ]
+            mine = self._scatter(rollout, rows, shape)
+        assert mine is not None
+        begin = 0
+        for mini_batch, at in zip(mini_batches, starts, strict=True):
+            own = mini_batch.shares[ranks.rank].to(ranks.device)
+            if len(own):
+                local = mine.rows(begin, begin + len(own))
+                mini_batch.parts = self._cut(local, mini_batch.advantages[own])
+            begin += len(own)
+            if rollout is not None:
+                everything = replace(rollout, routes=None)  # for the metrics
+                mini_batch.rollout = everything.rows(at, at + mini_batch.responses)
+        self._fill_up(mini_batches)
+        return mini_batches, counts
+
+    def _scatter(self, rollout: Rollout | None, rows: list[Tensor], shape: list[int]) -> Rollout:
+        """This rank's rows of rank 0's rollout."""
+        width, prompt, version, layers, top_k, wide = shape
+        routes = None if rollout is None else rollout.routes
+
+        def send(name: str, columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+            whole = routes if name in ("experts", "valid") else rollout
+            return self.ranks.scatter(None if whole is None else getattr(whole, name), rows, columns, dtype)
+
+        tokens = send("tokens", (width,), torch.int64)
+        mask = send("attention_mask", (width,), torch.bool)
+        logp = send("logp_rollout", (width - prompt,), torch.float32)
+        if layers:
+            assert self.replay is not None
+            experts = send("experts", (width, layers, top_k), torch.uint16 if wide else torch.uint8)
+            routes = Routes(experts, send("valid", (width,), torch.bool), self.replay.layers)
+        prompts = [None] * (len(tokens) // self.config.train.group_size)
+        return Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, prompts, version)
+
+    def _fill_up(self, mini_batches: list[MiniBatch]) -> None:
+        """Empty micro-batches, so that every rank makes as many forwards, and as many backwards."""
+        if self.ranks.size == 1:
+            return
+        kinds = [[[b for b in m.parts if b.backward is kind] for kind in (True, False)] for m in mini_batches]
+        most = self.ranks.most([len(parts) for pair in kinds for parts in pair])
+        for mini_batch, pair, wanted in zip(mini_batches, kinds, zip(most[::2], most[1::2], strict=True), strict=True):
+            mini_batch.parts = []
+            for kind, parts, number in zip((True, False), pair, wanted, strict=True):
+                empties = [self._empty(kind) for _ in range(number - len(parts))]
+                mini_batch.parts += parts + empties
+
+    def _empty(self, backward: bool) -> MicroBatch:
+        device = self.ranks.device
+        tokens, mask = (
+            torch.zeros(1, 2, dtype=torch.int64, device=device),
+            torch.ones(1, 2, dtype=torch.bool, device=device),
+        )
+        rollout = Rollout(tokens, mask, 1, mask[:, 1:], torch.zeros(1, 1, device=device), None, [None], 0)
+        layout = lay_out(rollout, share_prompts=False)
+        return MicroBatch(tokens[:0, 0], rollout, layout, torch.zeros(1, device=device), backward, empty=True)
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
@@ -228,26 +444,48 @@ class MiniRLTrainer:
     def evaluate(self) -> dict[str, float | None]:
         """Mean reward on held-out problems: one sample each, at the training temperature, the same seed every time.
 
-        `score`: sampled by the training engine in full precision; `score_rollout`: through the rollout engine (None if
-        `eval.through_rollout` is off).
+        `score`: sampled by the training engine in full precision; `score_rollout`: through the rollout engine (each
+        None if `eval.through_trainer` or `eval.through_rollout` is off). Rank 0 evaluates; all ranks have to call this.
         """
-        problems = self.task.evaluation(self.config.eval.problems)
+        settings, model = self.config.eval, self._unwrapped
+        if settings.through_trainer and is_sharded(model):
+            state = {} if self._twin is None else self._twin.state_dict()
+            for name, tensor in full_state(model):
+                if name in state:
+                    state[name].copy_(tensor)
+            model = self._twin
+        if not self.ranks.first:
+            return {}
+        problems = self.task.evaluation(settings.problems)
         prompts = [self.task.encode(problem) for problem in problems]
         seed = derive_seed(self.config.seed, "evaluation")
-        exact = sample(self._unwrapped, prompts, group_size=1, sampling=self.sampling, seed=seed)
-        scores: dict[str, float | None] = {"score": self.rewards(problems, exact).mean().item(), "score_rollout": None}
-        if self.config.eval.through_rollout:
+        scores: dict[str, float | None] = {"score": None, "score_rollout": None}
+        if settings.through_trainer:
+            assert model is not None
+            exact = sample(model, prompts, group_size=1, sampling=self.sampling, seed=seed)
+            scores["score"] = self.rewards(problems, exact).mean().item()
+        if settings.through_rollout:
             deployed = self.engine.generate(prompts, group_size=1, sampling=self.sampling, seed=seed)
             scores["score_rollout"] = self.rewards(problems, deployed).mean().item()
         return scores
+
+    def _verifier_failures(self) -> int:
+        """Answers so far, in this process, over which the task's verifier raised or ran out of time."""
+        return getattr(getattr(self.task, "verifier", None), "failures", 0)
+
+    def _new_verifier_failures(self) -> int:
+        before, self._failures = self._failures, self._verifier_failures()
+        return self._failures - before
 
     # ------------------------------------------------------------------------------------------- π_old and π_θ
 
     def _cut(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
         budget, parts = self.config.train.tokens_per_micro_batch, []
-        for rows in self._by_signal(rollout, advantages):
+        for rows, backward in self._by_signal(rollout, advantages):
             cuts = micro_batches(rollout.take(rows), budget, share_prompts=self.share_prompts)
-            parts += [MicroBatch(part, layout, advantages[rows[inner]]) for inner, part, layout in cuts]
+            parts += [
+                MicroBatch(rows[inner], part, layout, advantages[rows[inner]], backward) for inner, part, layout in cuts
+            ]
         if self.config.algorithm.replay == "R3":
             for part in parts:
                 if part.rollout.routes is None:
@@ -255,13 +493,14 @@ class MiniRLTrainer:
                 part.forced = part.chosen = part.layout.pack(part.rollout.routes)
         return parts
 
-    def _by_signal(self, rollout: Rollout, advantages: Tensor) -> list[Tensor]:
+    def _by_signal(self, rollout: Rollout, advantages: Tensor) -> list[tuple[Tensor, bool]]:
         """The rows of the groups that have a gradient, and those of the groups that have none; only what there is."""
         groups = (advantages != 0).view(-1, rollout.group_size).any(1)
         if self.config.train.zero_advantage_backward:
             groups = torch.ones_like(groups)
         signal = groups.repeat_interleave(rollout.group_size)
-        return [rows for kind in (signal, ~signal) if len(rows := kind.nonzero()[:, 0])]
+        kinds = ((signal.nonzero()[:, 0], True), ((~signal).nonzero()[:, 0], False))
+        return [(rows, backward) for rows, backward in kinds if len(rows)]
 
     @torch.no_grad()
     def _old_logprobs(self, batch: MicroBatch) -> None:
@@ -281,53 +520,80 @@ class MiniRLTrainer:
             return self.replay.replay(batch.forced)
         return self.replay.record() if batch.chosen is None else nullcontext()
 
-    def _update(self, mini_batch: list[MicroBatch]) -> dict[str, Any]:
-        """One gradient step on a mini-batch; returns its metrics."""
-        responses = sum(len(batch.advantages) for batch in mini_batch)
-        tokens = sum(len(batch.layout.targets) for batch in mini_batch)
-        outputs = []
-        every = self.config.train.zero_advantage_backward
-        for batch in mini_batch:
-            backward = every or bool(batch.advantages.any())
-            with self._experts(batch) as tape, torch.set_grad_enabled(backward):
+    def _update(self, mini_batch: MiniBatch) -> dict[str, Any]:
+        """One gradient step on a mini-batch; returns its metrics (on rank 0, elsewhere none)."""
+        finite, outputs = True, []
+        last = max((i for i, batch in enumerate(mini_batch.parts) if batch.backward), default=-1)
+        for i, batch in enumerate(mini_batch.parts):
+            with (
+                self._experts(batch) as tape,
+                torch.set_grad_enabled(batch.backward),
+                self._unsynchronised(batch.backward and i < last),
+            ):
                 output = response_logprobs(self.model, batch.layout, temperature=self.sampling.temperature)
-                if not torch.isfinite(output.logp).all():
-                    raise self._diverged("log-probabilities of the target policy that are not finite")
+                finite &= bool(torch.isfinite(output.logp).all())
                 # In the first mini-batch θ = θ_old: π_old is this very forward.
                 logp_old = output.logp.detach() if batch.logp_old is None else batch.logp_old
-                if backward:
-                    self.accelerator.backward(self._loss(output.logp, logp_old, batch, responses, tokens).loss)
+                if batch.backward:
+                    loss = (
+                        output.logp.sum() * 0 if batch.empty else self._loss(output.logp, logp_old, batch, mini_batch)
+                    )
+                    # Ranks' gradients are averaged, and the loss is a sum over them.
+                    self.accelerator.backward(loss * self.ranks.size)
             if tape is not None:
                 batch.chosen = tape.routes
-            outputs.append((output.logp.detach(), logp_old, output.entropy))
+            if not batch.empty:
+                outputs.append((batch.rows, output.logp.detach(), logp_old, output.entropy))
+        if self.ranks.any(not finite):
+            raise self._diverged("log-probabilities of the target policy that are not finite")
+        reshard(self.model)
         for parameter in self.model.parameters():  # AdamW moves on by its momentum even where there is no gradient
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
-        if not math.isfinite(grad_norm := float(clipped)):  # type: ignore[arg-type]
+        clipped: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.train.max_grad_norm)
+        if not math.isfinite(grad_norm := float(full(clipped))):
             raise self._diverged(f"a gradient norm of {grad_norm}")
         lr = self.scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-        logp, logp_old, entropy = (torch.cat(column) for column in zip(*outputs, strict=True))
-        mask = torch.cat([batch.rollout.response_mask for batch in mini_batch])
+        flips = self._flip_rate(mini_batch.parts)
+        per_token = self._collect(outputs, mini_batch)
+        if (rollout := mini_batch.rollout) is None:
+            return {}
+        logp, logp_old, entropy = per_token
         return {
-            "entropy": masked_mean(entropy, mask).item(),
+            "entropy": masked_mean(entropy, rollout.response_mask).item(),
             **policy_metrics(
                 logp,
                 logp_old,
-                torch.cat([batch.rollout.logp_rollout for batch in mini_batch]),
-                torch.cat([batch.advantages for batch in mini_batch]),
-                mask,
+                rollout.logp_rollout,
+                mini_batch.advantages,
+                rollout.response_mask,
                 **self._as_measured,
             ),
-            "routing_flip_rate": self._flip_rate(mini_batch),
+            "routing_flip_rate": flips,
             "grad_norm": grad_norm,
             "lr": lr,
-            "tokens": tokens,
+            "tokens": mini_batch.tokens,
         }
+
+    def _unsynchronised(self, local: bool) -> AbstractContextManager[None]:
+        """Under DDP, gradients travel once for each step, with the last backward."""
+        return self.model.no_sync() if local and hasattr(self.model, "no_sync") else nullcontext()
+
+    def _collect(self, outputs: list[tuple[Tensor, ...]], mini_batch: MiniBatch) -> list[Tensor]:
+        """log π_θ, log π_old and entropies [B, T] of all ranks, in the rows' order, on rank 0."""
+        own, whole = mini_batch.shares[self.ranks.rank], []
+        width = self.ranks.most([outputs[0][1].shape[1] if outputs else 0])[0]
+        for column in (1, 2, 3):
+            dtype = outputs[0][column].dtype if outputs else torch.float32
+            local = torch.zeros(len(own), width, dtype=dtype, device=self.ranks.device)
+            for output in outputs:
+                local[output[0]] = output[column]
+            whole.append(self.ranks.gather(local, mini_batch.shares))
+        return whole
 
     @property
     def _bounds(self) -> dict[str, float]:
@@ -351,13 +617,14 @@ class MiniRLTrainer:
             **self._bounds,
         }
 
-    def _loss(self, logp: Tensor, logp_old: Tensor, batch: MicroBatch, responses: int, tokens: int) -> PolicyLoss:
-        """This micro-batch's share of the mini-batch's loss: the divisors count the whole mini-batch."""
+    def _loss(self, logp: Tensor, logp_old: Tensor, batch: MicroBatch, mini_batch: MiniBatch) -> Tensor:
+        """This micro-batch's share of the mini-batch's loss: the divisors count the whole mini-batch, on all ranks."""
         algorithm, mask = self.config.algorithm, batch.rollout.response_mask
+        responses, tokens = mini_batch.responses, mini_batch.tokens
         if algorithm.objective == "grpo":
-            return grpo_loss(logp, logp_old, batch.advantages, mask, num_responses=responses, **self._bounds)
+            return grpo_loss(logp, logp_old, batch.advantages, mask, num_responses=responses, **self._bounds).loss
         if algorithm.objective == "cispo":
-            return cispo_loss(logp, logp_old, batch.advantages, mask, num_tokens=tokens, **self._bounds)
+            return cispo_loss(logp, logp_old, batch.advantages, mask, num_tokens=tokens, **self._bounds).loss
         return minirl_loss(
             logp,
             logp_old,
@@ -370,29 +637,35 @@ class MiniRLTrainer:
             length_norm=algorithm.length_norm,
             num_responses=responses,
             **self._bounds,
-        )
+        ).loss
 
-    def _flip_rate(self, mini_batch: list[MicroBatch]) -> float | None:
+    def _flip_rate(self, parts: list[MicroBatch]) -> float | None:
         """Share of (token, layer) pairs where the experts used at θ_old differ from the rollout engine's, if known."""
-        rates, weights = [], []
-        for batch in mini_batch:
+        flips = tokens = unknown = 0.0
+        for batch in parts:
+            if batch.empty:
+                continue
             if batch.chosen is None or batch.rollout.routes is None:
-                return None
+                unknown = 1.0
+                continue
             inputs = batch.rollout.inputs
-            rates.append(batch.layout.unpack(batch.chosen).flip_rate(batch.rollout.routes, inputs).mean())
-            weights.append(inputs.sum())
-        weight = torch.stack(weights).float()
-        return (torch.stack(rates) @ weight / weight.sum()).item()
+            rate = batch.layout.unpack(batch.chosen).flip_rate(batch.rollout.routes, inputs).mean()
+            flips += float(rate) * int(inputs.sum())
+            tokens += int(inputs.sum())
+        flips, tokens, unknown = self.ranks.sum([flips, tokens, unknown])
+        return None if unknown or not tokens else flips / tokens
 
     # ------------------------------------------------------------------------------------- building and saving
 
     def save(self) -> Path:
-        """Write a checkpoint of everything that the remaining steps depend on."""
+        """Write a checkpoint of everything that the remaining steps depend on, from whatever number of ranks."""
         optimizer, groups = flatten_optimizer(self.optimizer.state_dict())
+        model = self._unwrapped
         return save_checkpoint(
             self.out / "checkpoints",
             self.step,
-            tensors={"model": self._unwrapped.state_dict(), "optimizer": optimizer},
+            tensors={"model": untied_state(model), "optimizer": optimizer},
+            aliases={"model": dict(model.all_tied_weights_keys)},
             state={
                 "global_step": self.step,
                 "grad_step": self.grad_step,
@@ -401,29 +674,45 @@ class MiniRLTrainer:
                 "detector": self.detector.state_dict(),
             },
             keep_last=self.config.output.keep_last,
+            first=self.ranks.first,
         )
 
+    @torch.no_grad()
     def _restore(self) -> None:
-        path = latest_checkpoint(self.out / "checkpoints")
-        if path is None:
-            return  # stopped before the first checkpoint: start again
-        tensors, state = load_checkpoint(path)
-        self._unwrapped.load_state_dict(tensors["model"])
-        self.optimizer.load_state_dict(unflatten_optimizer(tensors["optimizer"], state["optimizer"]))
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.detector.load_state_dict(state["detector"])
-        self.step, self.grad_step = state["global_step"], state["grad_step"]
+        """Take up the newest intact checkpoint, whatever number of ranks wrote it; each keeps its part."""
+        folder, found = self.out / "checkpoints", None
+        if self.ranks.first:
+            path = latest_checkpoint(folder)
+            found = torch.tensor([-1 if path is None else checkpoint_step(path)])
+        step = int(self.ranks.broadcast(found)[0])
+        if step >= 0:
+            tensors, state = load_checkpoint(checkpoint_path(folder, step), verify=False)
+            ours, theirs = self._unwrapped.state_dict(), tensors["model"]
+            if wrong := ours.keys() ^ theirs.keys():
+                raise CheckpointError(f"{folder}: another model's: {sorted(wrong)[0]} is only in one of them")
+            for name, tensor in ours.items():
+                tensor.copy_(like(theirs[name], tensor))
+            saved = unflatten_optimizer(tensors["optimizer"], state["optimizer"])
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for i, parameter in enumerate(parameters):
+                moments = saved["state"].get(i, {})
+                for name, value in moments.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                        moments[name] = like(value, parameter)
+            self.optimizer.load_state_dict(saved)
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.detector.load_state_dict(state["detector"])
+            self.step, self.grad_step = state["global_step"], state["grad_step"]
+        if self.ranks.first and self._metrics_path.exists():
+            _cut_back(self._metrics_path, self.step)
 
-    def _take_up(self, resume: bool) -> None:
-        """Go on with the run in the folder, if there is one: its metrics are cut back to the checkpoint's step."""
+    def _open_folder(self, resume: bool) -> None:
+        """Refuse a folder that holds a run, or another one than this."""
         config_path = self.out / "config.yaml"
         if self._metrics_path.exists() or config_path.exists():
             if not resume:
                 raise FileExistsError(f"{self.out} already holds a run: go on with --resume, or choose another --out")
             _same_run(load_config(config_path), self.config)
-            self._restore()
-            if self._metrics_path.exists():
-                _cut_back(self._metrics_path, self.step)
 
     def _start_folder(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -433,6 +722,8 @@ class MiniRLTrainer:
             self.accelerator.init_trackers("minirl", config=_flat(self.config.to_dict()))
 
     def _write(self, lines: list[dict[str, Any]]) -> None:
+        if not self.ranks.first:
+            return
         with self._metrics_path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         if self.config.output.trackers:
@@ -501,7 +792,8 @@ def _due(step: int, every: int) -> bool:
 def _same_run(saved: Config, config: Config) -> None:
     """Refuse to resume under other settings: the result would be neither run. The length and the output may change."""
     old, new = (_flat(c.to_dict()) for c in (saved, config))
-    free = {"train.global_steps", *(name for name in old if name.startswith("output."))}
+    free = {"train.global_steps", "model.expert_parallel"}  # and what says how, not what
+    free |= {name for name in old if name.startswith(("output.", "ranks."))}
     changed = [f"{k} = {new[k]!r} (was {old[k]!r})" for k in old if k not in free and old[k] != new.get(k)]
     if changed:
         raise ConfigError(
@@ -536,8 +828,23 @@ def _cut_back(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
+_SHAPE = 6
+
+
+def _shape(rollout: Rollout) -> list[int]:
+    """What the other ranks have to know to receive rows of it."""
+    routes = rollout.routes
+    layers, top_k = (0, 0) if routes is None else routes.experts.shape[2:]
+    wide = int(routes is not None and routes.experts.dtype == torch.uint16)
+    return [rollout.tokens.shape[1], rollout.prompt_length, rollout.weight_version, layers, top_k, wide]
+
+
+def _resume(out: Path) -> str:
+    return f"minirl train --resume --out {out}"
+
+
 @contextmanager
-def _stop_request() -> Iterator[threading.Event]:
+def _stop_request(speak: bool) -> Iterator[threading.Event]:
     """An event that the first Ctrl-C or SIGTERM sets; the second acts as it would have without us."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -552,7 +859,8 @@ def _stop_request() -> Iterator[threading.Event]:
     def request(number: int, frame: Any) -> None:
         stop.set()
         restore()
-        tqdm.write("stopping: this global step is finished and saved first (again to stop at once)")
+        if speak:
+            tqdm.write("stopping: this global step is finished and saved first (again to stop at once)")
 
     for number in before:
         signal.signal(number, request)

@@ -63,7 +63,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "reference_old_logp": True,
         "zero_advantage_backward": True,
     },
-    "eval": {"every": 0, "problems": 8, "through_rollout": False},
+    "eval": {"every": 0, "problems": 8, "through_trainer": False, "through_rollout": False},
     "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},
     "ranks": {"wait": 60.0, "silent": 5.0},
 }

@@ -1,5 +1,7 @@
 """Rollouts: the batch that flows through everything (`Rollout`), and the engines that sample it."""
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from minirl_edu.config import ConfigError, RolloutConfig
@@ -31,6 +33,7 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
 
     Raises ConfigError naming the setting that does not fit the engine, and where vLLM is missing or refuses the model.
     """
+    keep_faulty = config.on_fault == "drop"
     if config.engine == "hf":
         if config.options:
             raise ConfigError(f"rollout.options = {config.options}: engine 'hf' has none")
@@ -38,7 +41,7 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
             precision = Precision.parse(config.precision, config.rounding, config.quantise_router)
         except ValueError as error:
             raise ConfigError(f"rollout.precision = {config.precision!r}: {error}") from error
-        return HFEngine(model, precision, seed=seed, record_routes=routes)
+        return HFEngine(model, precision, seed=seed, record_routes=routes, keep_faulty=keep_faulty)
 
     if config.precision not in VLLM_DTYPES:
         raise ConfigError(
@@ -51,10 +54,14 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
         raise ConfigError(
             "rollout.options.api_key: it would be written to config.yaml; set MINIRL_VLLM_API_KEY instead"
         )
-    dtype = VLLM_DTYPES[config.precision]
+    common: dict[str, Any] = {
+        "dtype": VLLM_DTYPES[config.precision],
+        "record_routes": routes,
+        "keep_faulty": keep_faulty,
+    }
     try:
         if config.engine == "vllm":
-            return VLLMEngine(model, dtype=dtype, seed=seed, record_routes=routes, **config.options)
-        return VLLMServerEngine(model, dtype=dtype, record_routes=routes, **config.options)
+            return VLLMEngine(model, seed=seed, **common, **config.options)
+        return VLLMServerEngine(model, **common, **config.options)
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(f"rollout.engine = {config.engine!r}: {error}") from error

@@ -1,6 +1,6 @@
 """The batch that flows through everything, and the contract of an engine that makes it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -87,9 +87,67 @@ class Rollout:
         """The responses `start` to `stop`; see `take`."""
         return self.take(torch.arange(start, stop, device=self.tokens.device))
 
-    def validate(self, *, num_experts: int | None = None) -> "Rollout":
-        """Check the contract and return self; raises ValueError naming the field and the row. `num_experts` bounds the
-        routes' ids."""
+    def without(self, groups: Collection[int]) -> "Rollout":
+        """The rollout without these groups (the responses to `prompts[group]`). Raises ValueError if none remains."""
+        count, size = len(self.prompts), self.group_size
+        kept = [group for group in range(count) if group not in groups]
+        if not kept:
+            raise ValueError(f"groups: without {len(groups)} of {count} none remains")
+        rows = [row for group in kept for row in range(group * size, (group + 1) * size)]
+        return self.take(torch.tensor(rows, device=self.tokens.device))
+
+    def bytes_per_token(self) -> dict[str, float]:
+        """Memory of each part, in bytes per real token (padding is paid for by them)."""
+        tokens = int(self.attention_mask.sum())
+        parts = {
+            "tokens": [self.tokens],
+            "masks": [self.attention_mask],
+            "log-probabilities": [self.logp_rollout],
+            "routes": [] if self.routes is None else [self.routes.experts, self.routes.valid],
+        }
+        return {name: sum(t.numel() * t.element_size() for t in held) / tokens for name, held in parts.items()}
+
+    def faults(self, *, num_experts: int | None = None) -> dict[int, str]:
+        """Row → what is wrong with it, for each response that cannot be trained on, in the order of the rows.
+
+        - a log-probability that is none: NaN (an engine's mark for a missing one), infinite or positive;
+        - routes that do not cover the row's `inputs`: missing, or of the wrong length;
+        - with `num_experts` E, routes that no router with E experts could have chosen (see `Routes.validate`).
+
+        The group of a row is `row // group_size`.
+        """
+        found: dict[int, str] = {}
+        wrong = self.response_mask & (~torch.isfinite(self.logp_rollout) | (self.logp_rollout > 1e-4))
+        for row in _rows_with(wrong):
+            column = int(wrong[row].nonzero()[0])
+            value = self.logp_rollout[row, column].item()
+            found[row] = f"logp_rollout: {value} at row {row}, token {column} is no log-probability"
+        if self.routes is not None:
+            missing = self.inputs & ~self.routes.valid
+            for row in _rows_with(missing):
+                column = int(missing[row].nonzero()[0])
+                found.setdefault(row, f"routes: none for row {row}, token {column}, which was an input of the engine")
+            if num_experts is not None:
+                self._add_impossible_routes(found, num_experts)
+        return dict(sorted(found.items()))
+
+    def _add_impossible_routes(self, found: dict[int, str], num_experts: int) -> None:
+        """Among the rows that are not in `found`. One by one only if something is wrong with them together."""
+        assert self.routes is not None
+        rows = [row for row in range(len(self.tokens)) if row not in found]
+        routes = self.routes[rows] if found else self.routes  # no copy where nothing is wrong: they can be gigabytes
+        if not rows or not (together := _refusal(routes, num_experts)):
+            return
+        alone = {row: _refusal(self.routes[row : row + 1], num_experts).replace("b=0", f"b={row}", 1) for row in rows}
+        # A layer of zeros may be nobody's fault alone: then it is everybody's.
+        found |= {row: fault for row, fault in alone.items() if fault} or dict.fromkeys(rows, together)
+
+    def validate(self, *, num_experts: int | None = None, keep_faulty: bool = False) -> "Rollout":
+        """Check the contract and return self; raises ValueError naming the field and the row.
+
+        `num_experts` bounds the routes' ids. `keep_faulty` checks only how the parts fit together, and lets pass the
+        `faults` of single responses.
+        """
         (rows, width), length = self.tokens.shape, self.response_mask.shape[1]
         if width != self.prompt_length + length:
             raise ValueError(f"tokens: {width} columns, but prompt_length + T = {self.prompt_length} + {length}")
@@ -110,22 +168,12 @@ class Rollout:
             raise ValueError(
                 "response_mask: each response must be one run of at least one token that starts at column 0"
             )
-        wrong = ~torch.isfinite(self.logp_rollout) | (self.logp_rollout > 1e-4)
-        if (wrong & self.response_mask).any():
-            row, column = (wrong & self.response_mask).nonzero()[0].tolist()
-            value = self.logp_rollout[row, column].item()
-            raise ValueError(f"logp_rollout: {value} at row {row}, token {column} is no log-probability")
-        if self.routes is not None:
-            if self.routes.valid.shape != self.tokens.shape:
-                raise ValueError(
-                    f"routes: rows for {tuple(self.routes.valid.shape)} tokens, but the batch is {(rows, width)}"
-                )
-            missing = self.inputs & ~self.routes.valid
-            if missing.any():
-                row, column = missing.nonzero()[0].tolist()
-                raise ValueError(f"routes: none for row {row}, token {column}, which was an input of the engine")
-            if num_experts is not None:
-                self.routes.validate(num_experts)
+        if self.routes is not None and self.routes.valid.shape != self.tokens.shape:
+            raise ValueError(
+                f"routes: rows for {tuple(self.routes.valid.shape)} tokens, but the batch is {(rows, width)}"
+            )
+        if not keep_faulty and (faults := self.faults(num_experts=num_experts)):
+            raise ValueError(next(iter(faults.values())))
         return self
 
     @property
@@ -136,8 +184,41 @@ class Rollout:
         return self.attention_mask & follows
 
 
+def _rows_with(marks: Bool[Tensor, "B n"]) -> list[int]:
+    """The rows that have a mark."""
+    return marks.any(1).nonzero()[:, 0].tolist()
+
+
+def _refusal(routes: Routes, num_experts: int) -> str:
+    """Why `Routes.validate` refuses them; "" if it does not."""
+    try:
+        routes.validate(num_experts)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+ON_FAULT = "rollout.on_fault: drop leaves out the group of such a response, and counts it"
+"""What to do about a response that cannot be trained on, for messages."""
+
+
 class EngineError(RuntimeError):
     """A rollout engine that cannot go on; the message says what was seen and what to do."""
+
+
+def accept(rollout: Rollout, *, num_experts: int | None = None, keep_faulty: bool = False) -> Rollout:
+    """What an engine's `generate` returns: the rollout, after the checks of `Rollout.validate`.
+
+    Raises EngineError for what is wrong with it, naming the field and the row.
+    """
+    try:
+        rollout.validate(keep_faulty=True)
+    except ValueError as error:
+        raise EngineError(str(error)) from None
+    if not keep_faulty and (faults := rollout.faults(num_experts=num_experts)):
+        fault, count = next(iter(faults.values())), f"{len(faults)} of {len(rollout.tokens)} responses"
+        raise EngineError(f"{fault}; {count} cannot be trained on; {ON_FAULT}")
+    return rollout
 
 
 @runtime_checkable

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from minirl_edu.precision import Precision, round_activations, round_weights_
-from minirl_edu.rollout.base import Rollout, Sampling
+from minirl_edu.rollout.base import Rollout, Sampling, accept
 from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
+from minirl_edu.streaming import full_state
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -58,12 +59,16 @@ def sample(
     seed: int,
     replay: RoutingReplay | None = None,
     version: int = 0,
+    keep_faulty: bool = False,
 ) -> Rollout:
     """Sample `group_size` responses to each prompt from softmax(logits / temperature), with a KV cache.
 
     The draw depends on `seed` alone, never on global random state. Log-probabilities are taken in fp32 from the very
     distribution sampled; routes are recorded if `replay` is given. Returns a `Rollout` whose T is the longest response
     drawn. Raises ValueError for empty prompts.
+
+    Logits that are no numbers raise RuntimeError; with `keep_faulty` that response alone ends there, with a
+    log-probability of NaN (see `Rollout.faults`).
     """
     device = model.device
     pad = model.config.pad_token_id or 0
@@ -106,12 +111,18 @@ def sample(
             cache.reorder_cache(alive // group_size)  # pyright: ignore[reportArgumentType]
         for step in range(limit):
             logp = torch.log_softmax(logits.float() / sampling.temperature, -1)
-            drawn = torch.multinomial(logp.exp(), 1, generator=generator)
+            probabilities = logp.exp()
+            broken = logp.isnan().any(-1) if keep_faulty else None
+            if broken is not None:
+                probabilities[broken] = 1.0  # some token, whose log-probability is NaN
+            drawn = torch.multinomial(probabilities, 1, generator=generator)
             column = width + step
             tokens[alive, column] = drawn[:, 0]
             mask[alive, column] = True
             logp_rollout[alive, step] = logp.gather(1, drawn)[:, 0]
             going = ~torch.isin(drawn[:, 0], ends)
+            if broken is not None:
+                going &= ~broken
             if step + 1 == limit or not going.any():
                 break
             if not going.all():
@@ -150,14 +161,21 @@ class HFEngine:
     At `Precision()` (fp32) its log-probabilities and routes equal the training engine's to float tolerance, so that
     any discrepancy is the precision's. Stochastic rounding is drawn anew at every sync (weights) and every call
     (activations), from `seed`; "frozen" rounding with the same draws each time.
-    `record_routes` keeps the experts of every token (Mixture-of-Experts models).
+    `record_routes` keeps the experts of every token (Mixture-of-Experts models). `keep_faulty`: a response for which
+    the model gives no numbers does not raise, but is in the rollout, marked (see `Rollout.faults`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, precision: Precision | None = None, *, seed: int = 0, record_routes: bool = False
+        self,
+        model: PreTrainedModel,
+        precision: Precision | None = None,
+        *,
+        seed: int = 0,
+        record_routes: bool = False,
+        keep_faulty: bool = False,
     ) -> None:
         self.precision = precision or Precision()
-        self.seed = seed
+        self.seed, self.keep_faulty = seed, keep_faulty
         self.model: PreTrainedModel | None = copy.deepcopy(model).requires_grad_(False).eval()
         if self.precision.activations != "fp32" and model._can_set_experts_implementation():
             self.model.set_experts_implementation("grouped_mm")
@@ -170,13 +188,17 @@ class HFEngine:
         """Take `model`'s weights as the new θ_old and round them. There is no cache that outlives a call."""
         target = self._open()
         # Tensor by tensor and in place: a full second state never exists.
-        for ours, theirs in zip(target.state_dict().values(), model.state_dict().values(), strict=True):
-            ours.copy_(theirs)
+        ours = target.state_dict()
+        for name, tensor in full_state(model):
+            ours[name].copy_(tensor)
         round_weights_(target, self.precision, self._generator("weights", version))
         self.version = version
 
     def generate(self, prompts: Sequence[Sequence[int]], *, group_size: int, sampling: Sampling, seed: int) -> Rollout:
-        """Sample `group_size` responses to each prompt (token ids); see `sample`. The rollout is validated."""
+        """Sample `group_size` responses to each prompt (token ids); see `sample`. The rollout is validated.
+
+        Raises EngineError, naming the row, for a log-probability that is none.
+        """
         model = self._open()
         with round_activations(model, self.precision, self._generator("activations", seed)):
             rollout = sample(
@@ -187,8 +209,9 @@ class HFEngine:
                 seed=seed,
                 replay=self.replay,
                 version=self.version,
+                keep_faulty=True,
             )
-        return rollout.validate()
+        return accept(rollout, keep_faulty=self.keep_faulty)
 
     def close(self) -> None:
         """Give back the copy of the model."""

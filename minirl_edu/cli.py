@@ -1,6 +1,7 @@
 """The `minirl` command: train, demo, report, export, gap, cold-start, doctor."""
 
 import argparse
+import errno
 import shlex
 import sys
 import time
@@ -13,6 +14,7 @@ from minirl_edu import __version__
 RECIPES = Path(__file__).parent / "recipes"
 DEMO_VARIANTS = {"MiniRL": [], "no clipping": ["algorithm.clip=false"]}
 """The demo's runs: label and what differs from recipes/demo.yaml."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     from minirl_edu.checkpoint import CheckpointError
     from minirl_edu.config import ConfigError
+    from minirl_edu.ranks import RankFailed
     from minirl_edu.rollout import EngineError
     from minirl_edu.trainer import TrainingDiverged
 
@@ -34,12 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (TrainingDiverged, CheckpointError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except (EngineError, ConnectionError, TimeoutError) as error:
-        print(f"minirl {arguments.command}: the rollout engine: {error}", file=sys.stderr)
+    except (EngineError, OSError, RankFailed) as error:  # OSError: a full disk, no permission
+        where = "the rollout engine: " if isinstance(error, EngineError | ConnectionError | TimeoutError) else ""
+        print(f"minirl {arguments.command}: {where}{error}", file=sys.stderr)
         if arguments.command == "train":
+            room = "make room, " if isinstance(error, OSError) and error.errno in _NO_ROOM else ""
             out = shlex.quote(arguments.out)
             print(
-                f"nothing that was saved is lost; then go on with: minirl train --resume --out {out}", file=sys.stderr
+                f"nothing that was saved is lost; {room}then go on with: minirl train --resume --out {out}",
+                file=sys.stderr,
             )
         return 1
 

@@ -8,8 +8,10 @@
 One process is the special case in which none of this communicates.
 """
 
+import atexit
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -186,9 +188,12 @@ class Ranks:
         except BaseException as error:
             if self.watch is None:
                 raise
-            lost = isinstance(error, RuntimeError) and type(error) in (RuntimeError, dist.DistBackendError)
-            if lost and (culprit := self.watch.culprit()):
-                raise RankFailed(culprit) from error
+            if type(error) in (RuntimeError, dist.DistBackendError):
+                if threading.current_thread() is threading.main_thread():
+                    # The launcher ends those that are left. It shall not before they have said why.
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                if culprit := self.watch.culprit():
+                    raise RankFailed(culprit) from error
             self.watch.report(error)
             raise
 
@@ -256,10 +261,14 @@ class Watch:
 
     GRACE = 5.0
     """Seconds that the main thread has to react."""
+    _made = 0  # on every rank alike: each has a part of the store to itself
 
     def __init__(self, rank: int, size: int, silent: float) -> None:
         self.rank, self.size, self.silent = rank, size, silent
-        self._store = dist.distributed_c10d.PrefixStore("minirl-watch", dist.distributed_c10d._get_default_store())
+        self._store = dist.distributed_c10d.PrefixStore(
+            f"minirl-watch-{Watch._made}", dist.distributed_c10d._get_default_store()
+        )
+        Watch._made += 1
         self._period = min(1.0, silent / 4)
         self._own = _Identity.own()
         self._verdict = ""
@@ -269,6 +278,7 @@ class Watch:
         self._seen: dict[int, tuple[str, float]] = {}
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        atexit.register(self.stop)  # a thread inside the store's C++ would abort the interpreter's end
 
     def culprit(self) -> str:
         """Who was lost, once the watch has found out; "" if nobody is within the time that it takes to notice."""
@@ -284,7 +294,8 @@ class Watch:
     def stop(self) -> None:
         """No sign of life from here is expected any more, and none is looked for."""
         self._stopped.set()
-        self._thread.join(2 * self._period)
+        self._thread.join(2 * self._period + 1)
+        atexit.unregister(self.stop)
 
     def _run(self) -> None:
         beat = 0

@@ -5,6 +5,7 @@ iterates in step, and nobody ever holds more than the tensor at hand.
 """
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def full_state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name, full(tensor)
 
 
+def take_part(model: PreTrainedModel) -> None:
+    """What `full_state` asks of a rank that needs nothing of it. Costs nothing where the model is not sharded."""
+    if is_sharded(model):
+        deque(full_state(model), maxlen=0)
+
+
 def untied_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The model's state as this rank holds it, without the names that repeat another's weight."""
     tied = model.all_tied_weights_keys
@@ -91,5 +98,6 @@ def write_safetensors(path: Path, specs: Mapping[str, Tensor], tensors: Iterable
             if (at, spec.dtype, spec.shape) != (name, tensor.dtype, tensor.shape):
                 raise ValueError(f"{name}: {tensor.dtype} {list(tensor.shape)} where {at} was announced")
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            del tensor  # before the next one is made
         if (left := next(expected, None)) is not None:
             raise ValueError(f"{left[0]}: announced, but it never came")

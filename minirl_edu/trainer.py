@@ -55,8 +55,9 @@ from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 from minirl_edu.ranks import Ranks, make_accelerator, share_experts, share_rows
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine, sample
 from minirl_edu.routing import Routes, RoutingReplay, Tape, UnsupportedRouter
+from minirl_edu.run_folder import FolderLock, lock_folder
 from minirl_edu.seeding import derive_seed
-from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, untied_state
+from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, take_part, untied_state
 from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
 
 ADVANTAGES = {
@@ -135,8 +136,14 @@ class MiniRLTrainer:
             raise ConfigError(f"accelerate: {error}") from error
         self.ranks = Ranks(self.accelerator, silent=config.ranks.silent)
         self.progress = progress and self.ranks.first
+        self._lock: FolderLock | None = None
         with self.ranks.together():
-            self._build(model, task, engine, resume)
+            try:
+                self._build(model, task, engine, resume)
+            except BaseException:
+                if self._lock is not None:
+                    self._lock.close()
+                raise
 
     def _build(
         self, model: PreTrainedModel | None, task: Task | None, engine: RolloutEngine | None, resume: bool
@@ -232,6 +239,8 @@ class MiniRLTrainer:
         with self.ranks.together():
             self._train()
             self.ranks.close()
+        if self._lock is not None:
+            self._lock.close()
         return self.out
 
     def _train(self) -> None:
@@ -306,9 +315,8 @@ class MiniRLTrainer:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
         if self.ranks.first:
             self.engine.sync(self._unwrapped, version=self.step)
-        elif is_sharded(self._unwrapped):
-            for _ in full_state(self._unwrapped):
-                pass
+        else:
+            take_part(self._unwrapped)
 
     # --------------------------------------------------------------------------------- rollout, rewards, shares of it
 
@@ -449,11 +457,13 @@ class MiniRLTrainer:
         """
         settings, model = self.config.eval, self._unwrapped
         if settings.through_trainer and is_sharded(model):
-            state = {} if self._twin is None else self._twin.state_dict()
-            for name, tensor in full_state(model):
-                if name in state:
+            if self._twin is None:
+                take_part(model)
+            else:
+                state = self._twin.state_dict()
+                for name, tensor in full_state(model):
                     state[name].copy_(tensor)
-            model = self._twin
+                model = self._twin
         if not self.ranks.first:
             return {}
         problems = self.task.evaluation(settings.problems)
@@ -461,7 +471,6 @@ class MiniRLTrainer:
         seed = derive_seed(self.config.seed, "evaluation")
         scores: dict[str, float | None] = {"score": None, "score_rollout": None}
         if settings.through_trainer:
-            assert model is not None
             exact = sample(model, prompts, group_size=1, sampling=self.sampling, seed=seed)
             scores["score"] = self.rewards(problems, exact).mean().item()
         if settings.through_rollout:
@@ -535,9 +544,8 @@ class MiniRLTrainer:
                 # In the first mini-batch θ = θ_old: π_old is this very forward.
                 logp_old = output.logp.detach() if batch.logp_old is None else batch.logp_old
                 if batch.backward:
-                    loss = (
-                        output.logp.sum() * 0 if batch.empty else self._loss(output.logp, logp_old, batch, mini_batch)
-                    )
+                    counts = finite and not batch.empty  # else only to keep step with the other ranks
+                    loss = self._loss(output.logp, logp_old, batch, mini_batch) if counts else output.logp.sum() * 0
                     # Ranks' gradients are averaged, and the loss is a sum over them.
                     self.accelerator.backward(loss * self.ranks.size)
             if tape is not None:
@@ -707,7 +715,8 @@ class MiniRLTrainer:
             _cut_back(self._metrics_path, self.step)
 
     def _open_folder(self, resume: bool) -> None:
-        """Refuse a folder that holds a run, or another one than this."""
+        """Refuse a folder that holds a run, or another one than this, or that another process writes to."""
+        self._lock = lock_folder(self.out)
         config_path = self.out / "config.yaml"
         if self._metrics_path.exists() or config_path.exists():
             if not resume:

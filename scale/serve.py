@@ -4,7 +4,8 @@
 
 It listens on this machine alone unless `--host` says otherwise, and every route but /health demands a key: the one in
 the environment variable MINIRL_VLLM_API_KEY, or one that is made once and kept in a file that only you can read. Ctrl-C
-or SIGTERM stops the server and all of its processes. Options that are not listed go to vLLM as they are.
+or SIGTERM stops the server and all of its processes. Options that are not listed go to vLLM as they are, such as
+--enable-sleep-mode, which `rollout.options.sleep` needs to free the GPUs while the trainer steps.
 """
 
 import argparse

@@ -40,6 +40,7 @@ from minirl_edu.experiments.spec import (
     Variant,
     read_run,
 )
+from minirl_edu.run_folder import FolderInUse
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
@@ -330,7 +331,7 @@ def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(
     )
     wait_for(lambda: steps_in(second) >= 2 or process.poll() is not None, "the second run")
     workers = workers_of(psutil.Process(process.pid))
-    with pytest.raises(ConfigError, match=r"in use by another process"):
+    with pytest.raises(FolderInUse, match=rf"in use by process {process.pid} on "):
         run_all([second], tmp_path)
     process.send_signal(how)
     output = process.communicate(timeout=30)[0]

@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages config diagnostics doctor exact objectives precision ranks routing seeding streaming",
+    0: "advantages config diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
     1: "models tasks",
     2: "rollout",
     3: "cold_start logprobs",

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minirl_edu.config import RolloutConfig
 from minirl_edu.diagnostics import kl_k1, kl_k3
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.precision import Precision
-from minirl_edu.rollout import HFEngine, Rollout, RolloutEngine, Sampling, sample
+from minirl_edu.rollout import EngineError, HFEngine, Rollout, RolloutEngine, Sampling, hf, make_engine, sample
 from minirl_edu.rollout.hf import end_tokens
 from minirl_edu.routing import Routes, RoutingReplay
 from tests import routing_families
@@ -327,6 +328,79 @@ def test_a_wrong_value_is_refused_with_its_place():
     rebuilt(rollout, logp_rollout=put(rollout.logp_rollout, 1, 2, math.nan)).validate()
 
 
+def faulty_rows(rollout: Rollout) -> dict[int, str]:
+    """The rollout's faults; before that: its structure is right, and `validate` names the first of them."""
+    assert rollout.validate(num_experts=4, keep_faulty=True) is rollout
+    faults = rollout.faults(num_experts=4)
+    with pytest.raises(ValueError) as refused:
+        rollout.validate(num_experts=4)
+    assert str(refused.value) == next(iter(faults.values()))
+    return faults
+
+
+def test_faults_are_told_by_the_row():
+    rollout = example()
+    assert rollout.routes is not None and rollout.faults(num_experts=4) == {}
+    logp = rollout.logp_rollout
+    for value in (math.nan, math.inf, -math.inf, 0.5):
+        (fault,) = faulty_rows(rebuilt(rollout, logp_rollout=put(logp, 2, 1, value))).items()
+        assert fault == (2, f"logp_rollout: {value} at row 2, token 1 is no log-probability")
+    valid = put(put(rollout.routes.valid, 3, 0, False), 0, 2, False)
+    unknown = Routes(rollout.routes.experts, valid, rollout.routes.layers)
+    assert faulty_rows(rebuilt(rollout, routes=unknown)) == {
+        0: "routes: none for row 0, token 2, which was an input of the engine",
+        3: "routes: none for row 3, token 0, which was an input of the engine",
+    }
+    for experts, fault in (([4, 0], "is out of range for 4 experts"), ([1, 1], "names an expert twice")):
+        faults = faulty_rows(rebuilt(rollout, routes=with_experts(rollout, experts)))
+        assert faults == {2: f"routes[b=2, s=1, layer 0] = {experts} {fault} (1 such rows at this layer)"}
+
+
+def test_every_faulty_row_is_found_beside_others_and_only_what_is_not_masked_counts():
+    rollout = example()
+    routes = with_experts(rollout, [1, 1])  # row 2
+    routes = Routes(routes.experts, put(routes.valid, 0, 1, False), routes.layers)
+    spoilt = rebuilt(rollout, routes=routes, logp_rollout=put(put(rollout.logp_rollout, 3, 0, 1.0), 1, 2, math.nan))
+    assert list(faulty_rows(spoilt)) == [0, 2, 3]  # the NaN of row 1 is after its end
+    assert list(spoilt.faults()) == [0, 3]  # which experts there are is not known
+    # A row that is faulty in two ways, and one that only its neighbour's fault could hide.
+    both = rebuilt(spoilt, logp_rollout=put(spoilt.logp_rollout, 2, 0, math.nan))
+    assert both.faults(num_experts=4)[2].startswith("logp_rollout: nan at row 2, token 0")
+
+
+def test_zeros_for_all_tokens_are_the_fault_of_all_responses():
+    """With one expert per token, expert 0 is a choice like any other, until a whole layer knows no other."""
+    # 11 inputs each: only together are they too many for chance.
+    rollout = written([[1] * 8] * 6, [[2, 3, 4, EOS]] * 12)
+    experts = torch.zeros(*rollout.tokens.shape, 1, 1, dtype=torch.uint8)
+    zeros = Routes(experts, rollout.inputs, (0,))
+    assert set(rebuilt(rollout, routes=zeros).faults(num_experts=4)) == set(range(12))
+    experts[5, 0] = 1
+    assert rebuilt(rollout, routes=Routes(experts, rollout.inputs, (0,))).faults(num_experts=4) == {}
+
+
+def test_what_no_response_alone_can_be_blamed_for_is_refused_in_any_case():
+    rollout = example()
+    for change in (name for name, (field, _) in MALFORMED.items() if field not in ("logp_rollout", "routes")):
+        with pytest.raises(ValueError):
+            rebuilt(rollout, **MALFORMED[change][1](rollout)).validate(keep_faulty=True)
+    for change in ("log-probabilities of another length", "routes of another batch"):
+        with pytest.raises(ValueError):
+            rebuilt(rollout, **MALFORMED[change][1](rollout)).validate(keep_faulty=True)
+
+
+def test_groups_are_left_out_whole():
+    rollout = example()
+    rest = rollout.without({0})
+    assert list(rest.prompts) == [[3, 4, 5]] and rest.responses == [[7, 8, EOS], [9, EOS]] and rest.group_size == 2
+    assert rest.routes is not None and rollout.routes is not None
+    assert torch.equal(rest.routes.experts, rollout.routes.experts[2:])
+    assert torch.equal(rollout.without([1]).tokens, rollout.tokens[:2])
+    assert torch.equal(rollout.without([]).tokens, rollout.tokens)
+    with pytest.raises(ValueError, match="without 2 of 2 none remains"):
+        rollout.without({0, 1})
+
+
 def test_inputs_are_all_real_tokens_but_the_last_of_each_response():
     expected = [[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0]]
     assert example().inputs.int().tolist() == expected
@@ -421,6 +495,62 @@ def test_the_training_model_is_never_modified_nor_shared(precision: Precision):
         for parameter in model.parameters():
             parameter.add_(1.0)
     assert same(weights(engine.model), held)
+
+
+def test_a_response_without_numbers_ends_the_run_or_is_kept_with_its_mark():
+    """A model that breaks down at one token: where it was read, the next one's logits are NaN."""
+    poison = prompts(16, lengths=EQUAL)[0][-1]
+
+    def break_down(model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        output.logits[kwargs["input_ids"][:, -1] == poison] = math.nan
+
+    def broken(**options: Any) -> HFEngine:
+        engine = HFEngine(lively("moe"), record_routes=True, **options)
+        assert engine.model is not None
+        engine.model.register_forward_hook(break_down, with_kwargs=True)
+        return engine
+
+    rollout = ask(broken(keep_faulty=True))
+    faults = rollout.faults(num_experts=8)
+    groups = {group for group, prompt in enumerate(rollout.prompts) if prompt[-1] == poison}
+    rows = {row for row in range(64) if poison in rollout.responses[row][:-1] or row // 4 in groups}
+    assert set(faults) == rows and 4 < len(rows) < 60 and groups
+    for row in rows:
+        last = len(rollout.responses[row]) - 1
+        assert faults[row] == f"logp_rollout: nan at row {row}, token {last} is no log-probability"
+    with pytest.raises(EngineError) as refused:
+        ask(broken())
+    assert str(refused.value).startswith(f"{next(iter(faults.values()))}; {len(rows)} of 64 responses")
+    model = broken().model
+    assert model is not None
+    with pytest.raises(RuntimeError, match="nan"):  # where there is no policy for it
+        draw(model, list(rollout.prompts))
+    sound = rollout.take(torch.tensor([row for row in range(64) if row not in rows])).validate(num_experts=8)
+    assert gap(lively("moe"), sound) <= CLOSE
+    assert sound.response_mask.sum(1).unique().numel() > 3
+
+
+def test_a_log_probability_that_is_none_is_an_error_of_the_engine(monkeypatch: pytest.MonkeyPatch):
+    sampled = hf.sample
+
+    def spoilt(*args: Any, **kwargs: Any) -> Rollout:
+        rollout = sampled(*args, **kwargs)
+        return rebuilt(rollout, logp_rollout=put(rollout.logp_rollout, 9, 0, math.inf))
+
+    monkeypatch.setattr(hf, "sample", spoilt)
+    message = r"^logp_rollout: inf at row 9, token 0 .*; 1 of 64 responses .*; rollout\.on_fault: drop"
+    with pytest.raises(EngineError, match=message):
+        ask(HFEngine(lively("dense")))
+    assert list(ask(HFEngine(lively("dense"), keep_faulty=True)).faults()) == [9]
+    monkeypatch.setattr(hf, "sample", lambda *args, **kwargs: rebuilt(sampled(*args, **kwargs), prompt_length=1))
+    with pytest.raises(EngineError, match=r"^tokens: "):  # no single response's fault
+        ask(HFEngine(lively("dense"), keep_faulty=True))
+
+
+@pytest.mark.parametrize("policy", ["stop", "drop"])
+def test_the_config_says_whether_an_engine_keeps_faulty_responses(policy: Any):
+    engine = make_engine(lively("dense"), RolloutConfig(on_fault=policy), seed=0, routes=False)
+    assert isinstance(engine, HFEngine) and engine.keep_faulty == (policy == "drop")
 
 
 def test_stochastic_weights_are_drawn_from_seed_and_version():

@@ -1,8 +1,10 @@
 """The engine on vLLM: the contract of HFEngine, and after every sync the same numbers as an engine started anew."""
 
+import math
 import sys
 from collections.abc import Iterator
 from importlib import metadata, util
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import PreTrainedModel
 
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.precision import Precision
-from minirl_edu.rollout import Rollout, RolloutEngine, Sampling
+from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling
 from minirl_edu.rollout import vllm as module
 from minirl_edu.rollout.vllm import VLLMEngine, check_vllm, checkpoint_weights, place_routes
 from minirl_edu.rollout.vllm_worker import WorkerExtension, decode_routes, request_key
@@ -369,16 +371,99 @@ def test_routes_as_gpus_return_them_are_placed_and_validated():
     rows = [np.stack([rng.permutation(8)[:2] for _ in range(9)]).reshape(3, 3, 2).astype(np.uint8) for _ in range(2)]
     for array in rows:
         array[:, 0] = 0  # layer 0 is dense
-    routes = place_routes(rows, inputs, (1, 2))
+    routes = place_routes(rows, inputs, (1, 2), 2)
     routes.validate(8)
     assert routes.layers == (1, 2) and torch.equal(routes.valid, inputs)
     for row, array in enumerate(rows):
         assert np.array_equal(routes.experts[row][inputs[row]].numpy(), array[:, 1:])
-    assert torch.equal(place_routes([a[:, 1:] for a in rows], inputs, (1, 2)).experts, routes.experts)
-    with pytest.raises(ValueError, match="2 rows for response 1, whose 3 tokens"):
-        place_routes([rows[0], rows[1][:2]], inputs, (1, 2))
-    wide = place_routes([a.astype(np.uint16) for a in rows], inputs, (1, 2))
+    assert torch.equal(place_routes([a[:, 1:] for a in rows], inputs, (1, 2), 2).experts, routes.experts)
+    wide = place_routes([a.astype(np.uint16) for a in rows], inputs, (1, 2), 2)
     wide.validate(300)
+
+
+def test_routes_that_are_missing_or_of_another_shape_are_refused_or_marked():
+    inputs = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]).bool()
+    rows = [np.tile(np.array([[3, 5]], np.uint8), (count, 2, 1)) for count in (3, 3, 4)]
+    whole = place_routes(rows, inputs, (0, 1), 2)
+    for seen, array in {
+        "none": None,
+        r"\[2, 2, 2\]": rows[1][:2],  # one token too few, one too many
+        r"\[4, 2, 2\]": rows[2],
+        r"\[3, 1, 2\]": rows[1][:, :1],  # a layer, or an expert, too few
+        r"\[3, 2, 1\]": rows[1][:, :, :1],
+        r"\[6\]": rows[1][:, :, 0].flatten(),
+    }.items():
+        spoilt = [rows[0], array, rows[2]]
+        message = rf"^routes: {seen} for row 1, not \[3, 2, 2\] .*; rollout\.on_fault: drop"
+        with pytest.raises(EngineError, match=message):
+            place_routes(spoilt, inputs, (0, 1), 2)
+        routes = place_routes(spoilt, inputs, (0, 1), 2, keep_faulty=True)
+        assert routes.valid.any(1).tolist() == [True, False, True]
+        assert torch.equal(routes.valid[::2], inputs[::2])
+        assert torch.equal(routes.experts[::2][inputs[::2]], whole.experts[::2][inputs[::2]])
+    with pytest.raises(EngineError, match=r"none for row 2, .* as little for the other responses"):
+        place_routes([None, None, None], inputs, (0, 1), 2, keep_faulty=True)
+
+
+def test_log_probabilities_that_vllm_left_out_are_nan():
+    sample = SimpleNamespace(token_ids=[4, 5, 6], logprobs=[{4: SimpleNamespace(logprob=-1.0)}, {9: None}])
+    assert module._logprobs(sample)[0] == -1.0 and math.isnan(module._logprobs(sample)[1])
+    assert module._logprobs(SimpleNamespace(token_ids=[4], logprobs=None)) == []
+    responses = [([4, 5, 6], [-1.0, math.nan]), ([7], [-2.0])]
+    rollout = module.assemble(responses, [[1, 2]], 0, version=0, device=torch.device("cpu"))
+    assert rollout.logp_rollout[0].isnan().tolist() == [False, True, True]
+    assert list(rollout.faults()) == [0] and rollout.logp_rollout[1].tolist() == [-2.0, 0.0, 0.0]
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_faulty_response_of_vllm_is_refused_or_kept_with_its_mark(trusted: None, monkeypatch: pytest.MonkeyPatch):
+    subject, row = engine(), 9
+    undisturbed = ask(subject)
+    generate, rpc = subject._llm.generate, subject._rpc
+    last: list[str] = []
+
+    def without_logprobs(*args: Any, **kwargs: Any) -> Any:
+        outputs = generate(*args, **kwargs)
+        outputs[row // 4].outputs[row % 4].logprobs.pop()
+        return outputs
+
+    def without_routes(method: str, *args: Any) -> Any:
+        taken = rpc(method, *args)
+        last[:] = [name for name in taken if request_key(name) == (args[0][row // 4], row % 4)]
+        return {name: routes for name, routes in taken.items() if name not in last}
+
+    broken = (
+        (subject._llm, "generate", without_logprobs, "logp_rollout: nan"),
+        (subject, "_rpc", without_routes, "routes: none"),
+    )
+    for owner, name, fault, message in broken:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            with pytest.raises(EngineError, match=rf"^{message} .*row {row}\b"):
+                ask(subject)
+            patch.setattr(subject, "keep_faulty", True)
+            rollout = ask(subject)
+        assert list(rollout.faults(num_experts=8)) == [row]
+        assert_equal(rollout.without({row // 4}), undisturbed.without({row // 4}))
+    assert last
+    assert_equal(ask(subject), undisturbed)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_nan_leaves_nothing_behind_in_the_kv_cache(trusted: None):
+    """vLLM's attention on CPUs would read it again in the requests that get the same blocks, whatever the weights."""
+    subject, model = engine(), lively("moe")
+    undisturbed = ask(subject)
+    broken = lively("moe")
+    with torch.no_grad():
+        broken.get_parameter("model.embed_tokens.weight").fill_(math.nan)
+    subject.sync(broken, version=1)
+    with pytest.raises(EngineError, match=r"logp_rollout: nan at row 0, token 0 .*32 of 32 responses"):
+        ask(subject)
+    subject.sync(model, version=2)
+    assert_equal(ask(subject), undisturbed)
 
 
 def test_the_ids_of_vllm_requests_are_read():

@@ -25,9 +25,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minirl_edu.cli import main
 from minirl_edu.config import load_config
 from minirl_edu.models import load_model, tiny_moe
-from minirl_edu.rollout import Rollout, RolloutEngine, Sampling
+from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine
 from minirl_edu.rollout import vllm_server as module
 from minirl_edu.rollout.vllm import checkpoint_weights
 from minirl_edu.rollout.vllm_server import KEY_VARIABLE, VLLMServerEngine
@@ -55,6 +56,7 @@ class Fake:
             "max_model_len": 64,
             "returns_routes": False,
             "records_routes": True,
+            "can_sleep": False,
         }
         self.layers = list(range(model.config.num_hidden_layers))
         self.fault: Callable[[str, dict[str, Any]], tuple[int, Any] | None] = lambda path, body: None
@@ -68,7 +70,7 @@ class Fake:
             self.port = free.getsockname()[1]
 
     def restart(self) -> None:
-        self.version, self.paused, self.routes, self.spoilt = "default", False, None, False
+        self.version, self.paused, self.routes, self.spoilt, self.asleep = "default", False, None, False, False
         self.weights: dict[str, torch.Tensor] = {}
 
     @property
@@ -122,6 +124,8 @@ class Fake:
         if (fault := self.fault(path, body)) is not None:
             return fault
         with self.lock:
+            if self.asleep and path in ("/inference/v1/generate", "/collective_rpc"):
+                return 500, {"error": "asleep"}
             if path == "/inference/v1/generate":
                 return 200, self.generate(body)
             if path == "/collective_rpc":
@@ -137,6 +141,8 @@ class Fake:
                     return 200, {"results": [None]}
                 if method == "minirl_digests":
                     return 200, {"results": [{"embedding": [len(self.weights)], "experts": [int(self.spoilt)]}]}
+                if method == "minirl_clear_kv_cache":
+                    return 200, {"results": [None]}
                 if method == "minirl_record_routes":
                     self.routes = {}
                     return 200, {"results": [self.layers]}
@@ -149,6 +155,7 @@ class Fake:
             if path == "/update_weight_version":
                 self.version = body["new_version"]
             self.paused = {"/pause?mode=abort": True, "/resume": False}.get(path, self.paused)
+            self.asleep = {"/sleep?level=1": True, "/wake_up": False}.get(path, self.asleep)
             return 200, {"success": True}
 
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +190,8 @@ class Fake:
                     ),
                 }
             )
-        answer = {"request_id": request, "choices": choices[::-1]}  # the order of samples is not promised
+        # The order of samples is not promised.
+        answer = {"request_id": request, "prompt_token_ids": prompt, "choices": choices[::-1]}
         self.mend(answer)
         return answer
 
@@ -252,7 +260,7 @@ def test_weights_reach_the_server_whole_and_before_their_version(fake, connect, 
     assert isinstance(engine, RolloutEngine)
     order = [path for path in fake.paths() if path != "/health"]
     assert order == [
-        *("/weight_info", "minirl_describe"),
+        *("/weight_info", "/wake_up", "minirl_describe"),
         *("/inference/v1/generate", "minirl_digests", "/update_weight_version", "minirl_load_file"),
         *("minirl_load_checkpoint", "/reset_prefix_cache", "/inference/v1/generate", "minirl_digests"),
         *("/pause?mode=abort", "minirl_load_file", "/reset_prefix_cache", "minirl_record_routes"),
@@ -285,11 +293,11 @@ def test_without_a_folder_the_weights_lie_where_only_the_user_can_read_them(fake
 def test_a_half_written_file_is_never_seen(fake, connect, model, tmp_path, monkeypatch):
     engine = connect()
 
-    def fail(tensors: Any, path: Path) -> None:
+    def fail(path: Path, specs: Any, tensors: Any) -> None:
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "save_file", fail)
+    monkeypatch.setattr(module, "write_safetensors", fail)
     before = fake.version
     with pytest.raises(OSError, match="disk full"):
         engine.sync(model, version=1)
@@ -404,6 +412,70 @@ def test_it_waits_for_a_server_that_starts_late(fake, connect, capsys):
     assert f"waiting for a vLLM server at {fake.url}: 0 of 5 s (ConnectionRefusedError" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------------------------------------------------------- sleep
+
+
+def test_the_server_sleeps_between_rollouts(fake, connect, model):
+    undisturbed = generate(connect())
+    fake.description["can_sleep"] = True
+    engine = connect(sleep=True)
+    assert not fake.asleep
+    fake.served.clear()
+    assert same(undisturbed, generate(engine)) and fake.asleep
+    assert fake.paths()[-2:] == ["/health", "/sleep?level=1"]  # when all answers were there, and their routes
+    fake.served.clear()
+    assert same(undisturbed, generate(engine)) and fake.asleep  # an evaluation, between two syncs
+    assert "minirl_load_file" not in fake.paths()
+    fake.served.clear()
+    engine.sync(model, version=1)
+    paths = fake.paths()
+    assert paths.index("/wake_up") < paths.index("/pause?mode=abort") < paths.index("minirl_load_file")
+    assert not fake.asleep  # a rollout follows at once
+    assert same(undisturbed, generate(engine)) and fake.asleep
+
+
+def test_a_restarted_server_is_awake_and_sleeps_like_any_other(fake, connect):
+    fake.description["can_sleep"] = True
+    engine = connect(sleep=True)
+    undisturbed = generate(engine)
+    fake.fault = after(2, lambda: fake.restart() or (0, None))  # while it samples
+    assert same(undisturbed, generate(engine)) and fake.asleep
+    fake.restart()  # while the trainer steps
+    assert same(undisturbed, generate(engine)) and fake.asleep
+    died = []
+
+    def die_instead(path: str, body: dict[str, Any]) -> tuple[int, Any] | None:
+        if path == "/sleep?level=1" and not died:
+            died.append(path)
+            fake.restart()
+            return 0, None
+        return None
+
+    fake.fault = die_instead
+    assert same(undisturbed, generate(engine)) and fake.asleep and died
+    assert same(undisturbed, generate(engine)) and fake.asleep
+
+
+def test_a_server_that_was_left_asleep_is_woken(fake, connect):
+    fake.asleep = True  # by a run that was killed
+    assert generate(connect()).weight_version == 0
+    assert not fake.asleep
+
+
+def test_a_server_that_cannot_sleep_is_refused_at_the_start(fake, connect):
+    with pytest.raises(ValueError, match=f"sleep: {fake.url} cannot; restart it with --enable-sleep-mode"):
+        connect(sleep=True)
+    assert "/sleep?level=1" not in fake.paths() and "minirl_load_file" not in fake.paths()
+
+
+def test_a_server_that_fails_to_sleep_is_given_up(fake, connect):
+    fake.description["can_sleep"] = True
+    engine = connect(sleep=True)
+    fake.fault = lambda path, body: (500, {"e": "Memory usage increased"}) if path.startswith("/sleep") else None
+    with pytest.raises(EngineError, match=r"putting it to sleep failed 6 times: .*Memory usage increased"):
+        generate(engine)
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -511,18 +583,137 @@ def test_incomplete_answers(fake, connect, mend, message):
         generate(engine)
 
 
-def test_missing_routes(fake, connect):
+@pytest.mark.parametrize("returns_routes", [False, True])
+def test_missing_routes(fake, connect, returns_routes):
+    fake.description["returns_routes"] = returns_routes
     engine = connect()
-    fake.mend = lambda answer: fake.routes.clear()
-    with pytest.raises(RuntimeError, match=f"routes: {fake.url} recorded none"):
+
+    def lose(answer: dict[str, Any]) -> None:
+        fake.routes = {}
+        for choice in answer["choices"]:
+            choice.update(routed_experts=None)
+
+    fake.mend = lose
+    verb = "returned" if returns_routes else "recorded"
+    with pytest.raises(EngineError, match=f"routes: {fake.url} {verb} none for row 0"):
         generate(engine)
-    fake.mend = lambda answer: None
+    with pytest.raises(EngineError, match=r"routes: none for row 14, .* as little for the other responses"):
+        generate(connect(keep_faulty=True))  # that is not the fault of single responses
+
+
+FAULTY = 7
+"""The row with a fault: sample 1 of prompt 2."""
+
+
+def npy(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[dict[str, Any]], None]:
+    """A fault of a choice: its routes are another array."""
+
+    def fault(choice: dict[str, Any]) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, change(np.load(io.BytesIO(base64.b64decode(choice["routed_experts"]))).copy()))
+        choice["routed_experts"] = base64.b64encode(buffer.getvalue()).decode()
+
+    return fault
+
+
+def first_token_to(*experts: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(routes: np.ndarray) -> np.ndarray:
+        routes[0, 1] = experts
+        return routes
+
+    return change
+
+
+def first_logprob(value: float | None) -> Callable[[dict[str, Any]], None]:
+    return lambda choice: choice["logprobs"]["content"][0].update(logprob=value)
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "no log-probabilities": (lambda choice: choice.update(logprobs=None), "logp_rollout: .* returned 0 .* of row 7;"),
+    "one too few": (lambda choice: choice["logprobs"]["content"].pop(), "logp_rollout: .* tokens of row 7;"),
+    "those of other tokens": (
+        lambda choice: choice["logprobs"]["content"][0].update(token_id=99),
+        "logp_rollout: .* tokens of row 7;",
+    ),
+    "NaN, as vLLM sends it": (first_logprob(-9999.0), "logp_rollout: nan at row 7, token 0"),
+    "null": (first_logprob(None), "logp_rollout: nan at row 7, token 0"),
+    "NaN": (first_logprob(float("nan")), "logp_rollout: nan at row 7, token 0"),
+    "minus infinity": (first_logprob(float("-inf")), "logp_rollout: -inf at row 7, token 0"),
+    "a positive log-probability": (first_logprob(0.5), "logp_rollout: 0.5 at row 7, token 0"),
+    "no routes": (lambda choice: choice.update(routed_experts=None), "routes: .* returned none for row 7;"),
+    "routes that are no array": (lambda choice: choice.update(routed_experts="AAAA"), "routes: .* none for row 7;"),
+    "routes of one token too few": (npy(lambda routes: routes[1:]), "routes: .* for row 7, not"),
+    "routes of one token too many": (npy(lambda routes: routes[[0, *range(len(routes))]]), "routes: .* for row 7, not"),
+    "an unknown expert": (npy(first_token_to(3, 200)), r"routes\[b=7, .*out of range for 8 experts"),
+    "an expert named twice": (npy(first_token_to(3, 3)), r"routes\[b=7, .*names an expert twice"),
+}
+
+
+def spoil(fake: Fake, fault: Callable[[dict[str, Any]], Any]) -> None:
+    def mend(answer: dict[str, Any]) -> None:
+        if answer["prompt_token_ids"] == PROMPTS[FAULTY // 3]:
+            fault(next(choice for choice in answer["choices"] if choice["index"] == FAULTY % 3))
+
+    fake.mend = mend
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_response_is_refused_by_its_row_or_its_group_can_be_left_out(fake, connect, fault):
     fake.description["returns_routes"] = True
-    fake.restart()
+    undisturbed = generate(connect())
+    change, message = FAULTS[fault]
+    spoil(fake, change)
+    with pytest.raises(EngineError, match=rf"^{message}.*rollout\.on_fault: drop"):
+        generate(connect())
+    rollout = generate(connect(keep_faulty=True))
+    assert list(rollout.faults(num_experts=8)) == [FAULTY]
+    assert torch.equal(rollout.tokens, undisturbed.tokens)
+    assert same(rollout.without({FAULTY // 3}).validate(num_experts=8), undisturbed.without({FAULTY // 3}))
+    # What NaN leaves in the server's cache must not spread.
+    cleared = fake.paths()[-3:] == ["/health", "/reset_prefix_cache", "minirl_clear_kv_cache"]
+    assert cleared == bool(rollout.logp_rollout.isnan().any())
+
+
+@pytest.mark.parametrize("fault", ["lost", "cut"])
+def test_a_response_whose_routes_the_worker_lost(fake, connect, fault):
     engine = connect()
-    fake.mend = lambda answer: answer["choices"][0].update(routed_experts=None)
-    with pytest.raises(RuntimeError, match=f"routes: {fake.url} returned none"):
+    undisturbed = generate(engine)
+
+    def lose(answer: dict[str, Any]) -> None:
+        if answer["prompt_token_ids"] == PROMPTS[FAULTY // 3]:
+            name = f"{FAULTY % 3}_{answer['request_id']}-0123abcd"
+            routes = fake.routes.pop(name)
+            if fault == "cut":
+                tokens, *rest = routes["shape"]
+                content = base64.b64decode(routes["base64"])[: -2 * len(fake.layers)]
+                coded = base64.b64encode(content).decode()
+                fake.routes[name] = routes | {"shape": [tokens - 1, *rest], "base64": coded}
+
+    fake.mend = lose
+    with pytest.raises(EngineError, match=r"^routes: .* for row 7, .*rollout\.on_fault: drop"):
         generate(engine)
+    rollout = generate(connect(keep_faulty=True))
+    assert list(rollout.faults(num_experts=8)) == [FAULTY]
+    assert same(rollout.without({2}), undisturbed.without({2}))
+
+
+def test_the_config_says_what_becomes_of_faulty_responses(fake, model, tmp_path):
+    spoil(fake, FAULTS["null"][0])
+    for policy in ("stop", "drop"):
+        config = load_config(
+            None,
+            [
+                *("rollout.engine=vllm_server", "rollout.precision=fp32", f"rollout.on_fault={policy}"),
+                f"rollout.options={{url: '{fake.url}', weights: '{tmp_path}'}}",
+            ],
+        )
+        engine = make_engine(model, config.rollout, seed=0, routes=False)
+        if policy == "drop":
+            assert list(generate(engine).faults()) == [FAULTY]
+        else:
+            with pytest.raises(EngineError, match="row 7"):
+                generate(engine)
+        engine.close()
 
 
 def test_a_request_that_takes_too_long(fake, connect):
@@ -570,6 +761,37 @@ def test_the_key_is_needed_and_never_shown(fake, connect, model, monkeypatch):
     with pytest.raises(ValueError, match="api_key: none, or not one line") as refused:
         connect(api_key="two\nlines")
     assert "two" not in str(refused.value)
+
+
+def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(monkeypatch, tmp_path, capfd):
+    """Two runs: one that ends well, and one whose server breaks down."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.setattr(module, "_pause", lambda attempt: 0.01)
+    server = Fake(load_model("chain-steps"))
+    server.start()
+    options = f"rollout.options={{url: '{server.url}'}}"
+    settings = [
+        *SMALL,
+        options,
+        "algorithm.replay=none",
+        "eval.every=1",
+        "eval.problems=4",
+        "output.trackers=[tensorboard]",
+    ]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    try:
+        assert main(["train", "--out", str(tmp_path / "run"), *arguments]) == 0
+        server.fault = after(3, lambda: (400, {"error": f"Bearer {KEY} cannot be served"}))
+        assert main(["train", "--out", str(tmp_path / "broken"), *arguments]) == 1
+    finally:
+        server.stop()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "report.html"} <= {path.name for path in files}
+    assert any("tfevents" in path.name for path in files)
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+    printed = capfd.readouterr()
+    assert server.url in printed.err
+    assert KEY not in printed.out + printed.err
 
 
 def test_something_else_that_listens_there(fake, connect):
@@ -632,6 +854,8 @@ def ask(middleware: RequireKey, scope: dict[str, Any]) -> list[dict[str, Any]]:
         ({"type": "http", "path": "/health"}, True),
         ({"type": "lifespan"}, True),
         ({"type": "http", "path": "/collective_rpc"}, False),
+        ({"type": "http", "path": "/sleep"}, False),
+        ({"type": "http", "path": "/wake_up"}, False),
         ({"type": "http", "path": "/collective_rpc", "method": "OPTIONS"}, False),
         ({"type": "http", "path": "/health/../pause"}, False),
         ({"type": "http", "path": "//health"}, False),
@@ -695,11 +919,11 @@ def test_the_key_comes_from_the_environment_or_from_a_file_of_ones_own(serve, mo
 
 
 def test_the_command_line_is_closed_by_default_and_shows_no_key(serve, capsys):
-    ours, rest = serve.parse(["--model", "m", "--max-num-seqs", "8"])
+    ours, rest = serve.parse(["--model", "m", "--enable-sleep-mode", "--max-num-seqs", "8"])
     line = serve.command("/path", ours, rest, cpu=True)
     env = serve.environment(KEY)
     assert line[line.index("--host") + 1] == "127.0.0.1"
-    assert line[-2:] == ["--max-num-seqs", "8"]
+    assert line[-3:] == ["--enable-sleep-mode", "--max-num-seqs", "8"]
     assert "processed_logprobs" in line
     assert "minirl_edu.rollout.vllm_serving.RequireKey" in line
     assert (env["VLLM_API_KEY"], env["VLLM_SERVER_DEV_MODE"]) == (KEY, "1")
@@ -897,13 +1121,50 @@ class TestRealServer:
         real.wait()
         assert get("/health", None)[0] == 200
         routes = json.loads(get("/openapi.json", KEY)[1])["paths"]
-        assert {"/collective_rpc", "/pause", "/inference/v1/generate", "/reset_prefix_cache"} <= routes.keys()
+        used = {"/collective_rpc", "/pause", "/inference/v1/generate", "/reset_prefix_cache", "/sleep", "/wake_up"}
+        assert used <= routes.keys()
         closed = {*routes, "/openapi.json", "/docs", "/metrics", "/no/such/path"} - {"/health"}
         assert {path: get(path, None)[0] for path in closed} == dict.fromkeys(closed, 401)
         assert get("/weight_info", KEY + "x")[0] == 401
         assert get("/weight_info", KEY)[0] == 200
         assert KEY not in real.log.read_text()
         assert not any(KEY in word for process in real.tree() for word in process.cmdline())
+
+    def test_numbers_that_are_none_are_known_from_what_it_sends_instead(self, real):
+        """vLLM sends −9999 for NaN: no number that a validation would refuse."""
+        model = load_model("chain-steps")
+        with torch.no_grad():
+            model.get_parameter("lm_head.weight").fill_(float("nan"))
+        settings: Any = {"record_routes": True, "keep_faulty": True, "start_timeout": 300.0}
+        engine = VLLMServerEngine(model, url=real.url, api_key=KEY, **settings)
+        try:
+            assert set(generate(engine).faults()) == set(range(15))
+            engine.keep_faulty = False
+            with pytest.raises(EngineError, match="logp_rollout: nan at row 0, token 0"):
+                generate(engine)
+            engine.sync(load_model("chain-steps"), version=1)
+            assert torch.isfinite(generate(engine).logp_rollout).all()  # nothing of it is left in the KV cache
+        finally:
+            engine.close()
+
+    def test_it_sleeps_and_wakes_when_told(self, real):
+        """CPUs have no sleep mode: the memory stays, but the routes are there and do what they do to requests."""
+        model = load_model("chain-steps")
+        settings: Any = {"record_routes": True, "start_timeout": 300.0}
+        with pytest.raises(ValueError, match=f"sleep: {real.url} cannot"):
+            VLLMServerEngine(model, url=real.url, api_key=KEY, sleep=True, **settings)
+        engine = VLLMServerEngine(model, url=real.url, api_key=KEY, **settings)
+        try:
+            undisturbed = generate(engine)
+            engine.sleep = True
+            for _ in range(2):
+                assert same(undisturbed, generate(engine))
+                assert engine._request("GET", "/is_sleeping") == {"is_sleeping": True}
+            engine.sync(model, version=1)
+            assert engine._request("GET", "/is_sleeping") == {"is_sleeping": False}
+            assert same(undisturbed, generate(engine))
+        finally:
+            engine.close()
 
     def test_a_run_survives_a_kill_in_the_middle_of_its_second_step(self, real, tmp_path, monkeypatch):
         monkeypatch.setenv(KEY_VARIABLE, KEY)

@@ -23,8 +23,8 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from minirl_edu.config import Config, ConfigError, OutputConfig
 from minirl_edu.doctor import environment
 from minirl_edu.experiments.spec import Run, RunResult, Spec, read_run, write_run
 from minirl_edu.plots import read_records
+from minirl_edu.run_folder import lock_folder
 
 RESULTS_VERSION = 1
 """Part of every digest. A change that can move a result, a default's among them (see CHANGELOG.md), raises it, and
@@ -249,12 +250,12 @@ def run_all(
     environment.json: where the latest runs were made.
 
     `progress` shows a bar on a terminal, else prints a line per finished run. `command` is what to type to go on, for
-    the messages. Raises ConfigError for `workers` below 1, and where another process is at work in `out`.
+    the messages. Raises ConfigError for `workers` below 1, FolderInUse where another process is at work in `out`.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers = {workers}: use 1 or more")
     started = time.perf_counter()
-    with _alone_in(Path(out)):
+    with lock_folder(out):  # two processes in one would train the same runs in the same places
         outcome = Outcome(skipped=[job for job in jobs if _result(job) is not None])
         done = {job.path for job in outcome.skipped}
         pending = [job for job in jobs if job.path not in done]
@@ -290,28 +291,6 @@ def _set_aside(path: Path) -> Path:
         number += 1
         target = path.with_suffix(f".{number}.old.csv")
     return path.rename(target)
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Hold the folder: two processes in one would train the same runs in the same places."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"--out {out}: in use by another process; wait for it or choose another folder") from None
-        except OSError:  # a network file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _summarise(outcome: Outcome, total: int, command: str) -> None:

@@ -191,6 +191,7 @@ class HFEngine:
         ours = target.state_dict()
         for name, tensor in full_state(model):
             ours[name].copy_(tensor)
+            del tensor  # before the next one is made
         round_weights_(target, self.precision, self._generator("weights", version))
         self.version = version
 

@@ -18,6 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from minirl_edu.rollout.hf import end_tokens, pad_left
 from minirl_edu.rollout.vllm_worker import decode_routes, request_key
 from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
+from minirl_edu.streaming import architecture_name, full, untied_state, write_safetensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ENVIRONMENT = {
@@ -204,7 +206,7 @@ class VLLMEngine:
         if kind not in _refusals:
             launch((name, other_weights(tensor)) for name, tensor in checkpoint_weights(model))
             try:
-                self._load(checkpoint_weights(model))
+                self._load(checkpoint_weights(model), checkpoint_specs(model))
                 reloaded = self._state()
             except Exception as error:  # whatever vLLM raises in a reload, the verdict is the same
                 _refusals[kind] = f"its reload of weights raises {type(error).__name__}: {error}"
@@ -247,6 +249,9 @@ class VLLMEngine:
             outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], params, use_tqdm=False)
         responses = [(list(sample.token_ids), _logprobs(sample)) for output in outputs for sample in output.outputs]
         rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
+        if self._on_cpu and rollout.logp_rollout.isnan().any():
+            llm.reset_prefix_cache()
+            llm.collective_rpc(clear_kv_cache)
         if self._replay is None:
             return accept(rollout, keep_faulty=self.keep_faulty)
         of_requests = self._routes_of_worker if self._on_cpu else _routes_of_outputs
@@ -275,7 +280,8 @@ class VLLMEngine:
         if self.experts is not None and self.experts.rounding != "nearest":
             draws = 0 if self.experts.rounding == "frozen" else version
             generator = torch.Generator(model.device).manual_seed(derive_seed(self.seed, "weights", draws))
-        self._load(_rounded(checkpoint_weights(model), self._expert_format, generator))
+        weights = _rounded(checkpoint_weights(model), self._expert_format, generator)
+        self._load(weights, checkpoint_specs(model))
         self._take_model(model)
         self.version = version
 
@@ -294,14 +300,14 @@ class VLLMEngine:
         """Call a worker's method; the answer of the first worker, which stands for all."""
         return self._open().collective_rpc(method, args=args)[0]
 
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _load(self, weights: Iterable[tuple[str, Tensor]], specs: dict[str, Tensor]) -> None:
         llm = self._open()
         with _unnoticed():
             if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
                 self._rpc("minirl_load_weights", weights)
             else:  # the workers are processes of their own
                 with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-                    save_file({name: tensor.contiguous() for name, tensor in weights}, file.name)
+                    write_safetensors(Path(file.name), specs, weights)
                     self._rpc("minirl_load_file", file.name)
         if not llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache: are requests still running?")
@@ -359,6 +365,16 @@ def request_settings(sampling: Sampling, group_size: int, seed: int, ends: list[
         "ignore_eos": True,  # `stop_token_ids` says it all
         "detokenize": False,
     }
+
+
+def clear_kv_cache(worker: Any) -> None:
+    """Zero the KV cache of a vLLM worker. Its prefix cache must have been reset.
+
+    On CPUs vLLM's attention multiplies what earlier requests left in a block by a weight of 0 (seen in 0.32). One NaN
+    left there, and whoever is given the block has NaN too, whatever the weights: one faulty response spreads to all.
+    """
+    for cache in worker.model_runner.kv_caches:
+        cache.zero_()
 
 
 def assemble(
@@ -451,13 +467,45 @@ def _routes_of_outputs(outputs: list[Any]) -> list[np.ndarray | None]:
 def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) as in the family's checkpoints, which is what vLLM reads; tied weights once.
 
-    transformers keeps a layer's experts stacked, checkpoints keep them apart: they are converted layer by layer, so
-    that no second state is ever whole.
+    transformers keeps a layer's experts stacked, checkpoints keep them apart. Parameters are converted one by one, or,
+    in families where one name of the checkpoint takes several of them, layer by layer. Those of a sharded model are
+    made whole one at a time as well, so that no second state ever exists; all ranks have to iterate then, this one or
+    `full_state`, which gathers in the same order.
     """
-    tied = model.all_tied_weights_keys
-    state = [(name, tensor) for name, tensor in model.state_dict().items() if name not in tied]
-    for _, layer in itertools.groupby(state, lambda item: _LAYER.findall(item[0])[0]):
-        yield from revert_weight_conversion(model, dict(layer)).items()
+    state = untied_state(model)
+    for names in _convertible(model, state):
+        yield from revert_weight_conversion(model, {name: full(state[name]) for name in names}).items()
+
+
+def checkpoint_specs(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Names, dtypes and shapes of what `checkpoint_weights` yields, in its order, as tensors without memory."""
+    state = _specs(untied_state(model))
+    specs = {}
+    for names in _convertible(model, state):
+        specs |= revert_weight_conversion(model, {name: state[name] for name in names})
+    return specs
+
+
+def _specs(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+
+
+def _convertible(model: PreTrainedModel, state: dict[str, Tensor]) -> Iterator[list[str]]:
+    """The names of `state`, in order, in the smallest parts that convert to the checkpoint's as the whole does."""
+
+    def converted(specs: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (spec.shape, spec.dtype) for name, spec in revert_weight_conversion(model, specs).items()}
+
+    for _, layer in itertools.groupby(state, lambda name: _LAYER.findall(name)[0]):
+        names = list(layer)
+        specs = _specs({name: state[name] for name in names})
+        alone: dict[str, tuple[torch.Size, torch.dtype]] = {}
+        try:
+            for name, spec in specs.items():
+                alone |= converted({name: spec})
+        except (KeyError, RuntimeError, ValueError, IndexError):  # it misses the rest of its layer
+            alone = {}
+        yield from [[name] for name in names] if alone == converted(specs) else [names]
 
 
 def _expert_format(model: PreTrainedModel, experts: Precision | None) -> str:
@@ -494,7 +542,7 @@ def other_weights(tensor: Tensor) -> Tensor:
 def _write_checkpoint(folder: str, model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Config and weights as vLLM reads them, in files of about 1 GiB, so that no second state is ever whole."""
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [architecture_name(model)]
     config.save_pretrained(folder)
     shard, size, files = {}, 0, 0
     for name, tensor in weights:

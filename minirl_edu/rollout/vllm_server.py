@@ -35,6 +35,7 @@ from minirl_edu.rollout.hf import end_tokens
 from minirl_edu.rollout.vllm import (
     assemble,
     check_room,
+    checkpoint_specs,
     checkpoint_weights,
     other_weights,
     place_routes,
@@ -43,6 +44,7 @@ from minirl_edu.rollout.vllm import (
 from minirl_edu.rollout.vllm_worker import decode_routes, request_key
 from minirl_edu.routing import RoutingReplay
 from minirl_edu.seeding import derive_seed
+from minirl_edu.streaming import architecture_name, write_safetensors
 
 KEY_VARIABLE = "MINIRL_VLLM_API_KEY"
 """The environment variable that holds the server's API key."""
@@ -167,10 +169,12 @@ class VLLMServerEngine:
         if self.sleep:
             self._ensure()
         samples = [sample for group in self._ask(bodies) for sample in group]
-        if self.sleep:
-            self._put_to_sleep()
         responses = [(sample.tokens, sample.logp) for sample in samples]
         rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
+        if rollout.logp_rollout.isnan().any():
+            self._persist("clearing its cache", self._clear_cache)
+        if self.sleep:
+            self._persist("putting it to sleep", lambda _: self._request("POST", "/sleep?level=1"))
         if self._replay is None:
             return accept(rollout, keep_faulty=self.keep_faulty)
         shape, routes = (self._replay.layers, self._replay.top_k), [sample.routes for sample in samples]
@@ -275,9 +279,10 @@ class VLLMServerEngine:
         if not self.keep_faulty:
             raise EngineError(f"{fault}; {ON_FAULT}")
 
-    def _put_to_sleep(self) -> None:
-        """Free the server's GPU memory. One that restarted meanwhile is awake, with its own weights: it sleeps, too."""
-        self._persist("putting it to sleep", lambda _: self._request("POST", "/sleep?level=1"))
+    def _clear_cache(self, _: str) -> None:
+        """After a response whose log-probabilities are none: what it left in the KV cache must reach no other."""
+        self._reset_cache()
+        self._rpc("minirl_clear_kv_cache")
 
     # -------------------------------------------------------------------------------------------------------- sync
 
@@ -290,7 +295,7 @@ class VLLMServerEngine:
         self._open()
         self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
         self._device, self._config = model.device, model.config.get_text_config()
-        self._architecture = type(model).__name__
+        self._architecture = architecture_name(model)
         self._label = f"{version}-{self._name}"
         if self.transfer == "file":
             self._write(model)
@@ -304,8 +309,7 @@ class VLLMServerEngine:
         before, self._file = self._file, self._folder / f"minirl-{self._label}.safetensors"
         partial = self._file.with_suffix(".partial")
         try:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint_weights(model)}
-            save_file(tensors, partial)
+            write_safetensors(partial, checkpoint_specs(model), checkpoint_weights(model))
             partial.replace(self._file)
         finally:
             partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from minirl_edu.rollout.vllm import clear_kv_cache
 from minirl_edu.rollout.vllm_worker import WorkerExtension
 
 OPEN_PATHS = ("/health",)
@@ -63,6 +64,10 @@ class ServerExtension(WorkerExtension):
             "records_routes": current_platform.is_cpu(),
             "can_sleep": model.enable_sleep_mode,
         }
+
+    def minirl_clear_kv_cache(self) -> None:
+        """See `clear_kv_cache`."""
+        clear_kv_cache(self)
 
     def minirl_load_checkpoint(self) -> None:
         """Load the weights that the server was started with, again, by the same way as any new ones."""

@@ -1,0 +1,141 @@
+"""What each process of a test with several of them runs: `program.py OUT TASK [A.B=C …]`, under `accelerate launch` or
+alone. Rank 0 leaves its findings in OUT."""
+
+import gc
+import json
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from minirl_edu import streaming
+from minirl_edu.config import load_config
+from minirl_edu.models import random_model
+from minirl_edu.rollout import HFEngine, Rollout
+from minirl_edu.rollout import vllm as vllm_module
+from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
+from minirl_edu.streaming import full_state, take_part, write_safetensors
+from minirl_edu.tasks import Problem
+from minirl_edu.trainer import MiniRLTrainer
+
+MOE = (
+    "model={name: Qwen3-30B-A3B, random: true, overrides: {vocab_size: 18, hidden_size: 64, num_hidden_layers: 2, "
+    "num_attention_heads: 4, num_key_value_heads: 2, head_dim: 32, num_experts: 8, num_experts_per_tok: 2, "
+    "moe_intermediate_size: 32, intermediate_size: 64, bos_token_id: null, eos_token_id: 17, pad_token_id: 16}}"
+)
+SETTINGS = (
+    *(MOE, "rollout.precision=int4", "task.options={max_operands: 5, hard_operands: 5}"),
+    *("train.global_steps=3", "train.mini_batch_prompts=5", "train.group_size=4", "train.mini_batches=2"),
+    # Adam's step g/(√v + ε) is ±1 for any g ≫ ε: a difference of 1e-8 between two sums becomes a whole step where a
+    # gradient happens to be 0. With this ε weights depend on gradients smoothly, and can be compared.
+    *("train.adam_eps=1e-2", "train.lr=1e-3", "train.tokens_per_micro_batch=64"),
+    *("eval.every=2", "eval.problems=8", "output.save_every=1", "ranks.wait=120", "ranks.silent=20"),
+)
+TIED = MOE.replace("overrides: {", "overrides: {tie_word_embeddings: true, ")
+
+
+def even(problems: Sequence[Problem], rollout: Rollout) -> torch.Tensor:
+    """Rewards responses that start with an even token: random weights get some of them right."""
+    return (rollout.tokens[:, rollout.prompt_length] % 2 == 0).float()
+
+
+def trainer(out: Path, settings: Sequence[str], **options) -> MiniRLTrainer:
+    """A run on the tiny untied model; every process makes the same."""
+    run = MiniRLTrainer(load_config(None, [*SETTINGS, *settings]), out, progress=False, **options)
+    run.rewards = even
+    return run
+
+
+def final_weights(run: MiniRLTrainer, file: Path) -> None:
+    """Gather the weights into a file; all ranks."""
+    weights = {name: tensor.clone() for name, tensor in full_state(run._unwrapped)}
+    if run.ranks.first:
+        save_file(weights, file)
+
+
+def train(out: Path, settings: Sequence[str]) -> None:
+    """Each kind of replay, from the same start."""
+    for replay in ("none", "R2", "R3"):
+        run = trainer(out / replay, [*settings, f"algorithm.replay={replay}"])
+        run.train()
+        final_weights(run, out / replay / "final.safetensors")
+    if run.ranks.first:
+        kinds = {type(parameter).__name__ for parameter in run.model.parameters()}
+        findings = {"parameters": sorted(kinds), "fsdp2": run.accelerator.is_fsdp2, "size": run.ranks.size}
+        (out / "findings.json").write_text(json.dumps(findings))
+
+
+def stream(out: Path, settings: Sequence[str]) -> None:
+    """What an engine and a file get of sharded weights after a step, and how many whole tensors there ever are."""
+    run = trainer(out / "run", settings)
+    run.global_step()
+    model, first = run._unwrapped, run.ranks.first
+    alive: list[weakref.ref] = []
+    most = 0
+    gather = streaming.full
+
+    def watched(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        whole = gather(tensor)
+        gc.collect()
+        alive.append(weakref.ref(whole.untyped_storage()))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return whole
+
+    streaming.full = vllm_module.full = watched
+    if first:
+        write_safetensors(out / "streamed.safetensors", checkpoint_specs(model), checkpoint_weights(model))
+    else:
+        take_part(model)
+    streamed, most, alive = most, 0, []
+    streaming.full = vllm_module.full = gather
+    gathered = {name: tensor.clone() for name, tensor in full_state(model)}
+    if not first:
+        take_part(model)
+        run.ranks.close()
+        return
+    plain = random_model("Qwen3-30B-A3B", run.config.model.overrides, seed=0)
+    plain.load_state_dict(gathered, strict=False)
+    engine = HFEngine(plain)
+    engine.sync(model, version=1)
+    run.ranks.close()
+    assert engine.model is not None
+    same = all(torch.equal(tensor, gathered[name]) for name, tensor in full_state(engine.model))
+    expected = dict(checkpoint_weights(plain))
+    with safe_open(out / "streamed.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        equal = names == expected.keys() and all(torch.equal(file.get_tensor(n), expected[n]) for n in names)
+    findings = {"file": equal, "engine": same, "most": streamed, "tensors": len(gathered), "names": len(names)}
+    (out / "findings.json").write_text(json.dumps(findings))
+
+
+def resume(out: Path, settings: Sequence[str]) -> None:
+    """Go on with the run in OUT/run to its end."""
+    run = trainer(out / "run", settings, resume=(out / "run").exists())
+    run.train()
+    final_weights(run, out / f"final-{run.step}.safetensors")
+
+
+def poison(out: Path, settings: Sequence[str]) -> None:
+    """One rank's parameters turn to NaN between two steps."""
+    run = trainer(out / "run", settings)
+    step = run._update
+
+    def spoilt(mini_batch):
+        if run.grad_step == 2 and run.ranks.rank == run.ranks.size - 1:
+            parameter = next(run.model.parameters())
+            with torch.no_grad():
+                getattr(parameter, "_local_tensor", parameter).fill_(float("nan"))
+        return step(mini_batch)
+
+    run._update = spoilt
+    run.train()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    {"train": train, "stream": stream, "resume": resume, "poison": poison}[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])

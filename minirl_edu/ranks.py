@@ -51,14 +51,15 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
         raise ValueError("FSDP version 1 is not supported: write fsdp_version: 2 into the accelerate config")
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.cuda.is_available()
     if sharded and on_cpu and PartialState._shared_state == {}:
-        PartialState(cpu=True, timeout=timeout)
-        # What accelerate looks at when it decides whether FSDP may be used.
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if PartialState(cpu=True, timeout=timeout).num_processes > 1:
+            # What accelerate looks at when it decides whether FSDP may be used.
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout)]
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
     if sharded and not accelerator.is_fsdp2:
         raise ValueError(
-            f"FSDP2 was asked for, but accelerate runs {accelerator.distributed_type.value}; use another version of it"
+            f"FSDP2 was asked for, but accelerate runs {accelerator.num_processes} processes as "
+            f"{accelerator.distributed_type.value}; take a config without FSDP, or another version of accelerate"
         )
     return accelerator
 

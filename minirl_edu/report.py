@@ -31,6 +31,7 @@ class _Run:
     warnings: list[str]
     config: dict[str, Any]  # dotted name -> value; empty where the run has no config.yaml
     environment: dict[str, Any]
+    memory: dict[str, float]  # bytes per token of each part of the last rollout
 
     @property
     def problems(self) -> int:
@@ -66,6 +67,7 @@ def _read(folder: Path) -> _Run:
         warnings=[str(warning) for record in records for warning in record.get("warnings", [])],
         config=_flatten(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {},
         environment=json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
+        memory=next((record["bytes_per_token"] for record in reversed(records) if "bytes_per_token" in record), {}),
     )
 
 
@@ -238,6 +240,9 @@ def _summary(runs: Mapping[str, _Run]) -> list[tuple[str, list[str]]]:
     rows.append(("Gradient steps", [str(int(run.metrics["grad_step"][-1])) for run in everyone]))
     rows.append(("Minutes, evaluations excluded", [f"{sum(run.at('seconds').values()) / 60:.1f}" for run in everyone]))
     rows.append(("Tokens per second", [rate(run) for run in everyone]))
+    for part in dict.fromkeys(part for run in everyone for part in run.memory):
+        cells = [f"{run.memory[part]:.1f}" if part in run.memory else "–" for run in everyone]
+        rows.append((f"Rollout in memory, {part} (bytes per token)", cells))
     return rows
 
 

@@ -294,10 +294,10 @@ def test_a_run_of_two_processes_stops_when_asked_and_reports_once(tmp_path):
     assert 0 < steps < 1000 and checkpoint.name == f"step-{steps:06d}"
 
 
-def wait_for(path: Path, seconds: float) -> None:
-    """Until the file is there and not empty."""
+def wait_for(path: Path, seconds: float, lines: int = 1) -> None:
+    """Until the file is there and has so many lines."""
     deadline = time.monotonic() + seconds
-    while not (path.exists() and path.stat().st_size):
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
         assert time.monotonic() < deadline, f"no {path.name} within {seconds} s"
         time.sleep(0.05)
 
@@ -310,7 +310,7 @@ STUBS = {
     "curl": """record curl; grep -q '"name": "serve"' "$CALLS" """,  # healthy once it was started
     "sleep": "exec /bin/sleep 0.1",
     "accelerate": """record accelerate
-        if [[ -n ${HANGS:-} ]]; then trap 'record stopped; exit 0' TERM; touch "$HANGS"; while :; do sleep 0.1; done; fi
+        if [[ -n ${HANGS:-} ]]; then trap 'record stopped; exit 0' TERM; echo >>"$HANGS"; while :; do sleep 0.1; done; fi
         exit "${STATUS:-0}" """,
     "scontrol": 'record scontrol; if [[ $1 == show ]]; then printf "node%s\\n" 1 2 3; fi',
     "srun": """record srun
@@ -325,8 +325,9 @@ STUBS = {
         exit $status""",
 }
 RECORD = """#!/bin/bash
+words=("$@")
 record() { "$PYTHON" -c 'import json, os, sys; print(json.dumps(dict(name=sys.argv[1], words=sys.argv[2:],
-    gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), key=os.environ.get("MINIRL_VLLM_API_KEY"))))' "$@" >>"$CALLS"; }
+    gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), key=os.environ.get("MINIRL_VLLM_API_KEY"))))' "$1" "${words[@]}" >>"$CALLS"; }
 """
 
 
@@ -338,9 +339,6 @@ class Job:
         stubs = folder / "stubs"
         stubs.mkdir()
         for name, body in STUBS.items():
-            body = body.replace("record srun", 'record srun "$@"')
-            for program in ("curl", "accelerate", "scontrol", "serve"):
-                body = body.replace(f"record {program}", f'record {program} "$@"')
             (stubs / name).write_text(RECORD + body + "\n")
             (stubs / name).chmod(0o755)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("MINIRL")}
@@ -451,15 +449,14 @@ def test_the_key_is_the_same_on_both_sides_and_on_no_command_line(job, script):
     assert other.finish() == 0 and {call["key"] for call in other.calls("accelerate")} == {"a-key-of-the-users"}
 
 
-@pytest.mark.parametrize("script", [script.name for script in SCRIPTS])
-def test_a_job_whose_time_is_up_stops_the_trainer_and_queues_again(job, tmp_path, script):
+@pytest.mark.parametrize(("script", "launchers"), [("one_node.sbatch", 1), ("several_nodes.sbatch", 2)])
+def test_a_job_whose_time_is_up_stops_the_trainer_and_queues_again(job, tmp_path, script, launchers):
     started = tmp_path / "started"
     ran = job(script, RECIPE=str(QWEN), HANGS=str(started))
-    while not started.exists() and ran.process.poll() is None:
-        time.sleep(0.05)
+    wait_for(started, 30, lines=launchers)
     ran.process.send_signal(signal.SIGTERM)  # as Slurm does it with --signal=B:TERM: the script alone
     assert ran.finish() == 0, ran.log.read_text()
-    assert len(ran.calls("stopped")) == len(ran.calls("accelerate"))
+    assert len(ran.calls("stopped")) == len(ran.calls("accelerate")) == launchers
     assert [call["words"] for call in ran.calls("scontrol") if call["words"][0] != "show"] == [["requeue", "7"]]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,6 +84,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     train(out, *RUN, f"train.global_steps={STEPS}")
+    before = load_file(out / f"checkpoints/step-{STEPS - 1:06d}/model.safetensors")
+    assert any(not torch.equal(before[name], tensor) for name, tensor in weights(out).items())  # steps leave a trace
     return out
 
 
@@ -159,10 +162,9 @@ def cut(path: Path) -> None:
     [
         (flip, ["step-000004/model.safetensors"], ["its contents changed after it was written"], 3),
         (cut, ["step-000004/optimizer.safetensors"], ["bytes where"], 3),
-        (Path.unlink, ["step-000004/manifest.json"], ["missing, so this is no complete checkpoint"], 3),
         (flip, ["step-000003/state.json", "step-000004/state.json"], ["step-000003/state.json", "step-000004/"], 0),
     ],
-    ids=["a flipped bit", "cut off", "no manifest", "all of them"],
+    ids=["a flipped bit", "cut off", "all of them"],
 )
 def test_a_damaged_checkpoint_is_passed_over(damage, files, words, from_step, undisturbed, tmp_path):
     out = tmp_path / "run"
@@ -241,21 +243,14 @@ def test_a_verifier_that_hangs_raises_or_dies_costs_its_answer_and_is_counted(re
     assert counted == failing
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ('{"problem": "1 + 1", "answer": ', "not a line of JSON"),
-        ('{"problem": "1 + 1", "answer": 2}', "'answer' must be a text that is not empty, found 2"),
-    ],
-    ids=["cut off", "a number"],
-)
-def test_a_poisoned_row_is_refused_by_file_and_line(row, words, reader, tmp_path):
+def test_a_poisoned_row_is_refused_by_file_and_line(reader, tmp_path):
     problems(tmp_path / "train.jsonl", ["2"] * 20)
     problems(tmp_path / "test.jsonl", ["2"])
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
-    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:12], row, *lines[12:]]))
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:12], lines[12].replace('"2"', "2"), *lines[13:]]))
     printed = train(tmp_path / "run", *on_text(reader, tmp_path), expect=2)
-    assert f"{tmp_path / 'train.jsonl'}:13: {words}" in printed and "Traceback" not in printed
+    assert f"{tmp_path / 'train.jsonl'}:13: 'answer' must be a text that is not empty, found 2" in printed
+    assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()  # the corrected command may use the same folder
 
 
@@ -275,7 +270,8 @@ def test_a_second_run_in_the_folder_is_refused_until_the_first_has_ended(undistu
     first = start(out, *RUN, "train.global_steps=100000", "output.keep_last=1000")
     try:
         wait_for(lambda: (out / "metrics.jsonl").exists() and len(metrics(out)) >= 2, first)
-        os.kill(first.pid, signal.SIGSTOP)  # nothing of what follows is the first one's doing
+        first.send_signal(signal.SIGSTOP)  # nothing of what follows is the first one's doing
+        wait_for(lambda: psutil.Process(first.pid).status() == psutil.STATUS_STOPPED, first)
         before = contents(out)
         for resume in (True, False):
             printed = train(out, *settings, resume=resume, expect=2)

@@ -310,8 +310,10 @@ STUBS = {
     "curl": """record curl; grep -q '"name": "serve"' "$CALLS" """,  # healthy once it was started
     "sleep": "exec /bin/sleep 0.1",
     "accelerate": """record accelerate
-        if [[ -n ${HANGS:-} ]]; then trap 'record stopped; exit 0' TERM; echo >>"$HANGS"; while :; do sleep 0.1; done; fi
-        exit "${STATUS:-0}" """,
+        [[ -n ${HANGS:-} ]] || exit "${STATUS:-0}"
+        trap 'record stopped; exit 0' TERM
+        echo >>"$HANGS"
+        while :; do sleep 0.1; done""",
     "scontrol": 'record scontrol; if [[ $1 == show ]]; then printf "node%s\\n" 1 2 3; fi',
     "srun": """record srun
         while [[ $1 == -* ]]; do [[ $1 != --ntasks=* ]] || tasks=${1#*=}; shift; done
@@ -327,7 +329,8 @@ STUBS = {
 RECORD = """#!/bin/bash
 words=("$@")
 record() { "$PYTHON" -c 'import json, os, sys; print(json.dumps(dict(name=sys.argv[1], words=sys.argv[2:],
-    gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), key=os.environ.get("MINIRL_VLLM_API_KEY"))))' "$1" "${words[@]}" >>"$CALLS"; }
+    gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), key=os.environ.get("MINIRL_VLLM_API_KEY"))))' \\
+    "$1" "${words[@]}" >>"$CALLS"; }
 """
 
 
@@ -463,7 +466,7 @@ def test_a_job_whose_time_is_up_stops_the_trainer_and_queues_again(job, tmp_path
 @pytest.mark.parametrize("script", [script.name for script in SCRIPTS])
 def test_a_job_that_fails_does_not_queue_again(job, script):
     ran = job(script, RECIPE=str(QWEN), STATUS="3")
-    assert ran.finish() == 3
+    assert ran.finish() == 3, ran.log.read_text()
     assert not [call for call in ran.calls("scontrol") if call["words"][0] != "show"]
 
 

@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from benchmarks.arithmetic import matmul_rate, step_flops
 from benchmarks.memory import memory
 from benchmarks.rollouts import rollouts
+from minirl_edu.batches import MiniBatch, Sampled
 from minirl_edu.config import load_config
 from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -82,7 +84,7 @@ def replay(rounds: int, *, seed: int = 0) -> Result:
     assert trainer.replay is not None
     recorder, (rollout, advantages) = trainer.replay, _rollout(trainer, seed)
     assert rollout.routes is not None
-    batches = trainer._cut(rollout, advantages)  # the trainer's own layout
+    batches = _cut(trainer, rollout, advantages).parts  # the trainer's own layout
     routes = [batch.layout.pack(batch.rollout.routes) for batch in batches if batch.rollout.routes is not None]
 
     def update(context: Callable[[Routes], AbstractContextManager[Any]]) -> Callable[[], None]:
@@ -116,6 +118,12 @@ def replay(rounds: int, *, seed: int = 0) -> Result:
     }
 
 
+def _cut(trainer: MiniRLTrainer, rollout: Rollout, advantages: torch.Tensor, share_prompts: bool = True) -> MiniBatch:
+    """The rollout as one mini-batch with these advantages."""
+    batcher = replace(trainer.batcher, share_prompts=share_prompts, mini_batches=1)
+    return batcher.cut(Sampled(rollout, advantages, [len(rollout.prompts)]), lambda rewards, group_size: rewards)[0]
+
+
 def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
     """What it saves to take π_old from the update's own forward, to read each prompt once in the update, and to leave
     out the backward of groups without a gradient: here every second group."""
@@ -131,9 +139,7 @@ def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
         share_prompts: bool, trainer: MiniRLTrainer = own, advantages: torch.Tensor = advantages
     ) -> Callable[[], None]:
         def gradient_step() -> None:
-            trainer.share_prompts = share_prompts
-            trainer._update(trainer._cut(rollout, advantages))
-            trainer.share_prompts = True
+            trainer._update(_cut(trainer, rollout, advantages, share_prompts=share_prompts))
 
         return gradient_step
 
@@ -215,7 +221,7 @@ class _Clock:
     def __init__(self, trainer: MiniRLTrainer) -> None:
         self._spent: dict[str, float] = defaultdict(float)
         self._watch(trainer.engine, "generate", "sample")
-        self._watch(trainer, "_cut", "update")
+        self._watch(trainer.batcher, "cut", "update")
         self._watch(trainer, "_update", "update")
         self._watch(trainer.engine, "sync", "sync")
 

@@ -4,9 +4,9 @@
     activations, logits        the training engine's own forward and backward, run on tensors without data
     everything else            arithmetic; each line of the table says which
 
-The plan is for the fullest GPU (rank 0, which has the rollout engine or the whole rollout beside its share) and for the
-dearest case: every response as long as it may be, every group with a gradient. Times are roofs: no step is faster than
-its products at the chip's peak, its reads at the full bandwidth. Real steps take a multiple.
+The plan is for the fullest GPU (rank 0's, with the rollout beside its share) and the dearest case: every response as
+long as it may be, every group with a gradient. Times are lower bounds: no product is faster than the chip's peak, no
+read than its memory. Real steps take a multiple.
 """
 
 import json
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,30 +40,30 @@ from minirl_edu.rollout import VLLM_DTYPES
 from minirl_edu.routing import RoutingReplay, UnsupportedRouter
 from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
 
-ALLOCATOR = 1.1
-"""Memory taken over memory in use, for blocks that come and go: allocators leave gaps. Of PyTorch's on GPUs and of glibc
-on CPUs alike; measured on CPUs (tests/test_plan.py)."""
-
 RUNTIME = 1.5e9
-"""Bytes that a process takes of a GPU before its first tensor: CUDA context, cuBLAS and NCCL buffers. An allowance of
-ours, not measured here; on CPUs the baseline is measured (`this_machine`)."""
+"""Bytes that a process takes of a GPU before its first tensor (CUDA context, cuBLAS, NCCL): an allowance, not measured
+here. On CPUs it is measured (`this_machine`)."""
+
+SLACK = 1.1
+"""Memory taken over memory in use, for blocks that come and go, because allocators leave gaps: an allowance for GPUs,
+not measured here."""
 
 VLLM_SEQUENCES, VLLM_TOKENS = 1024, 8192
-"""How many sequences, and how many tokens of prompts, vLLM 0.32 computes at once unless told otherwise (its server on
-GPUs of 70 GiB and more; `default_max_num_seqs` and its neighbour in vllm/engine/arg_utils.py)."""
+"""How many sequences, and how many tokens of prompts, vLLM computes at once unless told otherwise (0.32's server on
+GPUs of 70 GiB and more: `default_max_num_seqs` and its neighbour in vllm/engine/arg_utils.py)."""
 
 # ----------------------------------------------------------------------------------------------------------- hardware
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A kind of GPU (or this machine) and how several are connected.
+    """A kind of GPU, and how several are connected.
 
-    bf16, fp32  FLOP/s of dense matrix products      memory   bytes
-    bandwidth   bytes/s of its memory                nvlink   bytes/s to other GPUs of the machine, one direction
-    per_node    GPUs in a machine                    network  bytes/s to other machines, per GPU, one direction
-    runtime     bytes taken by a process before its first tensor
-    keeps_freed what is freed in one phase stays with the process in the next, so the phases add up
+    bf16, fp32   FLOP/s of dense matrix products       memory   bytes
+    bandwidth    bytes/s of its memory                 nvlink   bytes/s to the machine's other GPUs, one direction
+    per_node     GPUs in a machine                     network  bytes/s to other machines per GPU, one direction
+    runtime      bytes that a process takes at once    slack    bytes taken over bytes in use
+    keeps_freed  whether the phases of a step add up, since what one frees stays with the process
     """
 
     name: str
@@ -75,6 +75,7 @@ class Hardware:
     network: float
     per_node: int = 8
     runtime: float = RUNTIME
+    slack: float = SLACK
     keeps_freed: bool = False
 
 
@@ -83,39 +84,42 @@ HARDWARE = {
     "h200": Hardware("h200", 989e12, 67e12, 4.8e12, 141e9, 450e9, 50e9),
     "a100": Hardware("a100", 312e12, 19.5e12, 2.039e12, 80e9, 300e9, 25e9),
 }
-"""SXM modules, from NVIDIA's data sheets "H100 Tensor Core GPU", "H200 Tensor Core GPU" and "A100 80GB": bf16 on tensor
-cores without sparsity, fp32 without TF32, NVLink's 900 (A100: 600) GB/s halved, because they count both directions. The
-network is that of DGX machines: one 400 Gb/s (A100: 200) adapter for each GPU."""
+"""SXM modules. NVIDIA's data sheets of H100, H200 and A100 80GB: bf16 on tensor cores without sparsity, fp32 without
+TF32, NVLink's 900 (A100: 600) GB/s halved, as they count both directions. Network: DGX machines have an adapter of 400
+Gb/s (A100: 200) for each GPU."""
 
 
 def this_machine(config: Config) -> Hardware:
-    """This machine as `cpu`: its memory, and, measured in a fresh process on the threads that OMP_NUM_THREADS allows,
-    FLOP/s, bytes/s of a copy, and the resident memory of a process that imported all that this run's training imports
-    and made its task."""
+    """This machine, as `cpu`. Measured in a fresh process on as many threads as OMP_NUM_THREADS allows: FLOP/s, bytes/s
+    of a copy, and the resident memory of a process that imported what this run's training imports and made its task.
+
+    glibc returns freed blocks below 32 MiB to the system only from the end of its heap, so the phases add up.
+    """
     with tempfile.TemporaryDirectory(prefix="minirl-plan-") as folder:
         save_config(config, path := Path(folder) / "config.yaml")
-        code = "import sys; from minirl_edu import plan; plan._measure(sys.argv[1])"
-        command = [sys.executable, "-c", "import minirl_edu.cli, minirl_edu.trainer; " + code, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        program = (
+            "import sys, minirl_edu.report, minirl_edu.trainer, minirl_edu.plan as plan; plan._measure(sys.argv[1])"
+        )
+        done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"measuring this machine failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
-    measured = json.loads(done.stdout.splitlines()[-1])
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    flops, bandwidth = measured["flops"], measured["bandwidth"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    flops, copy = found["flops"], found["bandwidth"]
     return Hardware(
-        "cpu", flops, flops, bandwidth, float(memory), bandwidth, bandwidth, runtime=measured["rss"], keeps_freed=True
+        "cpu", flops, flops, copy, memory, copy, copy, runtime=found["resident"], slack=1.0, keeps_freed=True
     )
 
 
 def _measure(path: str) -> None:
     """In a fresh process: print what `this_machine` asks for."""
     config = load_config(path)
-    task = _task(config)
+    task = _task(config)  # kept, with the modules that it imports
     if config.rollout.engine == "vllm":
         import vllm  # noqa: F401
-    a, copied = torch.ones(1024, 1024), torch.ones(2**25)
+    square, copied = torch.ones(1024, 1024), torch.ones(2**25)
 
-    def best(run: Any) -> float:
+    def best(run: Callable[[], Tensor]) -> float:
         seconds = []
         for _ in range(5):
             start = time.perf_counter()
@@ -123,11 +127,12 @@ def _measure(path: str) -> None:
             seconds.append(time.perf_counter() - start)
         return min(seconds)
 
-    found = {"flops": 2 * 1024**3 / best(lambda: a @ a), "bandwidth": 2 * copied.nbytes / best(copied.clone)}
-    del copied, task
-    # Not ru_maxrss, which a child inherits from the process that started it.
-    found["rss"] = 1024 * int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[0])
-    print(json.dumps(found))
+    flops = 2 * len(square) ** 3 / best(lambda: square @ square)
+    bandwidth = 2 * copied.nbytes / best(copied.clone)
+    del copied
+    # Not getrusage's ru_maxrss: a child inherits that from the process that started it.
+    resident = 1024 * int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0])
+    print(json.dumps({"flops": flops, "bandwidth": bandwidth, "resident": resident, "task": task.name}))
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -137,11 +142,11 @@ def _measure(path: str) -> None:
 class Anatomy:
     """Parameter counts of a model, taken from the model itself, built without data.
 
-    total      all; tied ones once               experts      of all experts together
-    embedding  the input table                   num_experts  E, 0 for a dense model
-    head       the output matrix, 0 where tied   top_k        k, experts that serve a token
-    moe_layers layers with experts               largest      the largest single parameter
-    units      (parameters, experts' among them) of each module that FSDP2 gathers at once
+    total      all; tied ones once                 experts      of all experts together
+    embedding  the input table                     num_experts  E, 0 for a dense model
+    head       the output matrix, 0 where tied     top_k        k, experts that serve a token
+    largest    the largest parameter               moe_layers   layers with experts
+    units      (parameters, the experts' among them) of each module that FSDP2 gathers as a whole
     """
 
     config: PreTrainedConfig
@@ -162,13 +167,13 @@ class Anatomy:
 
     @property
     def active(self) -> float:
-        """Parameters that serve one token, total − experts · (1 − k/E), both embeddings included, as Qwen counts."""
+        """Parameters that serve a token: total − experts · (1 − k/E). Both embeddings count, as in Qwen's 3.3 B."""
         return self.total - self.experts * (1 - self.top_k / max(self.num_experts, 1))
 
     @property
     def multiplied(self) -> float:
-        """Active parameters that a token is multiplied with: without the input table, which is looked up (where it is
-        tied to the head, it is the head). OpenAI counts like this: 3.61 B of gpt-oss-20b."""
+        """Active parameters that a token is multiplied with: without the input table, which is looked up. OpenAI counts
+        so: 3.61 B of gpt-oss-20b. A table that is tied to the head counts, as the head."""
         return self.active - (self.embedding if self.head else 0)
 
 
@@ -182,33 +187,30 @@ def _anatomy(name: str, overrides: str, trust_remote_code: bool) -> Anatomy:
     try:
         config = architecture(name, json.loads(overrides), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
         routers = RoutingReplay(model)
         num_experts, top_k, moe_layers = routers.num_experts, routers.top_k, len(routers.layers)
-    except UnsupportedRouter:  # dense, or counted as if all experts were active
+    except UnsupportedRouter:  # dense, or counted as if every expert served every token
         num_experts = top_k = moe_layers = 0
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is None or head.weight is embedding.weight
-    experts = {id(p) for name, p in model.named_parameters() if num_experts and ".experts." in name}
+    expert = {id(p) for name, p in model.named_parameters() if num_experts and ".experts." in name}
 
     def count(parameters: Iterable[Tensor]) -> tuple[int, int]:
-        found = {id(p): p.numel() for p in parameters}
-        return sum(found.values()), sum(n for i, n in found.items() if i in experts)
+        sizes = {id(p): p.numel() for p in parameters}
+        return sum(sizes.values()), sum(size for p, size in sizes.items() if p in expert)
 
-    layers = [m for m in model.modules() if type(m).__name__ in (getattr(model, "_no_split_modules", None) or ())]
-    ends = [embedding] if tied else [embedding, head]
-    total, of_experts = count(model.parameters())
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ends = [table] if head is None or head.weight is table.weight else [table, head]
+    layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+    total, experts = count(model.parameters())
     return Anatomy(
         config=config.get_text_config(),
         total=total,
-        embedding=embedding.weight.numel(),
-        head=0 if tied else head.weight.numel(),
-        experts=of_experts,
+        embedding=count(table.parameters())[0],
+        head=count(ends[-1].parameters())[0] if len(ends) == 2 else 0,
+        experts=experts,
         num_experts=num_experts,
         top_k=top_k,
         moe_layers=moe_layers,
@@ -229,75 +231,74 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 
 def _spans(config: PreTrainedConfig, length: float) -> list[float]:
-    """Tokens that the last of `length` tokens sees in each layer with attention: all, or a window of them."""
+    """How many of `length` tokens the last one sees, in each layer with attention: all, or a window of them."""
     window = getattr(config, "sliding_window", None) or math.inf
     kinds = [kind for kind in _layer_types(config) if not kind.startswith("linear")]
     return [min(length, window) if kind.startswith("sliding") else length for kind in kinds]
 
 
 def kv_cache_bytes(config: PreTrainedConfig, length: float, itemsize: int) -> float:
-    """Bytes of the key-value cache of one sequence: Σ_layers 2 · key-value heads · head_dim · itemsize · tokens.
+    """Bytes of one sequence's key-value cache: Σ_layers 2 · key-value heads · head_dim · itemsize · tokens.
 
-    Layers with a sliding window keep no more than it; latent attention (`kv_lora_rank`) keeps one short vector.
+    A layer with a sliding window keeps no more tokens than that. Latent attention keeps one short vector per token.
     """
     _, kv_heads, head_dim = _heads(config)
-    numbers = 2 * kv_heads * head_dim
-    if getattr(config, "kv_lora_rank", None):
-        numbers = config.kv_lora_rank + config.qk_rope_head_dim
+    latent = getattr(config, "kv_lora_rank", None)
+    numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * head_dim
     return sum(_spans(config, length)) * numbers * itemsize
 
 
 def rollout_bytes_per_token(model: Anatomy) -> dict[str, int]:
-    """Bytes that a `Rollout` keeps of each token: ids, masks, log μ_old, and L · k experts of one or two bytes each."""
-    of_experts = (1 if model.num_experts <= 256 else 2) * model.moe_layers * model.top_k
-    return {"tokens": 8, "masks": 2 if of_experts else 1, "log-probabilities": 4, "routes": of_experts}
+    """Bytes that a `Rollout` keeps of each token: its id, masks, log μ_old, and L · k experts of one or two bytes."""
+    routes = (1 if model.num_experts <= 256 else 2) * model.moe_layers * model.top_k
+    return {"tokens": 8, "masks": 2 if routes else 1, "log-probabilities": 4, "routes": routes}
 
 
-# ----------------------------------------------------------------------------------------- the update, without data
+# ----------------------------------------------------------------------------------------------- a pass, without data
 
 
 class MicroBatch(NamedTuple):
-    """The largest micro-batch of a rank: `rows` × `columns` slots that predict `predicted` tokens; `count` such ones make
-    its share of a mini-batch."""
+    """What goes through the model at once: `rows` × `columns` tokens, `predicted` of which get a log-probability.
+
+    `kind`: rows that need no mask (`causal`), are padded on the left, or share a prompt (see `logprobs.Layout`).
+    """
 
     kind: Literal["causal", "padded", "shared"]
     rows: int
     columns: int
     predicted: int
-    count: int
 
 
 def micro_batch(
     config: Config, model: Anatomy, prompt_tokens: int, response_tokens: int, *, gpus: int, padded: bool
 ) -> MicroBatch:
-    """How `logprobs.micro_batches` cuts a rank's share, P + T tokens each; `padded`: prompts differ in length."""
-    settings, size = config.train, config.train.group_size
-    groups = math.ceil(settings.mini_batch_prompts / gpus)
-    width, fed = prompt_tokens + response_tokens - 1, response_tokens - 1
-    together = prompt_tokens + size * fed
-    shares = _shares_prompts(model.config, config.model.attn_implementation)
-    if shares and together <= settings.tokens_per_micro_batch:
-        rows = min(groups, settings.tokens_per_micro_batch // together)
-        return MicroBatch("shared", rows, together, rows * size * response_tokens, math.ceil(groups / rows))
-    rows = max(1, min(size if shares else groups * size, settings.tokens_per_micro_batch // width))
-    count = groups * math.ceil(size / rows) if shares else math.ceil(groups * size / rows)
-    return MicroBatch("padded" if padded else "causal", rows, width, rows * response_tokens, count)
+    """The largest part into which `logprobs.micro_batches` cuts a rank's share of a mini-batch, if all prompts and
+    responses have so many tokens. `padded`: prompts differ in length after all."""
+    budget, size = config.train.tokens_per_micro_batch, config.train.group_size
+    groups, fed = math.ceil(config.train.mini_batch_prompts / gpus), response_tokens - 1
+    shares, together = _shares_prompts(model.config, config.model.attn_implementation), prompt_tokens + size * fed
+    if shares and together <= budget:
+        rows = min(groups, budget // together)
+        return MicroBatch("shared", rows, together, rows * size * response_tokens)
+    columns = prompt_tokens + fed
+    rows = max(1, min(size if shares else groups * size, budget // columns))
+    return MicroBatch("padded" if padded else "causal", rows, columns, rows * response_tokens)
 
 
 def _shares_prompts(config: PreTrainedConfig, attn_implementation: str) -> bool:
-    """What `logprobs.can_share_prompts` finds by trial."""
+    """What `logprobs.can_share_prompts` finds out by trial."""
     windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     full = set(_layer_types(config)) == {"full_attention"} and not windows
     return full and attn_implementation in ("sdpa", "eager")
 
 
 class _Ledger(TorchDispatchMode):
-    """Notes when memory is taken and given back, and whether for the logits (`of_logits`)."""
+    """Notes when memory is taken and given back, and whether it is `for_logits`."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.of_logits = False
-        self.events: list[tuple[int, int]] = []  # (which storage, bytes taken or, negative, given back)
+        self.for_logits = False
+        self.events: list[tuple[int, int]] = []  # which storage; bytes taken, or given back if negative
         self.logits: set[int] = set()
         self.keys = weakref.WeakKeyDictionary({tensor.untyped_storage(): -1 for tensor in known})
 
@@ -309,12 +310,12 @@ class _Ledger(TorchDispatchMode):
                 self.keys[storage] = key = len(self.events)
                 self.events.append((key, storage.nbytes()))
                 weakref.finalize(storage, self.events.append, (key, -storage.nbytes()))
-                if self.of_logits:
+                if self.for_logits:
                     self.logits.add(key)
         return out
 
     def peak(self, leave_out: set[int]) -> tuple[int, int]:
-        """Bytes at the moment when most are taken: (all others', the logits')."""
+        """Bytes when most are taken: (others', logits')."""
         others = logits = 0
         best = (0, 0)
         for key, size in self.events:
@@ -328,7 +329,7 @@ class _Ledger(TorchDispatchMode):
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """An output of the right shape: torch's own function without data knows bf16 only."""
+    """An output of the right shape: without data, torch's own function takes bf16 only."""
     if a.dim() == b.dim() == 2:
         assert offs is not None
         return a.new_empty(len(offs), a.shape[0], b.shape[1])
@@ -337,15 +338,25 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__:
 
 @lru_cache(maxsize=256)
 def _working_memory(
-    model: Anatomy, settings: tuple[str, str | None, bool], dtype: str, autocast: bool, batch: MicroBatch, train: bool
+    model: Anatomy,
+    implementations: tuple[str, str | None],
+    batch: MicroBatch,
+    *,
+    dtype: str,
+    autocast: bool,
+    train: bool,
+    checkpointing: bool,
+    with_gradients: bool,
 ) -> tuple[int, int]:
-    """Bytes that a forward and backward take at their peak beside parameters and gradients: (layers', logits').
+    """Bytes that a pass takes at its peak, beside parameters: (those for logits excepted, those for logits).
 
-    The model runs on tensors that have shapes and lifetimes but no data. Not `train`: the layers' forward alone, as an
-    engine reads prompts. The experts' loop over those that were hit would need data: the grouped product stands for it,
-    whose matrices have the same rows. Flash attention keeps what torch's own fused kernel keeps.
+    The model runs on tensors that have shapes and lifetimes but no data. `train`: forward and backward, up to the
+    log-probabilities; otherwise the layers' forward, as an engine reads prompts. `with_gradients`: count a parameter's
+    gradient from its computation until it is added to the one that is kept.
+    The experts' loop over those that were hit needs data: the grouped product stands for it, whose matrices have the
+    same rows. torch's own fused attention stands for flash attention, which keeps as much.
     """
-    attention, experts, checkpointing = settings
+    attention, experts = implementations
     attention = attention if attention in ("sdpa", "eager") else "sdpa"
     with FakeTensorMode(), torch.device("cpu"):
         network = AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation=attention)
@@ -353,43 +364,34 @@ def _working_memory(
             network.set_experts_implementation(experts)
         if checkpointing:
             network.gradient_checkpointing_enable()
-        network.train(checkpointing and train)
+        network.train(checkpointing)
         inputs, predictor = _inputs(batch)
         ledger = _Ledger([*network.parameters(), *network.buffers(), *inputs.values(), predictor])
         gradients = set[int]()
 
-        def leave_out(parameter: Tensor) -> None:
+        def added(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradients.add(ledger.keys.get(parameter.grad.untyped_storage(), -1))
             parameter.grad = None
 
         for parameter in network.parameters():
-            parameter.register_post_accumulate_grad_hook(leave_out)
+            parameter.register_post_accumulate_grad_hook(added)
         with ledger, torch.set_grad_enabled(train):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 hidden = network.base_model(**inputs, use_cache=False).last_hidden_state
-                if train:
-                    ledger.of_logits = True
-                    states = hidden.flatten(0, 1).index_select(0, predictor)
-                    logp = _logprobs(states, network.get_output_embeddings())
-                    states.register_hook(lambda _: setattr(ledger, "of_logits", False))
-                    del states, hidden
-            if train:
-                logp.sum().backward()
-        return ledger.peak(gradients)
-
-
-def _logprobs(states: Tensor, head: torch.nn.Linear) -> Tensor:
-    """What `response_logprobs` does with the states that predict a token."""
-    tokens, targets = len(states), states.new_zeros(len(states), dtype=torch.int64)
-    if tokens * len(head.weight) <= CHUNK:
-        return torch.log_softmax(head(states).float(), -1).gather(1, targets[:, None])
-    width = max(CHUNK // tokens, states.shape[-1])
-    return _HeadLogprobs.apply(states, head.weight, head.bias, targets, 1.0, width)[0]
+                if not train:
+                    return ledger.peak(set())
+                ledger.for_logits = True
+                states = hidden.flatten(0, 1).index_select(0, predictor)
+                states.register_hook(lambda _: setattr(ledger, "for_logits", False))
+                logp = _logprobs(states, network.get_output_embeddings())
+            del hidden, states
+            logp.sum().backward()
+        return ledger.peak(set() if with_gradients else gradients)
 
 
 def _inputs(batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
-    """A layout's inputs to the model and its predictor, without data."""
+    """The `inputs` and the `predictor` of a layout."""
     slots = torch.zeros(batch.rows, batch.columns, dtype=torch.int64)
     inputs = {"input_ids": slots, "position_ids": slots.clone()}
     if batch.kind == "shared":
@@ -399,16 +401,44 @@ def _inputs(batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
     return inputs, torch.zeros(batch.predicted, dtype=torch.int64)
 
 
+def _logprobs(states: Tensor, head: nn.Linear) -> Tensor:
+    """What `response_logprobs` makes of the states that predict a token."""
+    tokens, targets = len(states), states.new_zeros(len(states), dtype=torch.int64)
+    if tokens * len(head.weight) <= CHUNK:
+        return torch.log_softmax(head(states).float(), -1).gather(1, targets[:, None])
+    width = max(CHUNK // tokens, states.shape[-1])
+    return _HeadLogprobs.apply(states, head.weight, head.bias, targets, 1.0, width)[0]
+
+
 # --------------------------------------------------------------------------------------------------------------- plan
 
 PHASES = ("always", "rollout", "update", "sync")
-SHARDINGS = ("none", "ddp", "fsdp2")
-PLACEMENTS = ("colocated", "separate")
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+PLACES = ("trainer", "server")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a run shall run on. None: see each field."""
+
+    hardware: Hardware
+    gpus: int = 1
+    """Of the trainer: as many processes. On CPUs, processes of one machine."""
+    memory: float | None = None
+    """Bytes of a GPU. None: the hardware's (on CPUs, the machine's, shared by the processes)."""
+    sharding: Literal["none", "ddp", "fsdp2"] | None = None
+    """fsdp2: weights, gradients and Adam's state spread over all GPUs; ddp: all of them on each. None: fsdp2 for more
+    than one GPU. `model.expert_parallel` always is fsdp2, by transformers."""
+    mixed_precision: Literal["bf16", "no"] | None = None
+    """accelerate's: `bf16` computes in bf16 on weights in `model.dtype`. None: bf16, on CPUs no."""
+    placement: Literal["colocated", "separate"] | None = None
+    """Of a vLLM server: on the trainer's GPUs, asleep while the trainer steps, or on its own. None: colocated if
+    `rollout.options.sleep` is set."""
+    server_gpus: int | None = None
+    """Of a vLLM server, tensor-parallel. None: as many as the trainer's, of one machine."""
 
 
 class Item(NamedTuple):
-    """Bytes of one GPU: what for, in which of `PHASES`, on a GPU of the `trainer` or of a `server` of its own."""
+    """Bytes of one GPU of a place (`PLACES`): what for, in which of `PHASES`, and how that was found."""
 
     name: str
     phase: str
@@ -419,12 +449,12 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Bytes, seconds, per GPU and global step.
+    """What a run will need. Bytes and seconds are those of one GPU and one global step.
 
-    setting    the arguments, completed                    memory    items, see `peak`
-    sizes      parameter counts and bytes per token        seconds   roofs
-    traffic    bytes received (rank 0: sent) per GPU       host      bytes of a machine's own memory
-    notes      what to know beside the numbers
+    setting  what was planned for, completed     memory   see `Item` and `peak`
+    sizes    counts and bytes per token          seconds  lower bounds
+    traffic  bytes received (by rank 0: sent)    host     bytes of a machine's own memory
+    notes    what to know beside the numbers
     """
 
     setting: dict[str, Any]
@@ -435,100 +465,68 @@ class Plan:
     host: dict[str, float]
     notes: tuple[str, ...]
 
-    def phase(self, phase: str, place: str = "trainer") -> float:
-        """Bytes that are taken in a phase, those of `always` included. Where freed memory stays with the process (on
-        CPUs), each phase comes on top of those before it."""
-        phases = {"always", phase}
-        if self.setting["keeps_freed"]:
-            phases |= set(PHASES[: PHASES.index(phase) + 1])
-        return sum(item.bytes for item in self.memory if item.place == place and item.phase in phases)
+    def items(self, phase: str, place: str = "trainer") -> list[Item]:
+        """What takes memory in a phase: its own items and those of `always`. Where freed memory stays with the process
+        (on CPUs), also those of the phases before it."""
+        before = PHASES[: PHASES.index(phase)] if self.setting["keeps_freed"] else ()
+        return [item for item in self.memory if item.place == place and item.phase in {"always", phase, *before}]
 
     def peak(self, place: str = "trainer") -> float:
         """The most bytes that are taken at a time."""
-        return max(self.phase(phase, place) for phase in PHASES)
+        return max(sum(item.bytes for item in self.items(phase, place)) for phase in PHASES)
 
     @property
     def fits(self) -> bool:
-        """Whether every GPU has that much."""
-        return max(self.peak("trainer"), self.peak("server")) <= self.setting["memory"]
+        """Whether each GPU has that much."""
+        return max(map(self.peak, PLACES)) <= self.setting["memory"]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        memory = [item._asdict() for item in self.memory]
-        return {**asdict(self), "memory": memory, "peak": self.peak(), "fits": self.fits}
+        memory, peaks = [item._asdict() for item in self.memory], {place: self.peak(place) for place in PLACES}
+        return {**asdict(self), "memory": memory, "peak": peaks, "fits": self.fits}
 
 
 def plan(
-    config: Config,
-    hardware: Hardware,
-    *,
-    gpus: int = 1,
-    memory: float | None = None,
-    sharding: str | None = None,
-    mixed_precision: str | None = None,
-    placement: str | None = None,
-    server_gpus: int | None = None,
-    prompt_tokens: int | None = None,
-    response_tokens: int | None = None,
+    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: float | None = None
 ) -> Plan:
-    """What a run of `config` will need on `gpus` GPUs (or CPU processes) of the trainer.
+    """What a run of `config` on `cluster` will need.
 
-    memory           bytes of a GPU; None: the hardware's
-    sharding         fsdp2: parameters, gradients and Adam's state over all GPUs; ddp: a copy on each. None: fsdp2 for
-                     several; with `model.expert_parallel` always fsdp2, by transformers
-    mixed_precision  accelerate's: `bf16` computes in bf16 on weights in `model.dtype`; `no`. None: bf16, on CPUs no
-    placement        of a `vllm_server`: `colocated` on the trainer's GPUs, asleep while the trainer steps, or `separate`.
-                     None: colocated if `rollout.options.sleep` is set
-    server_gpus      its GPUs, tensor-parallel. None: as many as the trainer has, at most one machine's
     prompt_tokens    P. None: the longest of 256 problems of the task
-    response_tokens  the mean length of responses, for times and traffic. None: max_new_tokens, which memory is
-                     planned for in any case
+    response_tokens  mean length of the responses, for times and traffic; memory is planned for the longest that are
+                     allowed. None: that, too
 
-    Raises ConfigError for settings that exclude each other, and a model, tokenizer or task that is not at hand.
+    Raises ConfigError for settings that exclude each other, and for a model, tokenizer or task that is not at hand.
     """
-    s = _complete(
-        config,
-        hardware,
-        gpus,
-        memory,
-        sharding,
-        mixed_precision,
-        placement,
-        server_gpus,
-        prompt_tokens,
-        response_tokens,
-    )
-    items = [*_trainer_memory(s), *_engine_memory(s)]
-    kv_cache, at_once = _kv_cache(s, items)
-    items.append(kv_cache)
+    s = _complete(config, cluster, prompt_tokens, response_tokens)
+    engine, at_once = _engine_memory(s, trainer := _trainer_memory(s))
     traffic = _traffic(s)
-    setting = {
-        "model": config.model.name,
-        "hardware": hardware.name,
-        "keeps_freed": hardware.keeps_freed,
-        "at_once": at_once,
-        **{
-            name: getattr(s, name)
-            for name in ("gpus", "memory", "sharding", "mixed_precision", "placement", "server_gpus")
-        },
-        **{name: getattr(s, name) for name in ("prompt_tokens", "response_tokens", "max_new_tokens")},
-        "micro_batch": s.batch._asdict(),
-    }
-    model = s.model
-    sizes = {
-        "parameters": float(model.total),
-        "without embeddings": float(model.non_embedding),
-        "active per token": model.active,
-        "active per token, without the input embedding": model.multiplied,
-        "KV cache, bytes per token": kv_cache_bytes(model.config, 1, s.kv_itemsize),
-        **{f"rollout, bytes per token: {name}": float(size) for name, size in rollout_bytes_per_token(model).items()},
-    }
+    per_token = rollout_bytes_per_token(s.model)
     return Plan(
-        setting, sizes, tuple(items), _seconds(s, traffic, at_once), traffic, _host(s), tuple(_notes(s, at_once))
+        setting={
+            **{"model": config.model.name, "hardware": cluster.hardware.name, "gpus": s.gpus, "memory": s.memory},
+            **{"sharding": s.sharding, "mixed_precision": s.mixed_precision, "placement": s.placement},
+            **{"server_gpus": s.server_gpus, "prompt_tokens": s.prompt_tokens, "max_new_tokens": s.max_new_tokens},
+            **{"response_tokens": s.response_tokens, "at_once": at_once, "micro_batch": s.batch._asdict()},
+            "keeps_freed": cluster.hardware.keeps_freed,
+        },
+        sizes={
+            "parameters": s.model.total,
+            "without embeddings": s.model.non_embedding,
+            "active": s.model.active,
+            "active, without input embedding": s.model.multiplied,
+            "bytes per token of the KV cache": kv_cache_bytes(s.model.config, 1, s.kv_itemsize),
+            **{f"bytes per token of a rollout, {name}": size for name, size in per_token.items()},
+        },
+        memory=(*trainer, *engine),
+        seconds=_seconds(s, traffic, at_once),
+        traffic=traffic,
+        host=_host(s),
+        notes=tuple(_notes(s, at_once)),
     )
 
 
-class _Setting(NamedTuple):
+@dataclass(frozen=True)
+class _Setting:
     """The arguments of `plan`, completed, and what follows from them at once."""
 
     config: Config
@@ -544,21 +542,25 @@ class _Setting(NamedTuple):
     response_tokens: float
     max_new_tokens: int
     batch: MicroBatch
-    master: int  # bytes of a weight
+    loaded: int  # bytes of a weight as it is loaded
+    master: int  # of one that is trained
     compute: int  # of a number in the forward
-    loaded: int  # of a weight as it is loaded
     engine: int  # of a weight in the rollout engine
     kv_itemsize: int
 
     @property
-    def responses(self) -> int:
-        """Of a global step."""
-        settings = self.config.train
-        return settings.mini_batches * settings.mini_batch_prompts * settings.group_size
-
-    @property
     def sharded(self) -> bool:
         return self.sharding == "fsdp2"
+
+    @property
+    def prompts(self) -> int:
+        """Of a global step."""
+        return self.config.train.mini_batches * self.config.train.mini_batch_prompts
+
+    @property
+    def responses(self) -> int:
+        """Of a global step."""
+        return self.prompts * self.config.train.group_size
 
     @property
     def evaluation_copy(self) -> bool:
@@ -570,100 +572,74 @@ class _Setting(NamedTuple):
         return "server" if self.placement == "separate" else "trainer"
 
 
-def _complete(
-    config: Config,
-    hardware: Hardware,
-    gpus: int,
-    memory: float | None,
-    sharding: str | None,
-    mixed_precision: str | None,
-    placement: str | None,
-    server_gpus: int | None,
-    prompt_tokens: int | None,
-    response_tokens: int | None,
-) -> _Setting:
-    on_cpu, server = hardware.name == "cpu", config.rollout.engine == "vllm_server"
-    ep, options = config.model.expert_parallel, config.rollout.options
-    sharding = sharding or ("fsdp2" if gpus > 1 else "none")
-    mixed_precision = mixed_precision or ("no" if on_cpu else "bf16")
-    placement = placement or ("separate" if server and not options.get("sleep") else "colocated")
-    for name, value, choices in (
-        ("sharding", sharding, SHARDINGS),
-        ("mixed_precision", mixed_precision, ("bf16", "no")),
-        ("placement", placement, PLACEMENTS),
-    ):
-        if value not in choices:
-            raise ConfigError(f"{name} = {value!r}: choose one of {', '.join(choices)}")
-    for name, value in (("gpus", gpus), ("server_gpus", server_gpus), ("prompt_tokens", prompt_tokens)):
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def _complete(config: Config, cluster: Cluster, prompt_tokens: int | None, response_tokens: float | None) -> _Setting:
+    hardware, gpus, engine = cluster.hardware, cluster.gpus, config.rollout.engine
+    on_cpu, server, options = hardware.name == "cpu", engine == "vllm_server", config.rollout.options
+    ep = config.model.expert_parallel
+    sharding = "fsdp2" if ep > 1 else cluster.sharding or ("fsdp2" if gpus > 1 else "none")
+    mixed_precision = cluster.mixed_precision or ("no" if on_cpu else "bf16")
+    placement = cluster.placement or ("separate" if server and not options.get("sleep") else "colocated")
+    for name, value in (("gpus", gpus), ("server_gpus", cluster.server_gpus), ("prompt_tokens", prompt_tokens)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} = {value}: use 1 or more")
     if (sharding == "none") != (gpus == 1):
-        raise ConfigError(f"sharding = {sharding!r} with {gpus} GPUs: several need ddp or fsdp2, and one needs none")
+        raise ConfigError(f"sharding = {sharding!r}, gpus = {gpus}: one needs none, several need fsdp2 or ddp")
     if placement == "separate" and not server:
-        raise ConfigError(
-            f"placement = 'separate': rollout.engine {config.rollout.engine!r} runs in the trainer's process; only "
-            "vllm_server has GPUs of its own"
-        )
-    if config.rollout.engine == "vllm" and gpus > 1:
-        raise ConfigError("rollout.engine = 'vllm' runs in a trainer of one process; several need vllm_server (or hf)")
-    if ep > 1 and (gpus % ep or gpus == 1):
-        raise ConfigError(f"model.expert_parallel = {ep}: it must divide the {gpus} GPUs, of which it needs several")
-    if ep > 1:
-        sharding = "fsdp2"
+        raise ConfigError(f"placement = 'separate': rollout.engine = {engine!r}, but only vllm_server has its own GPUs")
+    if engine == "vllm" and gpus > 1:
+        raise ConfigError("rollout.engine = 'vllm': it needs a trainer of one process; several take vllm_server, or hf")
+    if engine != "hf" and config.rollout.precision not in VLLM_DTYPES:
+        raise ConfigError(f"rollout.precision = {config.rollout.precision!r}: vLLM has {', '.join(VLLM_DTYPES)}")
     model = anatomy(config.model)
-    if ep > 1 and (not model.num_experts or model.num_experts % ep):
-        raise ConfigError(f"model.expert_parallel = {ep}: it must divide the {model.num_experts} experts of a layer")
-    task = None if prompt_tokens and (config.rollout.max_new_tokens) else _task(config)
-    limit = config.rollout.max_new_tokens or (task.max_new_tokens if task else 1)
-    if prompt_tokens is None:
-        assert task is not None
-        prompt_tokens = max(len(task.encode(problem)) for problem in task.sample(256, seed=0))
+    if ep > 1 and (gpus % ep or model.num_experts % ep or not model.num_experts):
+        raise ConfigError(
+            f"model.expert_parallel = {ep}: it must divide the {gpus} GPUs and a layer's {model.num_experts} experts"
+        )
+    limit = config.rollout.max_new_tokens
+    if prompt_tokens is None or limit is None:
+        task = _task(config)
+        limit = limit or task.max_new_tokens
+        prompt_tokens = prompt_tokens or max(len(task.encode(problem)) for problem in task.sample(256, seed=0))
     if response_tokens is not None and not 1 <= response_tokens <= limit:
-        raise ConfigError(f"response_tokens = {response_tokens}: a mean length lies from 1 to {limit}, the limit")
-    padded = config.task.name != ChainTask.name
-    itemsize = _ITEMSIZE[config.model.dtype]
+        raise ConfigError(f"response_tokens = {response_tokens}: a mean is between 1 and the limit of {limit}")
+    loaded = _ITEMSIZE[config.model.dtype]
+    of_engine = loaded if engine == "hf" else _ITEMSIZE[VLLM_DTYPES[config.rollout.precision]]
+    own_gpus = cluster.server_gpus or min(gpus, hardware.per_node)
     bf16 = mixed_precision == "bf16"
-    engine = itemsize
-    if config.rollout.engine != "hf":
-        if config.rollout.precision not in VLLM_DTYPES:
-            raise ConfigError(f"rollout.precision = {config.rollout.precision!r}: vLLM has {', '.join(VLLM_DTYPES)}")
-        engine = _ITEMSIZE[VLLM_DTYPES[config.rollout.precision]]
     return _Setting(
         config=config,
         hardware=hardware,
         model=model,
         gpus=gpus,
-        memory=memory or hardware.memory,
+        memory=cluster.memory or hardware.memory / (gpus if on_cpu else 1),
         sharding=sharding,
         mixed_precision=mixed_precision,
         placement=placement,
-        server_gpus=server_gpus or min(gpus, hardware.per_node)
-        if server
-        else int(options.get("tensor_parallel_size", 1)),
+        server_gpus=own_gpus if server else options.get("tensor_parallel_size", 1),
         prompt_tokens=prompt_tokens,
-        response_tokens=float(response_tokens or limit),
+        response_tokens=response_tokens or limit,
         max_new_tokens=limit,
-        batch=micro_batch(config, model, prompt_tokens, limit, gpus=gpus, padded=padded),
-        # accelerate's FSDP2 raises weights to fp32 under mixed precision.
-        master=4 if bf16 and sharding == "fsdp2" and ep == 1 else itemsize,
-        compute=2 if bf16 else itemsize,
-        loaded=itemsize,
-        engine=engine,
-        kv_itemsize=1 if "fp8" in str(options.get("kv_cache_dtype")) else engine,
+        batch=micro_batch(config, model, prompt_tokens, limit, gpus=gpus, padded=config.task.name != ChainTask.name),
+        loaded=loaded,
+        # Under mixed precision, accelerate's FSDP2 raises the weights that it trains to fp32.
+        master=4 if bf16 and sharding == "fsdp2" and ep == 1 else loaded,
+        compute=2 if bf16 else loaded,
+        engine=of_engine,
+        kv_itemsize=1 if "fp8" in str(options.get("kv_cache_dtype")) else of_engine,
     )
 
 
 def _task(config: Config) -> Task:
-    settings, model = config.task, config.model
+    settings, model, tokenizer = config.task, config.model, None
     try:
-        tokenizer = None
         if settings.name in TASKS and settings.name != ChainTask.name:
             tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
         return make_task(settings.name, tokenizer=tokenizer, **settings.options)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(
-            f"task: {error}; where tokenizer or problems are not at hand, give prompt_tokens and rollout.max_new_tokens"
-        ) from error
+        raise ConfigError(f"task: {error}. To plan without it: prompt_tokens, and rollout.max_new_tokens") from error
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -671,7 +647,7 @@ def _task(config: Config) -> Task:
 
 def _trainer_memory(s: _Setting) -> list[Item]:
     """What the trainer's process on rank 0 holds."""
-    config, model, batch, ep = s.config, s.model, s.batch, s.config.model.expert_parallel
+    config, model, batch, ep, slack = s.config, s.model, s.batch, s.config.model.expert_parallel, s.hardware.slack
     share = model.total * s.master / (s.gpus if s.sharded else 1)
     of = f"{model.total / 1e9:.3g} B × {s.master} bytes" + (f" / {s.gpus}" if s.sharded else "")
     items = [
@@ -682,117 +658,113 @@ def _trainer_memory(s: _Setting) -> list[Item]:
     ]
     if s.sharded:
         first, second = sorted((n - e + e / ep for n, e in model.units), reverse=True)[:2]
-        gathered, gradients = (first + second) * s.compute, 2 * first * s.compute
-        items.append(Item("gathered weights", "update", ALLOCATOR * gathered, "FSDP2's two largest units, whole"))
-        items.append(Item("gathered gradients", "update", ALLOCATOR * gradients, "one unit's, and a copy to send"))
-    else:
-        items.append(Item("one gradient", "update", model.largest * s.master, "a parameter's, before it is added"))
+        gathered, gradients = slack * (first + second) * s.compute, slack * 2 * first * s.compute
+        items.append(Item("gathered weights", "update", gathered, "FSDP2's two largest units, whole"))
+        items.append(Item("gathered gradients", "update", gradients, "one unit's, and a copy to send"))
     if s.sharding == "ddp":
         items.append(Item("gradient buckets", "always", share, "DDP's copy of the gradients, to send"))
-    layers, logits = _micro_batch_memory(s, batch, train=True)
-    checkpointing = config.model.gradient_checkpointing
-    slots = f"{batch.rows} × {batch.columns} tokens ({batch.kind}), "
-    kept = "recomputed layer by layer" if checkpointing else "of all layers"
-    items.append(Item("activations", "update", ALLOCATOR * layers, slots + kept))
-    whole = 4 * batch.predicted * model.config.vocab_size
-    items.append(Item("logits", "update", ALLOCATOR * logits, f"in chunks, when most is taken; whole: {_size(whole)}"))
+
+    layers, logits = _pass_memory(s, batch, train=True)
+    recomputed = config.model.gradient_checkpointing
+    how = f"{batch.rows} × {batch.columns} tokens ({batch.kind}), " + ("layers recomputed" if recomputed else "kept")
+    items.append(Item("activations", "update", slack * layers, how))
+    whole = _size(4 * batch.predicted * model.config.vocab_size)
+    items.append(Item("logits", "update", slack * logits, f"in chunks, at that moment; all at once: {whole}"))
     if ep > 1:
         sent = batch.rows * batch.columns * model.top_k * model.config.hidden_size * s.compute
-        copies = 3 * (1 if checkpointing else model.moe_layers)
-        items.append(Item("expert dispatch", "update", ALLOCATOR * copies * sent, "tokens sent, received, sent back"))
-    tokens, groups = s.responses * (s.prompt_tokens + s.max_new_tokens), s.responses / config.train.group_size
-    per_token = rollout_bytes_per_token(model)
-    routes, rest = per_token["routes"], sum(per_token.values()) - per_token["routes"]
-    # Rank 0: the rollout, and its mini-batches for the metrics, without routes. Each rank: its rows, its micro-batches,
-    # their layouts (six int64 numbers) and the experts in that layout.
-    held = tokens * (2 * rest + routes) + tokens / s.gpus * (2 * rest + 48 + 3 * routes)
-    items.append(Item("rollout", "update", held, f"{tokens} tokens × {rest + routes} bytes, and what each rank gets"))
+        copies = 3 * (1 if recomputed else model.moe_layers)
+        items.append(Item("expert dispatch", "update", slack * copies * sent, "tokens sent, received and sent back"))
+
+    tokens, groups = s.responses * (s.prompt_tokens + s.max_new_tokens), math.ceil(s.prompts / s.gpus)
+    *rest, routes = rollout_bytes_per_token(model).values()
+    # Rank 0: the rollout, and each mini-batch for the metrics, without routes. Each rank: its rows, and its
+    # micro-batches with their layouts (six int64 numbers) and the experts in that layout.
+    held = tokens * (2 * sum(rest) + routes) + tokens / s.gpus * (2 * sum(rest) + 48 + 3 * routes)
+    items.append(
+        Item("rollout", "update", held, f"{tokens} tokens × {sum(rest) + routes} bytes, and what is cut of it")
+    )
     if batch.kind == "shared":
-        how = f"{math.ceil(groups / s.gpus)} groups × {batch.columns}² × 4 bytes"
-        items.append(Item("attention masks", "update", 4 * math.ceil(groups / s.gpus) * batch.columns**2, how))
+        masks = 4 * groups * batch.columns**2
+        items.append(Item("attention masks", "update", masks, f"{groups} groups × {batch.columns}² × 4 bytes"))
     whole = model.largest * (s.engine + s.master * s.sharded)
-    items.append(Item("sync buffer", "sync", whole, "one parameter at a time, whole"))
+    items.append(Item("sync buffer", "sync", whole, "the largest parameter, whole: one goes at a time"))
     if s.evaluation_copy and (config.rollout.engine == "hf" or s.hardware.name == "cpu"):
         items.append(Item("copy for evaluation", "always", model.total * s.loaded, "eval.through_trainer, on rank 0"))
     return items
 
 
-def _micro_batch_memory(s: _Setting, batch: MicroBatch, *, train: bool) -> tuple[int, int]:
-    settings = s.config.model
-    autocast = s.mixed_precision == "bf16" and train
-    casts = autocast and s.sharded  # FSDP2 casts the weights that it gathers, and needs no autocast
+def _pass_memory(s: _Setting, batch: MicroBatch, *, train: bool) -> tuple[int, int]:
+    settings, bf16 = s.config.model, s.mixed_precision == "bf16"
+    dtype = settings.dtype
+    if (train and s.sharded and bf16) or (not train and s.engine < s.loaded):
+        dtype = "bfloat16"  # FSDP2 casts the weights that it gathers; vLLM has its own
     try:
         return _working_memory(
             s.model,
-            (settings.attn_implementation, settings.experts_implementation, settings.gradient_checkpointing),
-            "bfloat16" if casts else settings.dtype if train or s.engine == s.loaded else "bfloat16",
-            autocast and not casts,
+            (settings.attn_implementation, settings.experts_implementation),
             batch,
-            train,
+            dtype=dtype,
+            autocast=train and bf16 and not s.sharded,
+            train=train,
+            checkpointing=train and settings.gradient_checkpointing,
+            with_gradients=not s.sharded,
         )
     except ValueError as error:
         raise ConfigError(f"model.attn_implementation = {settings.attn_implementation!r}: {error}") from error
 
 
-def _engine_memory(s: _Setting) -> list[Item]:
-    """What the rollout engine holds, its KV cache excepted."""
-    engine, options, place = s.config.rollout.engine, s.config.rollout.options, s.engine_place
-    prompts, gpus = s.responses // s.config.train.group_size, s.server_gpus
-    rows = s.responses
+def _engine_memory(s: _Setting, trainer: list[Item]) -> tuple[list[Item], int]:
+    """What the rollout engine holds, and how many responses of the mean length it samples at once.
+
+    `hf` samples all at once. vLLM fills what `trainer` leaves, or what `rollout.options` say, and lets the rest wait.
+    """
+    engine, options, place, gpus = s.config.rollout.engine, s.config.rollout.options, s.engine_place, s.server_gpus
+    slack, own = s.hardware.slack, "rollout" if engine == "vllm_server" else "always"
+    rows, prompts = s.responses, s.prompts
     if engine != "hf":
         rows = min(rows, options.get("max_num_seqs", VLLM_SEQUENCES))
         prompts = min(prompts, max(1, options.get("max_num_batched_tokens", VLLM_TOKENS) // s.prompt_tokens))
-    reading = _micro_batch_memory(s, MicroBatch("causal", prompts, s.prompt_tokens, 0, 1), train=False)[0]
-    sampling = 4 * rows * s.model.config.vocab_size * 4
-    phase = "rollout" if engine == "vllm_server" else "always"
-    weights = Item("engine's weights", phase, s.model.total * s.engine / gpus, f"× {s.engine} bytes / {gpus}", place)
+    reading, _ = _pass_memory(s, MicroBatch("causal", prompts, s.prompt_tokens, 0), train=False)
+    weights, sampling = s.model.total * s.engine / gpus, 4 * rows * s.model.config.vocab_size * 4
     items = [
-        weights,
-        Item("prompts", "rollout", ALLOCATOR * reading / gpus, f"{prompts} × {s.prompt_tokens} tokens at once", place),
-        Item("sampling", "rollout", ALLOCATOR * sampling, f"{rows} × vocabulary, four times in fp32", place),
+        Item("engine's weights", own, weights, f"{s.model.total / 1e9:.3g} B × {s.engine} bytes / {gpus}", place),
+        Item("prompts", "rollout", slack * reading / gpus, f"{prompts} × {s.prompt_tokens} tokens at once", place),
+        Item("sampling", "rollout", slack * sampling, f"{rows} × vocabulary × 4 bytes, four times", place),
     ]
     if engine == "vllm_server":  # its process stays while it sleeps
         items.append(Item("engine's process", "always", s.hardware.runtime, "before the first tensor", place))
-    return items
 
-
-def _kv_cache(s: _Setting, items: list[Item]) -> tuple[Item, int]:
-    """The KV cache, and how many responses of the mean length are sampled at once.
-
-    `hf` samples all at once. vLLM takes what is left, or what `rollout.options` say, and lets the rest wait.
-    """
-    engine, options, place = s.config.rollout.engine, s.config.rollout.options, s.engine_place
-    heads = min(s.server_gpus, _heads(s.model.config)[1])  # more GPUs than heads hold copies
+    copies = min(gpus, _heads(s.model.config)[1])  # GPUs share the heads; more GPUs than heads hold the same
     longest, mean = (
-        kv_cache_bytes(s.model.config, s.prompt_tokens + length, s.kv_itemsize) / heads
+        kv_cache_bytes(s.model.config, s.prompt_tokens + length, s.kv_itemsize) / copies
         for length in (s.max_new_tokens, s.response_tokens)
     )
-    wanted = s.responses * longest
-    if engine == "hf":
-        how = f"{s.responses} sequences at once"
-        return Item("KV cache", "rollout", ALLOCATOR * wanted, how, place), s.responses
-    taken = sum(item.bytes for item in items if item.place == place and item.phase in ("always", "rollout"))
-    room = math.floor(s.memory - taken)
-    if engine == "vllm":  # reserved at its start
-        wanted = room = options.get("gpu_memory_utilization", 0.92) * s.memory - items[-3].bytes
-        if s.hardware.name == "cpu":
-            length = options.get("max_model_len") or s.model.config.max_position_embeddings
-            sequence = kv_cache_bytes(s.model.config, length + 256, s.kv_itemsize)
-            wanted = room = options.get("kv_cache_bytes", max(sequence, min(64 * sequence, 2**30)))
-    size = max(min(wanted, room), longest)
-    at_once = max(1, min(s.responses, options.get("max_num_seqs", VLLM_SEQUENCES), int(size / mean)))
-    phase = "rollout" if engine == "vllm_server" else "always"
-    return Item("KV cache", phase, size, f"{at_once} of {s.responses} sequences at once", place), at_once
+    size, at_once = s.responses * longest, s.responses
+    if engine != "hf":
+        if engine == "vllm_server":
+            taken = sum(i.bytes for i in [*trainer, *items] if i.place == place and i.phase in ("always", "rollout"))
+            size = min(size, math.floor(s.memory - taken))
+        elif s.hardware.name == "cpu":
+            window = options.get("max_model_len") or s.model.config.max_position_embeddings
+            sequence = kv_cache_bytes(s.model.config, window + 256, s.kv_itemsize)
+            size = options.get("kv_cache_bytes") or max(sequence, min(64 * sequence, 2**30))  # VLLMEngine's default
+        else:  # reserved at the start
+            size = options.get("kv_cache_bytes") or options.get("gpu_memory_utilization", 0.92) * s.memory - weights
+        size = max(size, longest)
+        at_once = max(1, min(rows, int(size / mean)))
+    how = f"{at_once} of {s.responses} sequences at once"
+    phase = "always" if engine == "vllm" else "rollout"
+    return [*items, Item("KV cache", phase, size * (slack if engine == "hf" else 1), how, place)], at_once
 
 
 def _host(s: _Setting) -> dict[str, float]:
-    """Memory of the machine that holds the most: every process loads the whole model before it is sharded."""
+    """Of the machine that holds the most: every process loads the whole model before it is sharded."""
     if s.hardware.name == "cpu":
         return {}
     whole = s.model.total * s.loaded
-    found = {"model, loaded by each process": whole * min(s.gpus, s.hardware.per_node)}
+    found: dict[str, float] = {"model, as each process loads it": whole * min(s.gpus, s.hardware.per_node)}
     if s.config.rollout.engine == "vllm_server" and s.placement == "colocated":
-        found["weights of the server asleep"] = s.model.total * s.engine
+        found["weights of the sleeping server"] = s.model.total * s.engine
     if s.evaluation_copy and s.config.rollout.engine != "hf":
         found["copy for evaluation"] = whole
     return found
@@ -802,305 +774,273 @@ def _host(s: _Setting) -> dict[str, float]:
 
 
 def _slots(s: _Setting) -> float:
-    """Tokens that a GPU feeds through the model in one pass over its share of a global step, at the mean length."""
-    groups, size = s.config.train.mini_batches * s.config.train.mini_batch_prompts / s.gpus, s.config.train.group_size
-    fed = s.response_tokens - 1
-    if s.batch.kind == "shared":
-        return groups * (s.prompt_tokens + size * fed)
-    return groups * size * (s.prompt_tokens + fed)
+    """Tokens that a GPU feeds through the model in one pass over its share of a global step."""
+    fed, size = s.response_tokens - 1, s.config.train.group_size
+    return (
+        s.prompts
+        / s.gpus
+        * (s.prompt_tokens + size * fed if s.batch.kind == "shared" else size * (s.prompt_tokens + fed))
+    )
 
 
-def _passes(s: _Setting) -> tuple[float, float]:
-    """Forwards for π_old, and updates, each over a whole share of a global step, in units of one pass."""
+def _old_passes(s: _Setting) -> float:
+    """Forwards for π_old over the share of a global step: all mini-batches' but the first's."""
     count = s.config.train.mini_batches
-    return (1.0 if s.config.train.reference_old_logp else (count - 1) / count), 1.0
+    return 1.0 if s.config.train.reference_old_logp else (count - 1) / count
 
 
 def _traffic(s: _Setting) -> dict[str, float]:
     """Bytes per GPU and global step."""
-    config, model, n, ep = s.config, s.model, s.gpus, s.config.model.expert_parallel
-    old, update = _passes(s)
-    micro = _slots(s) / (s.batch.rows * s.batch.columns)  # micro-batches of a global step
-    micro = max(micro, float(config.train.mini_batches))
-    found = {}
+    config, model, n, ep, old = s.config, s.model, s.gpus, s.config.model.expert_parallel, _old_passes(s)
+    found: dict[str, float] = {}
+    others = (n - 1) / n
     if s.sharded:
-        copies = n // ep  # of each expert
-        dense = (model.total - model.experts) * (n - 1) / n
-        whole = (dense + model.experts / ep * (copies - 1) / copies) * s.compute
-        found["all-gather of weights"] = whole * micro * (old + 2 * update)
-        found["reduce-scatter of gradients"] = whole * micro * update
+        micro_batches = max(_slots(s) / (s.batch.rows * s.batch.columns), config.train.mini_batches)
+        dense, experts = (model.total - model.experts) * others, model.experts / ep * (1 - ep / n)
+        gathered = (dense + experts) * s.compute * micro_batches
+        found["all-gather of weights"] = gathered * (old + 2)  # forward and backward
+        found["reduce-scatter of gradients"] = gathered
     elif n > 1:
-        found["all-reduce of gradients"] = config.train.mini_batches * 2 * model.total * s.master * (n - 1) / n
+        found["all-reduce of gradients"] = 2 * model.total * s.master * others * config.train.mini_batches
     if ep > 1:
-        passes = old + update * (3 if config.model.gradient_checkpointing else 2)
-        pairs = _slots(s) * model.top_k * model.moe_layers * (ep - 1) / ep
-        found["all-to-all of tokens"] = 2 * pairs * model.config.hidden_size * s.compute * passes
+        passes = old + (3 if config.model.gradient_checkpointing else 2)
+        pairs = _slots(s) * model.top_k * model.moe_layers * (1 - 1 / ep)
+        found["all-to-all of tokens"] = 2 * pairs * model.config.hidden_size * s.compute * passes  # there and back
     if n > 1:
         tokens = s.responses * (s.prompt_tokens + s.response_tokens)
-        per_token = sum(rollout_bytes_per_token(model).values())
-        found["rollout, scattered by rank 0"] = tokens * per_token * (n - 1) / n
-        found["log-probabilities, gathered by rank 0"] = 12 * s.responses * s.response_tokens * (n - 1) / n
-    sync = model.total * s.engine
-    found["weights to the engine, from rank 0"] = sync
+        found["rollout, scattered by rank 0"] = tokens * sum(rollout_bytes_per_token(model).values()) * others
+        found["log-probabilities, gathered by rank 0"] = 12 * s.responses * s.response_tokens * others
+    found["weights to the engine, by rank 0"] = model.total * s.engine
     if s.sharded:
-        found["weights made whole, for the engine"] = model.total * s.master * (n - 1) / n
+        found["weights made whole for that"] = model.total * s.master * others
     return found
 
 
 def _attention(config: PreTrainedConfig, length: float) -> float:
-    """FLOPs of one token's attention to the last `length`: 4 · heads · head_dim for each token that it sees."""
+    """FLOPs of a token's attention to `length` tokens: 4 · heads · head_dim for each that it sees in each layer."""
     heads, _, head_dim = _heads(config)
     return 4 * heads * head_dim * sum(_spans(config, length))
 
 
 def _seconds(s: _Setting, traffic: dict[str, float], at_once: int) -> dict[str, float]:
-    """Roofs of a global step's parts, and of the whole."""
+    """Lower bounds for the parts of a global step, and for all of it."""
     config, model, hardware, gpus = s.config, s.model, s.hardware, s.server_gpus
-    peak = {2: hardware.bf16, 4: hardware.fp32}
-    prompts = config.train.mini_batches * config.train.mini_batch_prompts
+    flops = {2: hardware.bf16, 4: hardware.fp32}
     prompt, response = s.prompt_tokens, s.response_tokens
-    # Rollout: the prompts at the products' peak, then token by token at the memory's.
-    per_prompt = prompt * (2 * model.multiplied + _attention(model.config, prompt / 2))
-    found = {"rollout: prompts": prompts * per_prompt / (peak[s.engine] * gpus)}
+    per_token = 2 * model.multiplied
+    reading = s.prompts * prompt * (per_token + _attention(model.config, prompt / 2))
+    # Each decoding step reads the experts that some token of the batch needs, all other weights, and the KV cache.
     context = prompt + response / 2
-    hit = 1 - (1 - model.top_k / max(model.num_experts, 1)) ** at_once  # share of the experts that some token needs
-    read = (model.total - (model.embedding if model.head else 0) - model.experts * (1 - hit)) * s.engine
-    read += at_once * kv_cache_bytes(model.config, context, s.kv_itemsize)
-    flops = at_once * (2 * model.multiplied + _attention(model.config, context))
-    step = max(read / (hardware.bandwidth * gpus), flops / (peak[s.engine] * gpus))
-    found["rollout: tokens"] = math.ceil(s.responses / at_once) * response * step
-    # Update: 2 FLOPs per parameter and token forward, 4 backward, 2 for the forward again under checkpointing.
-    old, update = _passes(s)
-    span = s.batch.columns if s.batch.kind == "shared" else (prompt + response) / 2
-    forward = _slots(s) * (2 * model.multiplied + _attention(model.config, span)) / peak[s.compute]
-    found["π_old"] = old * forward
-    found["update"] = update * forward * (4 if config.model.gradient_checkpointing else 3)
-    # AdamW reads weights, gradients and moments and writes all but the gradients.
+    missed = (1 - model.top_k / max(model.num_experts, 1)) ** at_once
+    weights = model.total - (model.embedding if model.head else 0) - model.experts * missed
+    read = weights * s.engine + at_once * kv_cache_bytes(model.config, context, s.kv_itemsize)
+    products = at_once * (per_token + _attention(model.config, context))
+    step = max(read / hardware.bandwidth, products / flops[s.engine]) / gpus
+    # Per token 2 FLOPs a parameter forward, 4 backward, 2 for the forward again under checkpointing.
+    seen = s.batch.columns if s.batch.kind == "shared" else (prompt + response) / 2
+    forward = _slots(s) * (per_token + _attention(model.config, seen)) / flops[s.compute]
+    # AdamW reads weights, gradients and two moments, and writes all but the gradients.
     state = model.total * s.master / (s.gpus if s.sharded else 1)
-    found["optimizer"] = config.train.mini_batches * 7 * state / hardware.bandwidth
-    # A ring through several machines passes each border over all of a machine's adapters.
-    one = s.gpus <= hardware.per_node
-    ring = hardware.nvlink if one else min(hardware.nvlink, hardware.per_node * hardware.network)
+    # A ring through several machines crosses their borders over all of a machine's adapters.
+    one_machine = s.gpus <= hardware.per_node
+    ring = hardware.nvlink if one_machine else min(hardware.nvlink, hardware.per_node * hardware.network)
     pairs = hardware.nvlink if config.model.expert_parallel <= hardware.per_node else hardware.network
-    of = {name.split(" ")[0]: size for name, size in traffic.items()}
-    collectives = sum(of.get(name, 0.0) for name in ("all-gather", "reduce-scatter", "all-reduce"))
-    found["communication of the update"] = collectives / ring + of.get("all-to-all", 0.0) / pairs
-    between = hardware.nvlink if s.placement == "colocated" or one else hardware.network
-    found["sync"] = traffic["weights to the engine, from rank 0"] / between
-    found["sync"] += traffic.get("weights made whole, for the engine", 0.0) / ring
-    busy = found["π_old"] + found["update"]
-    rest = found["rollout: prompts"] + found["rollout: tokens"] + found["optimizer"] + found["sync"]
-    found["global step"] = rest + max(busy, found["communication of the update"])  # at best one hides the other
-    return found
+    to_engine = hardware.nvlink if s.placement == "colocated" else hardware.network
+    kinds = {name.split()[0]: size for name, size in traffic.items()}
+    collectives = sum(kinds.get(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
+    found = {
+        "rollout: prompts": reading / (flops[s.engine] * gpus),
+        "rollout: tokens": math.ceil(s.responses / at_once) * response * step,
+        "π_old": _old_passes(s) * forward,
+        "update": forward * (4 if config.model.gradient_checkpointing else 3),
+        "optimizer": config.train.mini_batches * 7 * state / hardware.bandwidth,
+        "communication": collectives / ring + kinds.get("all-to-all", 0.0) / pairs,
+        "sync": model.total * s.engine / to_engine + traffic.get("weights made whole for that", 0.0) / ring,
+    }
+    hidden = min(found["communication"], found["π_old"] + found["update"])  # at best behind the computation
+    return {**found, "global step": sum(found.values()) - hidden}
 
 
-def _notes(s: _Setting, at_once: int) -> Iterable[str]:
+def _notes(s: _Setting, at_once: int) -> Iterator[str]:
     config, engine = s.config, s.config.rollout.engine
     if engine == "vllm_server" and s.placement == "colocated" and not config.rollout.options.get("sleep"):
-        yield "a server on the trainer's GPUs has to sleep: rollout.options.sleep: true"
+        yield "a server on the trainer's GPUs has to sleep between rollouts: rollout.options.sleep: true"
     if at_once < s.responses:
-        rounds = math.ceil(s.responses / at_once)
-        yield f"the KV cache holds {at_once} of {s.responses} responses of the mean length: about {rounds} rounds"
+        yield f"the KV cache holds {at_once} of {s.responses} responses of the mean length at a time; the rest wait"
     if engine == "hf" and s.gpus > 1:
-        yield "the hf engine samples on rank 0 alone, while the others wait"
+        yield "the engine hf samples on rank 0 alone, while the others wait"
     if s.model.num_experts and s.mixed_precision == "bf16" and not s.sharded and s.master == 4:
-        yield "without FSDP2, transformers' grouped experts compute in fp32: autocast does not reach them"
-    if s.batch.rows * s.batch.columns > config.train.tokens_per_micro_batch:
-        yield (
-            f"one row takes {s.batch.columns} tokens, more than train.tokens_per_micro_batch = "
-            f"{config.train.tokens_per_micro_batch}: there is nothing left to cut"
-        )
+        yield "without FSDP2, transformers multiplies experts in the weights' fp32: autocast does not reach them"
+    if s.batch.columns > config.train.tokens_per_micro_batch:
+        budget = config.train.tokens_per_micro_batch
+        yield f"a row of {s.batch.columns} tokens exceeds train.tokens_per_micro_batch: {budget}, and cannot be cut"
 
 
 # ----------------------------------------------------------------------------------------------------------- remedies
 
-_MOST_GPUS = 4096
+MOST_GPUS = 4096
+"""Where the search for a number of GPUs ends."""
 
 
 class Remedy(NamedTuple):
-    """A change, what the fullest GPU then takes, and whether it fits."""
+    """A change, what the fullest GPU takes after it, and whether it fits then."""
 
     change: str
     peak: float
     fits: bool
 
 
-def remedies(config: Config, hardware: Hardware, **arguments: Any) -> list[Remedy]:
-    """What to change so that a plan fits, cheapest first; `arguments` are those of `plan`. Empty if it fits.
+def remedies(
+    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: float | None = None
+) -> list[Remedy]:
+    """What to change so that `plan` of the same arguments fits, cheapest first; empty if it fits.
 
-    Each line keeps the changes of the lines before it, the last two excepted: as many GPUs as it takes with nothing
-    else changed, and with all of them. Lines that change nothing or save nothing are left out.
+    Each line keeps the changes of those before it, until it fits. The last ones say how many GPUs it takes otherwise:
+    with nothing else changed, and with all that. What would save nothing is left out.
     """
-    now = plan(config, hardware, **arguments)
+    now = plan(config, cluster, prompt_tokens=prompt_tokens, response_tokens=response_tokens)
     if now.fits:
         return []
-    arguments |= {name: now.setting[name] for name in ("prompt_tokens", "memory", "placement", "mixed_precision")}
-    arguments["gpus"] = now.setting["gpus"]
-    first, found = (config, dict(arguments)), []
-
-    def attempt(change: str, config: Config, arguments: dict[str, Any]) -> Plan | None:
-        try:
-            then = plan(config, hardware, **arguments)
-        except ConfigError:
-            return None
-        if _fullest(then) < _fullest(now):
-            found.append(Remedy(change, _fullest(then), then.fits))
-            return then
-        return None
-
-    for change, new_config, new_arguments in _changes(config, hardware, arguments, now):
-        # Each builds on what helped so far.
-        candidate = new_config(config), {**arguments, **new_arguments}
-        then = attempt(change, *candidate)
-        if then is not None:
-            (config, arguments), now = candidate, then
-            if now.fits:
-                break
-    if hardware.name != "cpu":
-        now = plan(first[0], hardware, **first[1])
-        for words, (base, given) in {"nothing else changed": first, "all of the above": (config, arguments)}.items():
-            if (base, given) == first and words == "all of the above":
-                continue
-            count = _fewest(base, hardware, given)
-            if count and count > given["gpus"]:
-                attempt(f"{count} GPUs instead of {given['gpus']} (fsdp2), {words}", base, _on(count, given))
+    lengths = {"prompt_tokens": now.setting["prompt_tokens"], "response_tokens": response_tokens}
+    asked, found, words = (config, cluster), [], ""
+    for change, edit in _changes(config, cluster, now):
+        changed = edit(config, cluster)
+        then = plan(*changed, **lengths)
+        if _fullest(then) >= _fullest(now):
+            continue
+        (config, cluster), now, words = changed, then, ", and all of the above"
+        found.append(Remedy(change, _fullest(now), now.fits))
+        if now.fits:
+            break
+    if cluster.hardware.name != "cpu":
+        found += _more_gpus(*asked, lengths, "")
+        found += _more_gpus(config, cluster, lengths, words) if words and not now.fits else []
     return found
 
 
 def _fullest(plan: Plan) -> float:
-    return max(plan.peak("trainer"), plan.peak("server"))
+    return max(map(plan.peak, PLACES))
 
 
-def _changes(
-    config: Config, hardware: Hardware, arguments: dict[str, Any], now: Plan
-) -> Iterable[tuple[str, Any, dict[str, Any]]]:
-    """(words, config → config, arguments that change), in the order in which to try them."""
+_Edit = Callable[[Config, Cluster], tuple[Config, Cluster]]
 
-    def edit(section: str, **fields: Any) -> Any:
-        return lambda config: replace(config, **{section: replace(getattr(config, section), **fields)})
+
+def _changes(config: Config, cluster: Cluster, now: Plan) -> Iterator[tuple[str, _Edit]]:
+    """What to try, in this order."""
+
+    def change(section: str, *, machine: dict[str, Any] | None = None, **fields: Any) -> _Edit:
+        return lambda config, cluster: (
+            replace(config, **{section: replace(getattr(config, section), **fields)}),
+            replace(cluster, **(machine or {})),
+        )
 
     if not config.model.gradient_checkpointing:
-        yield "model.gradient_checkpointing: true", edit("model", gradient_checkpointing=True), {}
-    row = now.setting["prompt_tokens"] + now.setting["max_new_tokens"] - 1
-    budget = config.train.tokens_per_micro_batch
+        yield "model.gradient_checkpointing: true", change("model", gradient_checkpointing=True)
+    budget, row = config.train.tokens_per_micro_batch, now.setting["prompt_tokens"] + now.setting["max_new_tokens"] - 1
     while budget > row:
         budget = max(budget // 2, row)
-        yield f"train.tokens_per_micro_batch: {budget}", edit("train", tokens_per_micro_batch=budget), {}
+        yield f"train.tokens_per_micro_batch: {budget}", change("train", tokens_per_micro_batch=budget)
     if config.eval.every and config.eval.through_trainer:
-        yield "eval.through_trainer: false", edit("eval", through_trainer=False), {}
+        yield "eval.through_trainer: false", change("eval", through_trainer=False)
     if config.model.dtype == "float32":
-        words = "model.dtype: bfloat16 without mixed precision (Adam's small steps may round to nothing)"
-        yield words, edit("model", dtype="bfloat16"), {"mixed_precision": "no"}
-    engine = config.rollout.engine
-    if engine == "vllm_server" and now.setting["placement"] == "colocated":
-        yield "a server with GPUs of its own", lambda config: config, {"placement": "separate"}
-    elif engine != "vllm_server" and hardware.name != "cpu":
-        precision = config.rollout.precision if config.rollout.precision in VLLM_DTYPES else "bf16"
-        fields = {"engine": "vllm_server", "precision": precision, "options": {}, "rounding": "nearest"}
-        words = "rollout.engine: vllm_server, with GPUs of its own"
-        yield words, edit("rollout", **fields, quantise_router=False), {"placement": "separate"}
+        words = "model.dtype: bfloat16, mixed precision no (small steps of Adam's get lost in rounding)"
+        yield words, change("model", dtype="bfloat16", machine={"mixed_precision": "no"})
+    if cluster.hardware.name == "cpu" or now.setting["placement"] == "separate":
+        return
+    precision = config.rollout.precision if config.rollout.precision in VLLM_DTYPES else "bf16"
+    server = {"engine": "vllm_server", "precision": precision, "rounding": "nearest", "quantise_router": False}
+    options = {name: v for name, v in config.rollout.options.items() if name == "kv_cache_dtype"}
+    yield (
+        "a vLLM server on GPUs of its own",
+        change("rollout", **server, options=options, machine={"placement": "separate"}),
+    )
 
 
-def _on(gpus: int, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {**arguments, "gpus": gpus, "sharding": "fsdp2", "server_gpus": arguments.get("server_gpus")}
-
-
-def _fewest(config: Config, hardware: Hardware, arguments: dict[str, Any]) -> int | None:
-    """The smallest number of GPUs on which it fits, in steps of `model.expert_parallel`; None if none does."""
+def _more_gpus(config: Config, cluster: Cluster, lengths: dict[str, Any], words: str) -> list[Remedy]:
+    """The smallest number of GPUs on which it fits, a multiple of `model.expert_parallel`; nothing if none is."""
+    if config.rollout.engine == "vllm":
+        return []
     step = config.model.expert_parallel
 
-    def fits(count: int) -> bool:
-        try:
-            return plan(config, hardware, **_on(count * step, arguments)).fits
-        except ConfigError:
-            return False
+    @lru_cache
+    def on(count: int) -> Plan:
+        return plan(config, replace(cluster, gpus=count * step, sharding="fsdp2"), **lengths)
 
-    low = max(1, arguments["gpus"] // step)  # does not fit
-    high = low
-    while not fits(high):
-        if high * step > _MOST_GPUS:
-            return None
+    low, high = cluster.gpus // step, 2 * cluster.gpus // step  # on low it does not fit
+    while not on(high).fits:
+        if high * step >= MOST_GPUS:
+            return []
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high * step
+        low, high = (low, middle) if on(middle).fits else (middle, high)
+    return [Remedy(f"{high * step} GPUs instead of {cluster.gpus}, fsdp2{words}", _fullest(on(high)), True)]
 
 
 # ------------------------------------------------------------------------------------------------------ text, picture
 
 
 def parse_bytes(text: str) -> float:
-    """`80GB` (10⁹ bytes each) or `80GiB` (2³⁰) in bytes. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"([0-9.]+)\s*([GMT])(i?)B", text.strip())
-    try:
-        number = float(match[1]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
+    """`80GB` (80 · 10⁹) or `80GiB` (80 · 2³⁰) in bytes. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MGT])(i?)B", text.strip())
+    if match is None or not float(match[1]):
         raise ConfigError(f"memory = {text!r}: expected a size such as 80GB or 80GiB")
-    power = {"M": 2, "G": 3, "T": 4}[match[2]]
-    return number * (1024 if match[3] else 1000) ** power
+    return float(match[1]) * (1024 if match[3] else 1000) ** ("MGT".index(match[2]) + 2)
 
 
 def _size(size: float) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
-    return f"{size:.3g} bytes"
+    return f"{size:.3g} B"
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms"
-    return f"{seconds:.3g} s" if seconds < 600 else f"{seconds / 60:.3g} min"
-
-
-def table(plan: Plan, suggested: Iterable[Remedy] = ()) -> str:
-    """The plan as text, and what to change if it does not fit."""
-    s = plan.setting
-    lines = [
-        f"{s['model']}: " + ", ".join(f"{plan.sizes[name] / 1e9:.4g} B {name}" for name in list(plan.sizes)[:4]),
-        f"{s['gpus']} × {s['hardware']} of {_size(s['memory'])}, sharding {s['sharding']}, mixed precision "
-        f"{s['mixed_precision']}, engine {s['placement']}; prompts of {s['prompt_tokens']} and responses of "
-        f"{s['max_new_tokens']} tokens (mean {s['response_tokens']:g})",
-    ]
-    for place in ("trainer", "server"):
-        if any(item.place == place for item in plan.memory):
-            lines += ["", *_memory_lines(plan, place)]
-    if plan.host:
-        lines += ["", "memory of the machine", *_rows((name, _size(n), "") for name, n in plan.host.items())]
-    lines += ["", "time of a global step, at least", *_rows((n, _duration(t), "") for n, t in plan.seconds.items())]
-    lines += ["", "traffic of a global step, per GPU", *_rows((n, _size(b), "") for n, b in plan.traffic.items())]
-    lines += ["", "bytes per token", *_rows((n, f"{b:,.0f}", "") for n, b in list(plan.sizes.items())[4:])]
-    if plan.notes:
-        lines += ["", *(f"note: {note}" for note in plan.notes)]
-    if not plan.fits:
-        lines += ["", "to make it fit:"]
-        verdict = {True: "fits", False: "does not fit"}
-        lines += _rows((r.change, _size(r.peak), verdict[r.fits]) for r in suggested) or [
-            "  nothing that was tried helps"
-        ]
-    return "\n".join(lines)
-
-
-def _memory_lines(plan: Plan, place: str) -> list[str]:
-    peak, memory = plan.peak(place), plan.setting["memory"]
-    what = "process" if plan.setting["hardware"] == "cpu" else "GPU"
-    lines = [f"memory of the fullest {what} of the {place}"]
-    for phase in PHASES:
-        items = [item for item in plan.memory if item.place == place and item.phase == phase]
-        lines += _rows((f"{phase}: {item.name}", _size(item.bytes), item.how) for item in items)
-    verdict = "fits" if peak <= memory else "does not fit"
-    return [*lines, *_rows([("peak", _size(peak), f"of {_size(memory)}: {verdict}")])]
+    for unit, scale in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
 
 
 def _rows(rows: Iterable[tuple[str, str, str]]) -> list[str]:
     rows = list(rows)
-    width = max((len(name) for name, _, _ in rows), default=0)
-    return [f"  {name:{max(width, 30)}} {value:>10}  {how}".rstrip() for name, value, how in rows]
+    width = max([26, *(len(name) for name, _, _ in rows)])
+    return [f"  {name:{width}} {value:>9}  {how}".rstrip() for name, value, how in rows]
+
+
+def table(plan: Plan, suggested: Iterable[Remedy] = ()) -> str:
+    """The plan as text; `suggested`: what to change if it does not fit."""
+    s, sizes, verdict = plan.setting, plan.sizes, {True: "fits", False: "does not fit"}
+    counts = ", ".join(f"{sizes[name] / 1e9:.4g} B {name}" for name in list(sizes)[:4])
+    lines = [
+        f"{s['model']}: {counts}",
+        f"{s['gpus']} × {s['hardware']}, sharding {s['sharding']}, mixed precision {s['mixed_precision']}, rollouts "
+        f"{s['placement']}; prompts of {s['prompt_tokens']}, responses of up to {s['max_new_tokens']} tokens "
+        f"(mean {s['response_tokens']:g})",
+    ]
+    for place in PLACES:
+        if not any(item.place == place for item in plan.memory):
+            continue
+        lines += ["", f"memory of the {place}'s fullest {'process' if s['hardware'] == 'cpu' else 'GPU'}"]
+        for phase in PHASES:
+            own = [item for item in plan.memory if item.place == place and item.phase == phase]
+            lines += [f" {phase}"] * bool(own) + _rows((i.name, _size(i.bytes), i.how) for i in own)
+        peaks = {phase: sum(i.bytes for i in plan.items(phase, place)) for phase in PHASES[1:]}
+        shown = ", ".join(f"{phase} {_size(size)}" for phase, size in peaks.items())
+        lines.append(
+            f" peak {_size(plan.peak(place))} of {_size(s['memory'])}: "
+            f"{verdict[plan.peak(place) <= s['memory']]} ({shown})"
+        )
+    if plan.host:
+        lines += ["", "memory of a machine", *_rows((name, _size(size), "") for name, size in plan.host.items())]
+    lines += ["", "time of a global step, at least", *_rows((n, _duration(t), "") for n, t in plan.seconds.items())]
+    lines += ["", "traffic of a global step, per GPU", *_rows((n, _size(b), "") for n, b in plan.traffic.items())]
+    lines += ["", *_rows((name, f"{size:,.0f}", "") for name, size in list(sizes.items())[4:])]
+    lines += [""] * bool(plan.notes) + [f"note: {note}" for note in plan.notes]
+    if not plan.fits:
+        steps = [(r.change, _size(r.peak), verdict[r.fits]) for r in suggested]
+        lines += ["", "what to change", *(_rows(steps) or ["  nothing that was tried helps"])]
+    return "\n".join(lines)
 
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
@@ -1108,30 +1048,27 @@ _HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 
 
 def figure(plan: Plan) -> Figure:
-    """A stacked bar of the memory of the fullest GPU in each phase, and the memory that there is. Items below 1 % of the
-    peak are drawn together."""
+    """The memory of the fullest GPU in each phase, stacked, and what there is. Items below 1 % of the peak are drawn as
+    one."""
     drawn = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(drawn)
     axes = drawn.subplots()
-    places = [place for place in ("trainer", "server") if any(item.place == place for item in plan.memory)]
-    columns = [(place, phase) for place in places for phase in PHASES[1:] if place == "trainer" or phase == "rollout"]
-    peak = max(plan.peak(place) for place in places)
-    names: dict[str, list[float]] = {}
-    for column, (place, phase) in enumerate(columns):
-        phases = {"always", phase}
-        if plan.setting["keeps_freed"]:
-            phases |= set(PHASES[: PHASES.index(phase) + 1])
-        for item in plan.memory:
-            if item.place == place and item.phase in phases:
-                name = item.name if item.bytes >= 0.01 * peak else "the rest"
-                names.setdefault(name, [0.0] * len(columns))[column] += item.bytes / 1e9
+    separate = any(item.place == "server" for item in plan.memory)
+    columns = [(phase, "trainer") for phase in PHASES[1:]] + [("rollout", "server")] * separate
+    parts: dict[str, list[float]] = {}
+    for column, (phase, place) in enumerate(columns):
+        for item in plan.items(phase, place):
+            name = item.name if item.bytes >= 0.01 * _fullest(plan) else "the rest"
+            parts.setdefault(name, [0.0] * len(columns))[column] += item.bytes / 1e9
     bottom = [0.0] * len(columns)
-    for i, (name, sizes) in enumerate(sorted(names.items(), key=lambda entry: entry[0] == "the rest")):
+    for i, name in enumerate(sorted(parts, key="the rest".__eq__)):
         colour, hatch = _COLOURS[i % len(_COLOURS)], _HATCHES[(i + i // len(_COLOURS)) % len(_HATCHES)]
-        axes.bar(range(len(columns)), sizes, bottom=bottom, label=name, color=colour, hatch=hatch, edgecolor="white")
-        bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
+        axes.bar(
+            range(len(columns)), parts[name], bottom=bottom, label=name, color=colour, hatch=hatch, edgecolor="white"
+        )
+        bottom = [low + size for low, size in zip(bottom, parts[name], strict=True)]
     axes.axhline(plan.setting["memory"] / 1e9, color="#222222", linestyle="--", label="memory")
-    axes.set_xticks(range(len(columns)), [phase if place == "trainer" else "server" for place, phase in columns])
+    axes.set_xticks(range(len(columns)), [place if place == "server" else phase for phase, place in columns])
     axes.set_ylabel("GB")
     axes.set_title(f"{plan.setting['model']} on {plan.setting['gpus']} × {plan.setting['hardware']}")
     handles, labels = axes.get_legend_handles_labels()

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -50,10 +50,14 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError("FSDP version 1 is not supported: write fsdp_version: 2 into the accelerate config")
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true") or not torch.cuda.is_available()
-    if sharded and on_cpu and PartialState._shared_state == {}:
-        if PartialState(cpu=True, timeout=timeout).num_processes > 1:
-            # What accelerate looks at when it decides whether FSDP may be used.
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    if (
+        sharded
+        and on_cpu
+        and PartialState._shared_state == {}
+        and PartialState(cpu=True, timeout=timeout).num_processes > 1
+    ):
+        # What accelerate looks at when it decides whether FSDP may be used.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout)]
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
     if sharded and not accelerator.is_fsdp2:
@@ -61,6 +65,9 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
             f"FSDP2 was asked for, but accelerate runs {accelerator.num_processes} processes as "
             f"{accelerator.distributed_type.value}; take a config without FSDP, or another version of accelerate"
         )
+    policy = accelerator.state.fsdp_plugin.mixed_precision_policy if sharded else None
+    if policy is not None:  # accelerate would add the ranks' gradients up in bf16
+        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
     return accelerator
 
 

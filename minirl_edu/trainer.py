@@ -26,7 +26,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
 from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages, leave_one_out_advantages
+from minirl_edu.batches import Batcher, MicroBatch, MiniBatch, Sampled
 from minirl_edu.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -49,12 +49,12 @@ from minirl_edu.checkpoint import (
 from minirl_edu.config import Config, ConfigError, load_config, save_config
 from minirl_edu.diagnostics import CollapseDetector, masked_mean, policy_metrics
 from minirl_edu.doctor import environment
-from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, micro_batches, response_logprobs
+from minirl_edu.logprobs import can_share_prompts, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer, random_model
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
-from minirl_edu.ranks import Ranks, make_accelerator, share_experts, share_rows
+from minirl_edu.ranks import Ranks, make_accelerator, share_experts
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine, sample
-from minirl_edu.routing import Routes, RoutingReplay, Tape, UnsupportedRouter
+from minirl_edu.routing import RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.run_folder import FolderLock, lock_folder
 from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, take_part, untied_state
@@ -70,38 +70,6 @@ OWN_ADVANTAGES = {"minirl": "group_mean", "grpo": "group_mean_std", "cispo": "gr
 
 class TrainingDiverged(RuntimeError):
     """A number that is not finite in a gradient step; the message names the step, the cause and the last checkpoint."""
-
-
-@dataclass
-class MicroBatch:
-    """Rows of a mini-batch that go through the model in one forward. Routes are in the layout of that forward."""
-
-    rows: Tensor  # [b] which rows of this rank's share
-    rollout: Rollout
-    layout: Layout
-    advantages: Tensor  # [b]
-    backward: bool  # False: advantages of 0 throughout, the forward is for the metrics
-    empty: bool = False  # True: keeps step with the other ranks, counts for nothing
-    logp_old: Tensor | None = None  # log π_old [b, T], once known
-    forced: Routes | None = None  # the experts that updates must use (R2, R3)
-    chosen: Routes | None = None  # the experts that the training engine used at θ_old
-
-
-@dataclass
-class MiniBatch:
-    """The responses of one gradient step, and this rank's share of them."""
-
-    rewards: Tensor  # [B]
-    advantages: Tensor  # [B]
-    tokens: int  # of all responses
-    shares: list[Tensor]  # the rows of each rank
-    parts: list[MicroBatch]  # of this rank
-    rollout: Rollout | None = None  # all of it, on rank 0
-
-    @property
-    def responses(self) -> int:
-        """B: what the mean over responses divides by, whatever the number of ranks."""
-        return len(self.rewards)
 
 
 class MiniRLTrainer:
@@ -154,14 +122,23 @@ class MiniRLTrainer:
         self.task = task or self._make_task()
         model = model if model is not None else self._load_model()
         self.replay = self._routing_replay(model)
-        self.share_prompts = can_share_prompts(model)
         self.sampling = Sampling(config.rollout.max_new_tokens or self.task.max_new_tokens, config.rollout.temperature)
         self.compute_advantages = ADVANTAGES[config.algorithm.advantages or OWN_ADVANTAGES[config.algorithm.objective]]
+        self.batcher = Batcher(
+            self.ranks,
+            group_size=config.train.group_size,
+            mini_batches=config.train.mini_batches,
+            tokens=config.train.tokens_per_micro_batch,
+            share_prompts=can_share_prompts(model),
+            layers=() if self.replay is None else self.replay.layers,
+            force_routes=config.algorithm.replay == "R3",
+            backward_all=config.train.zero_advantage_backward,
+        )
         if self.ranks.first and config.rollout.engine == "hf":
             model.to(self.ranks.device)  # type: ignore[arg-type]
-        self._engine = engine
+        self.engine: Any = engine  # rank 0's; elsewhere None
         if self.ranks.first and engine is None:  # from the model while it is whole
-            self._engine = make_engine(model, config.rollout, seed=config.seed, routes=self.replay is not None)
+            self.engine = make_engine(model, config.rollout, seed=config.seed, routes=self.replay is not None)
         self._prepare(model)
         self.detector = CollapseDetector()
         self.step = 0  # global steps done
@@ -218,16 +195,6 @@ class MiniRLTrainer:
             num_training_steps=config.train.global_steps * config.train.mini_batches,
         )
 
-    @property
-    def engine(self) -> RolloutEngine:
-        """The rollout engine; rank 0 has it."""
-        assert self._engine is not None, "the rollout engine is rank 0's"
-        return self._engine
-
-    @engine.setter
-    def engine(self, engine: RolloutEngine) -> None:
-        self._engine = engine
-
     # ------------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> Path:
@@ -278,7 +245,8 @@ class MiniRLTrainer:
             settings.mini_batches * settings.mini_batch_prompts,
             seed=derive_seed(self.config.seed, "problems", self.step),
         )
-        mini_batches, counts = self._share(*(self._sample(problems) if self.ranks.first else (None, None, None)))
+        sampled = self._sample(problems) if self.ranks.first else None
+        mini_batches = self.batcher.cut(sampled, self.compute_advantages)
         for mini_batch in mini_batches if settings.reference_old_logp else mini_batches[1:]:
             for batch in mini_batch.parts:
                 self._old_logprobs(batch)
@@ -305,7 +273,12 @@ class MiniRLTrainer:
             lines[-1] |= self.evaluate()
         if not self.ranks.first:
             return []
-        lines[0] |= counts
+        assert sampled is not None
+        lines[0] |= {
+            "dropped_groups": len(problems) - sum(sampled.groups),
+            "verifier_failures": self._new_verifier_failures(),
+            "bytes_per_token": sampled.rollout.bytes_per_token(),
+        }
         for line in lines:
             if warnings := self.detector.update({k: v for k, v in line.items() if isinstance(v, int | float)}):
                 line["warnings"] = warnings
@@ -313,15 +286,20 @@ class MiniRLTrainer:
 
     def _sync(self) -> None:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
+        if self.config.rollout.options.get("sleep") and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the server wakes up on this GPU, and needs what is only cached here
         if self.ranks.first:
             self.engine.sync(self._unwrapped, version=self.step)
         else:
             take_part(self._unwrapped)
 
-    # --------------------------------------------------------------------------------- rollout, rewards, shares of it
+    # -------------------------------------------------------------------------------------------- rollout and rewards
 
-    def _sample(self, problems: list[Problem]) -> tuple[Rollout, Tensor, list[int]]:
-        """Rank 0's part: the responses that can be trained on, their rewards, and the groups of each mini-batch."""
+    def _sample(self, problems: list[Problem]) -> Sampled:
+        """Rank 0's part: the responses that can be trained on, and their rewards.
+
+        Raises EngineError for one that cannot, or, where those are dropped, if a mini-batch has no group left.
+        """
         settings = self.config.train
         rollout = self.engine.generate(
             [self.task.encode(problem) for problem in problems],
@@ -335,112 +313,11 @@ class MiniRLTrainer:
         groups = [sum(g // settings.mini_batch_prompts == m for g in kept) for m in range(settings.mini_batches)]
         if faults and (self.config.rollout.on_fault == "stop" or not all(groups)):
             fault, count = next(iter(faults.values())), f"{len(faults)} of {len(rollout.tokens)} responses"
-            remedy = (
-                "a mini-batch has none left" if not all(groups) else "rollout.on_fault: drop leaves out their groups"
-            )
-            raise EngineError(f"{fault}; {count} cannot be trained on: {remedy}")
+            advice = "rollout.on_fault: drop leaves out their groups" if all(groups) else "a mini-batch has none left"
+            raise EngineError(f"{fault}; {count} cannot be trained on: {advice}")
         if faults:
             rollout, problems = rollout.without(faulty), [problems[group] for group in kept]
-        return rollout, self.rewards(problems, rollout), groups
-
-    def _share(
-        self, rollout: Rollout | None, rewards: Tensor | None, groups: list[int] | None
-    ) -> tuple[list[MiniBatch], dict[str, Any]]:
-        """Mini-batches with each rank's share of rank 0's rollout, and what is counted once for each global step."""
-        ranks, settings, size = self.ranks, self.config.train, self.config.train.group_size
-        count = settings.mini_batches
-        numbers, counts = None, {}
-        if rollout is not None:
-            assert rewards is not None and groups is not None
-            asked = count * settings.mini_batch_prompts
-            counts = {
-                "dropped_groups": asked - sum(groups),
-                "verifier_failures": self._new_verifier_failures(),
-                "bytes_per_token": rollout.bytes_per_token(),
-            }
-            lengths = rollout.response_mask.sum(1)
-            fed = (rollout.inputs.sum(1) - rollout.attention_mask[:, : rollout.prompt_length].sum(1)).view(-1, size)
-            costs = rollout.attention_mask[::size, : rollout.prompt_length].sum(1) + fed.sum(1)
-            tokens = [int(part.sum()) for part in lengths.split([n * size for n in groups])]
-            shape = _shape(rollout)
-            numbers = torch.tensor([*shape, *groups, *tokens, *costs.tolist()])
-        numbers = ranks.broadcast(numbers).tolist()
-        shape, rest = numbers[:_SHAPE], numbers[_SHAPE:]
-        groups, tokens, costs = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        rewards = ranks.broadcast(rewards).float().cpu()
-        advantages = self.compute_advantages(rewards, size)
-
-        mini_batches, start = [], 0
-        for of_mini_batch, of_tokens in zip(groups, tokens, strict=True):
-            part = slice(start * size, (start + of_mini_batch) * size)
-            signal = (advantages[part] != 0).view(-1, size).any(1)
-            kinds = [int(not (s or settings.zero_advantage_backward)) for s in signal.tolist()]
-            shares = share_rows(costs[start : start + of_mini_batch], kinds, ranks.size)
-            rows = [(torch.tensor(s, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten() for s in shares]
-            mini_batches.append(MiniBatch(rewards[part], advantages[part].to(ranks.device), of_tokens, rows, []))
-            start += of_mini_batch
-        starts = [sum(groups[:m]) * size for m in range(count)]
-        mine = rollout
-        if ranks.size > 1:
-            rows = [
-                torch.cat([m.shares[r] + s for m, s in zip(mini_batches, starts, strict=True)])
-                for r in range(ranks.size)
-            ]
-            mine = self._scatter(rollout, rows, shape)
-        assert mine is not None
-        begin = 0
-        for mini_batch, at in zip(mini_batches, starts, strict=True):
-            own = mini_batch.shares[ranks.rank].to(ranks.device)
-            if len(own):
-                local = mine.rows(begin, begin + len(own))
-                mini_batch.parts = self._cut(local, mini_batch.advantages[own])
-            begin += len(own)
-            if rollout is not None:
-                everything = replace(rollout, routes=None)  # for the metrics
-                mini_batch.rollout = everything.rows(at, at + mini_batch.responses)
-        self._fill_up(mini_batches)
-        return mini_batches, counts
-
-    def _scatter(self, rollout: Rollout | None, rows: list[Tensor], shape: list[int]) -> Rollout:
-        """This rank's rows of rank 0's rollout."""
-        width, prompt, version, layers, top_k, wide = shape
-        routes = None if rollout is None else rollout.routes
-
-        def send(name: str, columns: Sequence[int], dtype: torch.dtype) -> Tensor:
-            whole = routes if name in ("experts", "valid") else rollout
-            return self.ranks.scatter(None if whole is None else getattr(whole, name), rows, columns, dtype)
-
-        tokens = send("tokens", (width,), torch.int64)
-        mask = send("attention_mask", (width,), torch.bool)
-        logp = send("logp_rollout", (width - prompt,), torch.float32)
-        if layers:
-            assert self.replay is not None
-            experts = send("experts", (width, layers, top_k), torch.uint16 if wide else torch.uint8)
-            routes = Routes(experts, send("valid", (width,), torch.bool), self.replay.layers)
-        prompts = [None] * (len(tokens) // self.config.train.group_size)
-        return Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, prompts, version)
-
-    def _fill_up(self, mini_batches: list[MiniBatch]) -> None:
-        """Empty micro-batches, so that every rank makes as many forwards, and as many backwards."""
-        if self.ranks.size == 1:
-            return
-        kinds = [[[b for b in m.parts if b.backward is kind] for kind in (True, False)] for m in mini_batches]
-        most = self.ranks.most([len(parts) for pair in kinds for parts in pair])
-        for mini_batch, pair, wanted in zip(mini_batches, kinds, zip(most[::2], most[1::2], strict=True), strict=True):
-            mini_batch.parts = []
-            for kind, parts, number in zip((True, False), pair, wanted, strict=True):
-                empties = [self._empty(kind) for _ in range(number - len(parts))]
-                mini_batch.parts += parts + empties
-
-    def _empty(self, backward: bool) -> MicroBatch:
-        device = self.ranks.device
-        tokens, mask = (
-            torch.zeros(1, 2, dtype=torch.int64, device=device),
-            torch.ones(1, 2, dtype=torch.bool, device=device),
-        )
-        rollout = Rollout(tokens, mask, 1, mask[:, 1:], torch.zeros(1, 1, device=device), None, [None], 0)
-        layout = lay_out(rollout, share_prompts=False)
-        return MicroBatch(tokens[:0, 0], rollout, layout, torch.zeros(1, device=device), backward, empty=True)
+        return Sampled(rollout, self.rewards(problems, rollout), groups)
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
@@ -487,29 +364,6 @@ class MiniRLTrainer:
         return self._failures - before
 
     # ------------------------------------------------------------------------------------------- π_old and π_θ
-
-    def _cut(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
-        budget, parts = self.config.train.tokens_per_micro_batch, []
-        for rows, backward in self._by_signal(rollout, advantages):
-            cuts = micro_batches(rollout.take(rows), budget, share_prompts=self.share_prompts)
-            parts += [
-                MicroBatch(rows[inner], part, layout, advantages[rows[inner]], backward) for inner, part, layout in cuts
-            ]
-        if self.config.algorithm.replay == "R3":
-            for part in parts:
-                if part.rollout.routes is None:
-                    raise ConfigError("algorithm.replay = 'R3': the rollout engine recorded no routes")
-                part.forced = part.chosen = part.layout.pack(part.rollout.routes)
-        return parts
-
-    def _by_signal(self, rollout: Rollout, advantages: Tensor) -> list[tuple[Tensor, bool]]:
-        """The rows of the groups that have a gradient, and those of the groups that have none; only what there is."""
-        groups = (advantages != 0).view(-1, rollout.group_size).any(1)
-        if self.config.train.zero_advantage_backward:
-            groups = torch.ones_like(groups)
-        signal = groups.repeat_interleave(rollout.group_size)
-        kinds = ((signal.nonzero()[:, 0], True), ((~signal).nonzero()[:, 0], False))
-        return [(rows, backward) for rows, backward in kinds if len(rows)]
 
     @torch.no_grad()
     def _old_logprobs(self, batch: MicroBatch) -> None:
@@ -803,6 +657,8 @@ def _same_run(saved: Config, config: Config) -> None:
     old, new = (_flat(c.to_dict()) for c in (saved, config))
     free = {"train.global_steps", "model.expert_parallel"}  # and what says how, not what
     free |= {name for name in old if name.startswith(("output.", "ranks."))}
+    if config.rollout.engine == "vllm_server":
+        free.add("rollout.options")  # where the server is, and how weights get there
     changed = [f"{k} = {new[k]!r} (was {old[k]!r})" for k in old if k not in free and old[k] != new.get(k)]
     if changed:
         raise ConfigError(
@@ -835,17 +691,6 @@ def _cut_back(path: Path, step: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
-
-
-_SHAPE = 6
-
-
-def _shape(rollout: Rollout) -> list[int]:
-    """What the other ranks have to know to receive rows of it."""
-    routes = rollout.routes
-    layers, top_k = (0, 0) if routes is None else routes.experts.shape[2:]
-    wide = int(routes is not None and routes.experts.dtype == torch.uint16)
-    return [rollout.tokens.shape[1], rollout.prompt_length, rollout.weight_version, layers, top_k, wide]
 
 
 def _resume(out: Path) -> str:

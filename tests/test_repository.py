@@ -31,12 +31,12 @@ FLOORS = {
     1: "models tasks",
     2: "rollout",
     3: "cold_start logprobs",
-    4: "checkpoint gap plan trainer",
+    4: "batches checkpoint gap plan trainer",
     5: "exercises experiments plots report",
     6: "cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-SIBLINGS = {"trainer": {"checkpoint"}, "report": {"plots"}, "experiments": {"plots", "report"}}
+SIBLINGS = {"trainer": {"batches", "checkpoint"}, "report": {"plots"}, "experiments": {"plots", "report"}}
 FOLDERS = {".ci", "benchmarks", "lessons", "minirl_edu", "notebooks", "scale", "tests"}
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -763,6 +764,37 @@ def test_the_key_is_needed_and_never_shown(fake, connect, model, monkeypatch):
     assert "two" not in str(refused.value)
 
 
+@pytest.mark.slow
+def test_a_run_stops_at_a_faulty_response_or_leaves_out_its_group_and_counts_it(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    server = Fake(load_model("chain-steps"))
+    spoilt: list[list[int]] = []
+
+    def mend(answer: dict[str, Any]) -> None:
+        if sum(answer["prompt_token_ids"]) % 4 == 0:
+            spoilt.append(answer["prompt_token_ids"])
+            answer["choices"][0]["logprobs"]["content"][0]["logprob"] = -9999.0
+
+    server.mend = mend
+    server.start()
+    settings = [*SMALL, f"rollout.options={{url: '{server.url}'}}"]
+    arguments = [word for setting in settings for word in ("--set", setting)]
+    try:
+        assert main(["train", "--out", str(tmp_path / "stop"), *arguments]) == 1
+        said = capfd.readouterr().err
+        assert re.search(r"logp_rollout: nan at row \d+, token 0 is no log-probability; \d+ of 64 responses", said)
+        assert "rollout.on_fault: drop" in said and "Traceback" not in said
+        spoilt.clear()
+        drop = ["--set", "rollout.on_fault=drop"]
+        assert main(["train", "--out", str(tmp_path / "drop"), *arguments, *drop]) == 0
+    finally:
+        server.stop()
+    lines = numbers(tmp_path / "drop")
+    assert [(line["global_step"], line["grad_step"]) for line in lines] == [(1 + i // 2, 1 + i) for i in range(6)]
+    assert sum(line.get("dropped_groups", 0) for line in lines) == len(spoilt) > 4
+
+
+@pytest.mark.slow
 def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(monkeypatch, tmp_path, capfd):
     """Two runs: one that ends well, and one whose server breaks down."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
@@ -1147,7 +1179,7 @@ class TestRealServer:
         finally:
             engine.close()
 
-    def test_it_sleeps_and_wakes_when_told(self, real):
+    def test_it_sleeps_and_wakes_when_told(self, real, monkeypatch):
         """CPUs have no sleep mode: the memory stays, but the routes are there and do what they do to requests."""
         model = load_model("chain-steps")
         settings: Any = {"record_routes": True, "start_timeout": 300.0}
@@ -1156,6 +1188,13 @@ class TestRealServer:
         engine = VLLMServerEngine(model, url=real.url, api_key=KEY, **settings)
         try:
             undisturbed = generate(engine)
+            rpc = engine._rpc
+
+            def able(method: str, *args: Any) -> Any:
+                answer = rpc(method, *args)
+                return answer | {"can_sleep": True} if method == "minirl_describe" else answer
+
+            monkeypatch.setattr(engine, "_rpc", able)
             engine.sleep = True
             for _ in range(2):
                 assert same(undisturbed, generate(engine))

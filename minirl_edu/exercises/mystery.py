@@ -23,12 +23,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minirl_edu import __version__
+from minirl_edu.batches import Batcher, MiniBatch
 from minirl_edu.config import Config, load_config
 from minirl_edu.models import load_model
 from minirl_edu.rollout import Rollout, RolloutEngine, Sampling, make_engine
 from minirl_edu.routing import Routes
 from minirl_edu.tasks import Problem
-from minirl_edu.trainer import MicroBatch, MiniRLTrainer, TrainingDiverged
+from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
 
 HEALTHY = "healthy"
 FAULTS = {
@@ -203,16 +204,22 @@ class _NoBaseline(MiniRLTrainer):
 class _RoutesOfAnother(MiniRLTrainer):
     """R3 with the experts of the response in the row above."""
 
-    def _cut(self, rollout: Rollout, advantages: Tensor) -> list[MicroBatch]:
-        parts = super()._cut(rollout, advantages)
-        for part in parts:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batcher.__class__ = _MixedUp
+
+
+class _MixedUp(Batcher):
+    def cut(self, *args: Any) -> list[MiniBatch]:
+        batches = super().cut(*args)
+        for part in (part for batch in batches for part in batch.parts):
             routes = part.rollout.routes
             assert routes is not None
             # Where the other response had no token, its row names no experts: there the model routes by itself.
             valid = routes.valid & routes.valid.roll(1, 0)
             other = Routes(routes.experts.roll(1, 0), valid, routes.layers)
             part.forced = part.chosen = part.layout.pack(other)
-        return parts
+        return batches
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def test_another_temperature_is_there_from_the_first_step(small):
     assert first(lines, "routing_flip_rate") == 0
     prompts = [trainer.task.encode(problem) for problem in trainer.task.sample(4, seed=0)]
     rollout = trainer.engine.generate(prompts, group_size=4, sampling=trainer.sampling, seed=0)
-    layout = lay_out(rollout, share_prompts=trainer.share_prompts)
+    layout = lay_out(rollout, share_prompts=trainer.batcher.share_prompts)
     assert SAMPLED_AT != trainer.sampling.temperature == 1.0
     for temperature, found in ((SAMPLED_AT, True), (1.0, False)):
         with torch.no_grad(), RoutingReplay(trainer.model).replay(layout.pack(rollout.routes)):

@@ -287,7 +287,8 @@ class MiniRLTrainer:
     def _sync(self) -> None:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
         if self.config.rollout.options.get("sleep") and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the server wakes up on this GPU, and needs what is only cached here
+            torch.cuda.empty_cache()  # the server wakes up on these GPUs, and needs what is only cached here
+            self.ranks.barrier()
         if self.ranks.first:
             self.engine.sync(self._unwrapped, version=self.step)
         else:

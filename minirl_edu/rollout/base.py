@@ -227,7 +227,8 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], *, group_size: int, sampling: Sampling, seed: int) -> Rollout:
         """Sample `group_size` responses to each prompt (token ids). The same seed, weights and prompts give the same
-        rollout."""
+        rollout. Raises EngineError for a response that cannot be trained on, unless told to keep such, marked: see
+        `Rollout.faults`."""
         ...
 
     def sync(self, model: PreTrainedModel, *, version: int) -> None:

@@ -839,12 +839,11 @@ print(f"\n{len(laptop)} fields, {sum(line[0] == '+' for line in changed)} of the
 # global step, the metrics, and the tests that hold all of them. (The learning rate above is a placeholder, not a
 # recommendation; nobody has run this file here.)
 #
-# **What exists today.** The trainer runs in one process. Started in several, it refuses, rather than train something
-# else: the sums of section 1 need a global count, which it does not gather yet. The losses already take that count
-# (`num_responses`, `num_tokens`). vLLM runs in the trainer's process and behind HTTP
-# ([`scale/serve.py`](../scale/serve.py)), tested on CPUs, weights compared bit for bit; its GPU paths (NCCL, routes
-# by vLLM's own option) are written and have run on no GPU here. Launchers for several GPUs are being built:
-# [`scale/README.md`](../scale/README.md) says how far they are.
+# **What exists today.** The trainer runs on several processes under `accelerate launch`, with the global counts of
+# section 1: on two CPU processes, sharded or not, it gives the weights of one. vLLM runs in the trainer's process and
+# behind HTTP ([`scale/serve.py`](../scale/serve.py)), tested on CPUs, weights compared bit for bit; its GPU paths
+# (NCCL, routes by vLLM's own option) are written and have run on no GPU here. Recipes and launchers:
+# [`scale/README.md`](../scale/README.md).
 #
 # **Try this**
 #

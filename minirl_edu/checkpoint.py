@@ -153,7 +153,8 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> tuple[dict[str,
             named = safetensors.torch.load_file(path / name)
             tensors[group] = named | {alias: named[original] for alias, original in aliases.items()}
         return tensors, saved["state"]
-    except (AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:  # the checksums were right
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        # The checksums were right.
         raise CheckpointError(f"{path}: not written by save_checkpoint: {error!r}") from error
 
 
@@ -236,7 +237,7 @@ def _verify(path: Path) -> dict[str, Any]:
             raise ValueError("state.json is not listed")
     except FileNotFoundError:
         raise CheckpointError(f"{path / _MANIFEST}: missing, so this is no complete checkpoint") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path / _MANIFEST}: damaged: {error!r}") from error
     for name, (size, digest) in expected.items():
         file = path / name

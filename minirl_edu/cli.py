@@ -243,6 +243,35 @@ def _reproduce(arguments: argparse.Namespace) -> int:
     )
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    import json
+
+    from minirl_edu.config import load_config
+    from minirl_edu.plan import HARDWARE, Cluster, figure, parse_bytes, plan, remedies, table, this_machine
+
+    _quiet()
+    config = load_config(arguments.config, arguments.set)
+    cluster = Cluster(
+        HARDWARE[arguments.hardware] if arguments.hardware in HARDWARE else this_machine(config),
+        arguments.gpus,
+        arguments.gpu_memory and parse_bytes(arguments.gpu_memory),
+        arguments.sharding,
+        arguments.mixed_precision,
+        arguments.placement,
+        arguments.server_gpus,
+    )
+    lengths = {"prompt_tokens": arguments.prompt_tokens, "response_tokens": arguments.response_tokens}
+    found = plan(config, cluster, **lengths)
+    suggested = remedies(config, cluster, **lengths)
+    print(table(found, suggested))
+    if arguments.json:
+        data = {**found.to_dict(), "remedies": [remedy._asdict() for remedy in suggested]}
+        Path(arguments.json).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    if arguments.out:
+        figure(found).savefig(arguments.out, dpi=200)
+    return 0 if found.fits else 1
+
+
 def _quiet() -> None:
     """Keep transformers' loading bars out of the way of the training bar."""
     from transformers.utils import logging
@@ -343,6 +372,24 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="runs/reproduce", help="folder for runs, figures and CLAIMS.md")
     command.add_argument("--workers", type=int, help="processes of one thread each (default: one per core)")
     command.add_argument("--spec", help="another spec file than the one that ships (experiments/paper.yaml)")
+
+    text = "Predict memory, time and traffic of a run, and say whether it fits (exit status 0) or what to change (1)."
+    command = add("plan", _plan, text)
+    command.add_argument("--config", help="YAML file; without one, the defaults")
+    command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
+    command.add_argument("--hardware", choices=("h100", "h200", "a100", "cpu"), default="h100", help="default: h100")
+    command.add_argument("--gpus", "--processes", type=int, default=1, help="the trainer's processes (default: 1)")
+    command.add_argument("--gpu-memory", metavar="SIZE", help="such as 80GB or 80GiB (default: the hardware's)")
+    command.add_argument("--sharding", choices=("fsdp2", "ddp", "none"), help="default: fsdp2 for several processes")
+    command.add_argument("--mixed-precision", choices=("bf16", "no"), help="accelerate's (default: bf16, on CPUs no)")
+    command.add_argument(
+        "--placement", choices=("colocated", "separate"), help="of a vLLM server (default: by rollout.options.sleep)"
+    )
+    command.add_argument("--server-gpus", type=int, help="of a vLLM server (default: the trainer's, of one machine)")
+    command.add_argument("--prompt-tokens", type=int, help="default: the longest of 256 prompts of the task")
+    command.add_argument("--response-tokens", type=float, help="mean length, for times (default: the longest allowed)")
+    command.add_argument("--json", metavar="FILE", help="write everything there, too")
+    command.add_argument("--out", metavar="FIGURE", help="draw the memory into this file, such as memory.png")
 
     add("doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
 

@@ -356,6 +356,7 @@ FORGED = {
     "a name for a tensor that is not there": ("state.json", state({"model": {"alias": "nowhere"}})),
     "a group outside of the folder": ("state.json", state({"../step-000001/model": {}})),
     "a list in the place of an object": ("state.json", b"[]"),
+    "lists in lists, without end": ("state.json", b"[" * 100_000),
 }
 
 
@@ -366,6 +367,13 @@ def test_a_forged_checkpoint_is_refused(tmp_path, how):
     forged(path, *FORGED[how])
     with pytest.raises(CheckpointError, match=f"{path}: not written by save_checkpoint"):
         load_checkpoint(path)
+
+
+def test_a_manifest_of_lists_in_lists_is_passed_over(tmp_path):
+    good = save(tmp_path, 1)
+    (save(tmp_path, 2) / "manifest.json").write_text("[" * 100_000)
+    with pytest.warns(UserWarning, match="manifest.json: damaged"):
+        assert latest_checkpoint(tmp_path) == good
 
 
 @pytest.mark.parametrize("name", ["../secret", "../../../etc/hostname", "/etc/hostname", "folder/../secret", ".."])

@@ -299,7 +299,7 @@ def test_a_run_survives_its_file(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[0].removeprefix("# ")) == HEADER
     assert lines[1] == ",".join(COLUMNS)
-    assert lines[3].startswith("12345,123456,,,0.1235,,-1.235e-09,")  # steps are whole, the rest has 4 digits
+    assert lines[3].startswith("12345,123456,,,.1235,,-1.235e-09,")  # steps are whole, the rest has 4 digits
 
     run = read_run(path)
     assert (run.seed, run.diverged, run.digest, run.seconds) == (4, None, "abc", 41.2)

@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from minirl_edu.run_folder import LOCK_FILE, FolderInUse, lock_folder
@@ -22,7 +22,27 @@ import sys, time
 from minirl_edu.run_folder import lock_folder
 lock = lock_folder(sys.argv[1])
 print("held", flush=True)
+and_then
 time.sleep(60)
+"""
+# Not even a program that is meant to inherit what it can.
+START = """
+import subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+print(child.pid, flush=True)
+"""
+FORK = """
+import os
+if (child := os.fork()):
+    print(child, flush=True)
+"""
+FORK_AND_END = """
+import os
+if (child := os.fork()):
+    os.waitpid(child, 0)
+    print(child, flush=True)
+else:
+    sys.exit()
 """
 COUNT = """
 import os, sys
@@ -47,8 +67,8 @@ def hold(tmp_path: Path) -> Any:
     """Start a process that holds `tmp_path`."""
     processes = []
 
-    def start() -> subprocess.Popen[str]:
-        processes.append(process := run(HOLD, tmp_path))
+    def start(and_then: str = "") -> subprocess.Popen[str]:
+        processes.append(process := run(HOLD.replace("and_then", and_then), tmp_path))
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         return process
 
@@ -73,6 +93,7 @@ def free_for_others(folder: Path) -> bool:
 
 def test_the_second_is_told_who_is_there(tmp_path, hold):
     started = time.time()
+    (tmp_path / LOCK_FILE).write_text("of a run that was killed" * 20)
     process = hold()
     with pytest.raises(FileExistsError) as refused:  # what a command shows as one line
         lock_folder(tmp_path)
@@ -124,45 +145,39 @@ def test_the_latest_caller_in_a_process_has_it(tmp_path):
     assert free_for_others(tmp_path)
 
 
-def test_a_program_that_was_started_does_not_keep_it(tmp_path):
-    lock = lock_folder(tmp_path)
-    # Not even one that is meant to inherit what it can, as vLLM's workers.
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], close_fds=False)
+@pytest.mark.parametrize("child", ["started", "forked", "forked and ended"])
+def test_no_child_keeps_it_or_frees_it(tmp_path, hold, child):
+    """Workers of vLLM and verifiers may outlive a killed run for a moment, or end before their run does."""
+    process = hold({"started": START, "forked": FORK, "forked and ended": FORK_AND_END}[child])
     try:
-        lock.close()
-        assert child.poll() is None and free_for_others(tmp_path)
-    finally:
-        child.kill()
-        child.wait()
-
-
-def forked(act: Callable[[], Any]) -> int:
-    """A child that does this and then waits for its end."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        act()
-        os.write(writing, b".")
-        time.sleep(60)
-        os._exit(0)
-    os.read(reading, 1)
-    os.close(reading)
-    os.close(writing)
-    return child
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_child_neither_keeps_nor_frees_it(tmp_path):
-    lock = lock_folder(tmp_path)
-    children = [forked(lambda: None), forked(lock.close)]
-    try:
-        assert (tmp_path / LOCK_FILE).exists() and not free_for_others(tmp_path)
-        lock.close()
+        assert not free_for_others(tmp_path)
+        number = int(process.stdout.readline())
+        assert not free_for_others(tmp_path)
+        process.kill()
+        process.wait()
+        assert psutil.pid_exists(number) == (child != "forked and ended")
         assert free_for_others(tmp_path)
     finally:
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        if child != "forked and ended":
+            os.kill(number, signal.SIGKILL)
+
+
+def test_a_lock_of_a_file_that_was_removed_is_none(tmp_path, hold, monkeypatch):
+    """The last holder goes, and another one comes, just before we lock the file that we have opened."""
+    import fcntl
+
+    flock, came = fcntl.flock, []
+
+    def too_late(*arguments: Any) -> None:
+        if not came:
+            (tmp_path / LOCK_FILE).unlink()
+            came.append(hold())
+        flock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    with pytest.raises(FolderInUse) as refused:
+        lock_folder(tmp_path)
+    assert f"in use by process {came[0].pid} on" in str(refused.value)
 
 
 def test_of_many_at_once_one_has_it(tmp_path):

@@ -556,6 +556,7 @@ class RunResult:
 
 def write_run(path: str | Path, records: Sequence[Mapping[str, Any]], *, header: Mapping[str, Any]) -> None:
     """Write a run's CSV file: `# header as JSON`, the names in `COLUMNS`, a row per record with 4 significant digits.
+    There are many such files: numbers go without the 0 before the point.
 
     Records are lines of metrics.jsonl; what is missing, None or NaN becomes an empty cell and other keys are left out.
     `header` holds `config` (the dotted fields that differ from `Config`'s defaults), `digest`, `seconds`, `diverged`.
@@ -598,4 +599,6 @@ def read_run(path: str | Path) -> RunResult:
 def _cell(column: str, value: float | int | None) -> str:
     if value is None or math.isnan(value):
         return ""
-    return str(int(value)) if column in ("global_step", "grad_step") else f"{value:.4g}"
+    if column in ("global_step", "grad_step"):
+        return str(int(value))
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.4g}")

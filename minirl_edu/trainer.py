@@ -117,6 +117,11 @@ class MiniRLTrainer:
         self, model: PreTrainedModel | None, task: Task | None, engine: RolloutEngine | None, resume: bool
     ) -> None:
         config = self.config
+        if self.ranks.size > 1 and config.rollout.engine == "vllm" and engine is None:
+            raise ConfigError(
+                f"rollout.engine = 'vllm': it takes over torch.distributed, which the {self.ranks.size} processes of "
+                "this run need; use 'vllm_server' (scale/serve.py)"
+            )
         if self.ranks.first:
             self._open_folder(resume)
         self.task = task or self._make_task()

@@ -50,10 +50,18 @@ def alone(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_give_the_weights_of_one(kind, alone, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "otherwise"),
+    [
+        ("ddp", ()),
+        ("fsdp2", ("model.gradient_checkpointing=true",)),
+        ("experts", ("model.experts_implementation=eager",)),
+    ],
+)
+def test_two_processes_give_the_weights_of_one(kind, otherwise, alone, tmp_path):
+    """Also where activations are computed again in the backward, with their routes, and experts multiply otherwise."""
     launcher, settings = KINDS[kind]
-    done = launch(launcher, PROGRAM, tmp_path, "train", *settings)
+    done = launch(launcher, PROGRAM, tmp_path, "train", *settings, *otherwise)
     assert done.returncode == 0, done.stderr[-3000:]
     findings = json.loads((tmp_path / "findings.json").read_text())
     sharded = kind != "ddp"
@@ -88,6 +96,14 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     assert_same_weights(tmp_path / "final-3.safetensors", alone / "R2/final.safetensors")
     seen = [(line["global_step"], line["grad_step"]) for line in metrics(tmp_path / "run")]
     assert seen == [(0, 0), (1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6)]
+
+
+@pytest.mark.slow
+def test_vllm_in_the_process_is_refused_on_several(tmp_path):
+    setting = "rollout={engine: vllm, precision: fp32}"
+    done = launch("ddp", TRAIN, "--out", tmp_path / "run", "--set", "model.name=chain-steps", "--set", setting)
+    assert done.returncode != 0 and "rollout.engine = 'vllm'" in done.stderr and "vllm_server" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""The soak, short: a server and a trainer are killed once each. The long one is run by hand; see tests/scale/soak.py."""
+"""The soak, short: a server and a trainer are killed once each. The long one is run by hand (tests/scale/soak.py)."""
 
 import pytest
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from minirl_edu.config import Config, ConfigError, ModelConfig, load_config, save_config
 from minirl_edu.logprobs import CHUNK, _HeadLogprobs
@@ -39,6 +40,9 @@ from minirl_edu.models import architecture, load_tokenizer
 from minirl_edu.rollout import VLLM_DTYPES
 from minirl_edu.routing import RoutingReplay, UnsupportedRouter
 from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
+
+Number = int | float
+"""Bytes, seconds and counts are whole or not."""
 
 RUNTIME = 1.5e9
 """Bytes that a process takes of a GPU before its first tensor (CUDA context, cuBLAS, NCCL): an allowance, not measured
@@ -67,15 +71,15 @@ class Hardware:
     """
 
     name: str
-    bf16: float
-    fp32: float
-    bandwidth: float
-    memory: float
-    nvlink: float
-    network: float
+    bf16: Number
+    fp32: Number
+    bandwidth: Number
+    memory: Number
+    nvlink: Number
+    network: Number
     per_node: int = 8
-    runtime: float = RUNTIME
-    slack: float = SLACK
+    runtime: Number = RUNTIME
+    slack: Number = SLACK
     keeps_freed: bool = False
 
 
@@ -104,7 +108,7 @@ def this_machine(config: Config) -> Hardware:
     if done.returncode:
         raise ConfigError(f"measuring this machine failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     flops, copy = found["flops"], found["bandwidth"]
     return Hardware(
         "cpu", flops, flops, copy, memory, copy, copy, runtime=found["resident"], slack=1.0, keeps_freed=True
@@ -166,12 +170,12 @@ class Anatomy:
         return self.total - self.embedding - self.head
 
     @property
-    def active(self) -> float:
+    def active(self) -> Number:
         """Parameters that serve a token: total − experts · (1 − k/E). Both embeddings count, as in Qwen's 3.3 B."""
         return self.total - self.experts * (1 - self.top_k / max(self.num_experts, 1))
 
     @property
-    def multiplied(self) -> float:
+    def multiplied(self) -> Number:
         """Active parameters that a token is multiplied with: without the input table, which is looked up. OpenAI counts
         so: 3.61 B of gpt-oss-20b. A table that is tied to the head counts, as the head."""
         return self.active - (self.embedding if self.head else 0)
@@ -186,10 +190,15 @@ def anatomy(settings: ModelConfig) -> Anatomy:
 def _anatomy(name: str, overrides: str, trust_remote_code: bool) -> Anatomy:
     try:
         config = architecture(name, json.loads(overrides), trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return dissect(config, trust_remote_code=trust_remote_code)
+
+
+def dissect(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Anatomy:
+    """The counts of the causal LM that has this config."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     try:
         routers = RoutingReplay(model)
         num_experts, top_k, moe_layers = routers.num_experts, routers.top_k, len(routers.layers)
@@ -230,14 +239,14 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads, head_dim
 
 
-def _spans(config: PreTrainedConfig, length: float) -> list[float]:
+def _spans(config: PreTrainedConfig, length: Number) -> list[Number]:
     """How many of `length` tokens the last one sees, in each layer with attention: all, or a window of them."""
     window = getattr(config, "sliding_window", None) or math.inf
     kinds = [kind for kind in _layer_types(config) if not kind.startswith("linear")]
     return [min(length, window) if kind.startswith("sliding") else length for kind in kinds]
 
 
-def kv_cache_bytes(config: PreTrainedConfig, length: float, itemsize: int) -> float:
+def kv_cache_bytes(config: PreTrainedConfig, length: Number, itemsize: int) -> Number:
     """Bytes of one sequence's key-value cache: Σ_layers 2 · key-value heads · head_dim · itemsize · tokens.
 
     A layer with a sliding window keeps no more tokens than that. Latent attention keeps one short vector per token.
@@ -306,7 +315,9 @@ class _Ledger(TorchDispatchMode):
         own = _grouped_mm if func is torch.ops.aten._grouped_mm.default else func
         out = own(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.keys:
+            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+                continue
+            if (storage := tensor.untyped_storage()) not in self.keys:
                 self.keys[storage] = key = len(self.events)
                 self.events.append((key, storage.nbytes()))
                 weakref.finalize(storage, self.events.append, (key, -storage.nbytes()))
@@ -319,9 +330,11 @@ class _Ledger(TorchDispatchMode):
         others = logits = 0
         best = (0, 0)
         for key, size in self.events:
+            if key in leave_out:
+                continue
             if key in self.logits:
                 logits += size
-            elif key not in leave_out:
+            else:
                 others += size
             if others + logits > sum(best):
                 best = (others, logits)
@@ -358,7 +371,7 @@ def _working_memory(
     """
     attention, experts = implementations
     attention = attention if attention in ("sdpa", "eager") else "sdpa"
-    with FakeTensorMode(), torch.device("cpu"):
+    with FakeTensorMode(), torch.device("cpu"), _nothing_packed():
         network = AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation=attention)
         if experts == "batched_mm":
             network.set_experts_implementation(experts)
@@ -366,17 +379,15 @@ def _working_memory(
             network.gradient_checkpointing_enable()
         network.train(checkpointing)
         inputs, predictor = _inputs(batch)
-        ledger = _Ledger([*network.parameters(), *network.buffers(), *inputs.values(), predictor])
-        gradients = set[int]()
-
-        def added(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            gradients.add(ledger.keys.get(parameter.grad.untyped_storage(), -1))
-            parameter.grad = None
-
+        added = set[int]()  # storages of gradients on their way
         for parameter in network.parameters():
-            parameter.register_post_accumulate_grad_hook(added)
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.register_hook(lambda gradient: added.add(ledger.keys[gradient.untyped_storage()]))
+        kept = [tensor for parameter in network.parameters() for tensor in (parameter, parameter.grad)]
+        ledger = _Ledger([*kept, *network.buffers(), *inputs.values(), predictor])
         with ledger, torch.set_grad_enabled(train):
+            if batch.kind == "shared":
+                inputs["attention_mask"] = inputs["attention_mask"].to(network.dtype).clamp(min=-1.0)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 hidden = network.base_model(**inputs, use_cache=False).last_hidden_state
                 if not train:
@@ -387,7 +398,19 @@ def _working_memory(
                 logp = _logprobs(states, network.get_output_embeddings())
             del hidden, states
             logp.sum().backward()
-        return ledger.peak(set() if with_gradients else gradients)
+        return ledger.peak(set() if with_gradients else added)
+
+
+@contextmanager
+def _nothing_packed() -> Iterator[None]:
+    """Keep transformers from building masks for several sequences in a row: it looks for those in the positions, and
+    takes them for granted where it cannot look."""
+    find = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
 
 
 def _inputs(batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
@@ -412,7 +435,7 @@ def _logprobs(states: Tensor, head: nn.Linear) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------------------- plan
 
-PHASES = ("always", "rollout", "update", "sync")
+PHASES = ("always", "rollout", "update", "sync", "evaluation")
 PLACES = ("trainer", "server")
 
 
@@ -423,7 +446,7 @@ class Cluster:
     hardware: Hardware
     gpus: int = 1
     """Of the trainer: as many processes. On CPUs, processes of one machine."""
-    memory: float | None = None
+    memory: Number | None = None
     """Bytes of a GPU. None: the hardware's (on CPUs, the machine's, shared by the processes)."""
     sharding: Literal["none", "ddp", "fsdp2"] | None = None
     """fsdp2: weights, gradients and Adam's state spread over all GPUs; ddp: all of them on each. None: fsdp2 for more
@@ -442,7 +465,7 @@ class Item(NamedTuple):
 
     name: str
     phase: str
-    bytes: float
+    bytes: Number
     how: str
     place: str = "trainer"
 
@@ -458,12 +481,17 @@ class Plan:
     """
 
     setting: dict[str, Any]
-    sizes: dict[str, float]
+    sizes: dict[str, Number]
     memory: tuple[Item, ...]
-    seconds: dict[str, float]
-    traffic: dict[str, float]
-    host: dict[str, float]
+    seconds: dict[str, Number]
+    traffic: dict[str, Number]
+    host: dict[str, Number]
     notes: tuple[str, ...]
+
+    def phases(self, place: str) -> list[str]:
+        """The phases in which a place holds something beside what it always does."""
+        own = {item.phase for item in self.memory if item.place == place}
+        return [phase for phase in PHASES[1:] if phase in own]
 
     def items(self, phase: str, place: str = "trainer") -> list[Item]:
         """What takes memory in a phase: its own items and those of `always`. Where freed memory stays with the process
@@ -471,7 +499,7 @@ class Plan:
         before = PHASES[: PHASES.index(phase)] if self.setting["keeps_freed"] else ()
         return [item for item in self.memory if item.place == place and item.phase in {"always", phase, *before}]
 
-    def peak(self, place: str = "trainer") -> float:
+    def peak(self, place: str = "trainer") -> Number:
         """The most bytes that are taken at a time."""
         return max(sum(item.bytes for item in self.items(phase, place)) for phase in PHASES)
 
@@ -487,7 +515,7 @@ class Plan:
 
 
 def plan(
-    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: float | None = None
+    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: Number | None = None
 ) -> Plan:
     """What a run of `config` on `cluster` will need.
 
@@ -533,13 +561,13 @@ class _Setting:
     hardware: Hardware
     model: Anatomy
     gpus: int
-    memory: float
+    memory: Number
     sharding: str
     mixed_precision: str
     placement: str
     server_gpus: int
     prompt_tokens: int
-    response_tokens: float
+    response_tokens: Number
     max_new_tokens: int
     batch: MicroBatch
     loaded: int  # bytes of a weight as it is loaded
@@ -575,7 +603,7 @@ class _Setting:
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def _complete(config: Config, cluster: Cluster, prompt_tokens: int | None, response_tokens: float | None) -> _Setting:
+def _complete(config: Config, cluster: Cluster, prompt_tokens: int | None, response_tokens: Number | None) -> _Setting:
     hardware, gpus, engine = cluster.hardware, cluster.gpus, config.rollout.engine
     on_cpu, server, options = hardware.name == "cpu", engine == "vllm_server", config.rollout.options
     ep = config.model.expert_parallel
@@ -739,11 +767,15 @@ def _engine_memory(s: _Setting, trainer: list[Item]) -> tuple[list[Item], int]:
         kv_cache_bytes(s.model.config, s.prompt_tokens + length, s.kv_itemsize) / copies
         for length in (s.max_new_tokens, s.response_tokens)
     )
-    size, at_once = s.responses * longest, s.responses
+    evaluated = s.config.eval.problems if s.config.eval.every and s.config.eval.through_trainer else 0
+    size, at_once = max(s.responses, evaluated) * longest, s.responses
     if engine != "hf":
+        if evaluated and not s.sharded:  # by the trainer, all at once
+            cache = evaluated * kv_cache_bytes(s.model.config, s.prompt_tokens + s.max_new_tokens, s.loaded)
+            items.append(Item("KV cache", "evaluation", slack * cache, f"{evaluated} problems, by the trainer's model"))
         if engine == "vllm_server":
             taken = sum(i.bytes for i in [*trainer, *items] if i.place == place and i.phase in ("always", "rollout"))
-            size = min(size, math.floor(s.memory - taken))
+            size = min(s.responses * longest, math.floor(s.memory - taken))
         elif s.hardware.name == "cpu":
             window = options.get("max_model_len") or s.model.config.max_position_embeddings
             sequence = kv_cache_bytes(s.model.config, window + 256, s.kv_itemsize)
@@ -757,12 +789,12 @@ def _engine_memory(s: _Setting, trainer: list[Item]) -> tuple[list[Item], int]:
     return [*items, Item("KV cache", phase, size * (slack if engine == "hf" else 1), how, place)], at_once
 
 
-def _host(s: _Setting) -> dict[str, float]:
+def _host(s: _Setting) -> dict[str, Number]:
     """Of the machine that holds the most: every process loads the whole model before it is sharded."""
     if s.hardware.name == "cpu":
         return {}
     whole = s.model.total * s.loaded
-    found: dict[str, float] = {"model, as each process loads it": whole * min(s.gpus, s.hardware.per_node)}
+    found: dict[str, Number] = {"model, as each process loads it": whole * min(s.gpus, s.hardware.per_node)}
     if s.config.rollout.engine == "vllm_server" and s.placement == "colocated":
         found["weights of the sleeping server"] = s.model.total * s.engine
     if s.evaluation_copy and s.config.rollout.engine != "hf":
@@ -773,14 +805,11 @@ def _host(s: _Setting) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------- traffic and time
 
 
-def _slots(s: _Setting) -> float:
+def _slots(s: _Setting) -> Number:
     """Tokens that a GPU feeds through the model in one pass over its share of a global step."""
     fed, size = s.response_tokens - 1, s.config.train.group_size
-    return (
-        s.prompts
-        / s.gpus
-        * (s.prompt_tokens + size * fed if s.batch.kind == "shared" else size * (s.prompt_tokens + fed))
-    )
+    copies = 1 if s.batch.kind == "shared" else size  # of a prompt
+    return s.prompts / s.gpus * (copies * s.prompt_tokens + size * fed)
 
 
 def _old_passes(s: _Setting) -> float:
@@ -789,10 +818,10 @@ def _old_passes(s: _Setting) -> float:
     return 1.0 if s.config.train.reference_old_logp else (count - 1) / count
 
 
-def _traffic(s: _Setting) -> dict[str, float]:
+def _traffic(s: _Setting) -> dict[str, Number]:
     """Bytes per GPU and global step."""
     config, model, n, ep, old = s.config, s.model, s.gpus, s.config.model.expert_parallel, _old_passes(s)
-    found: dict[str, float] = {}
+    found: dict[str, Number] = {}
     others = (n - 1) / n
     if s.sharded:
         micro_batches = max(_slots(s) / (s.batch.rows * s.batch.columns), config.train.mini_batches)
@@ -816,13 +845,13 @@ def _traffic(s: _Setting) -> dict[str, float]:
     return found
 
 
-def _attention(config: PreTrainedConfig, length: float) -> float:
+def _attention(config: PreTrainedConfig, length: Number) -> Number:
     """FLOPs of a token's attention to `length` tokens: 4 · heads · head_dim for each that it sees in each layer."""
     heads, _, head_dim = _heads(config)
     return 4 * heads * head_dim * sum(_spans(config, length))
 
 
-def _seconds(s: _Setting, traffic: dict[str, float], at_once: int) -> dict[str, float]:
+def _seconds(s: _Setting, traffic: dict[str, Number], at_once: int) -> dict[str, Number]:
     """Lower bounds for the parts of a global step, and for all of it."""
     config, model, hardware, gpus = s.config, s.model, s.hardware, s.server_gpus
     flops = {2: hardware.bf16, 4: hardware.fp32}
@@ -886,12 +915,12 @@ class Remedy(NamedTuple):
     """A change, what the fullest GPU takes after it, and whether it fits then."""
 
     change: str
-    peak: float
+    peak: Number
     fits: bool
 
 
 def remedies(
-    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: float | None = None
+    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: Number | None = None
 ) -> list[Remedy]:
     """What to change so that `plan` of the same arguments fits, cheapest first; empty if it fits.
 
@@ -902,24 +931,34 @@ def remedies(
     if now.fits:
         return []
     lengths = {"prompt_tokens": now.setting["prompt_tokens"], "response_tokens": response_tokens}
-    asked, found, words = (config, cluster), [], ""
+    config = replace(config, rollout=replace(config.rollout, max_new_tokens=now.setting["max_new_tokens"]))
+    asked, found = (config, cluster), list[Remedy]()
     for change, edit in _changes(config, cluster, now):
         changed = edit(config, cluster)
         then = plan(*changed, **lengths)
-        if _fullest(then) >= _fullest(now):
-            continue
-        (config, cluster), now, words = changed, then, ", and all of the above"
-        found.append(Remedy(change, _fullest(now), now.fits))
+        if _excess(then) < _excess(now):
+            (config, cluster), now = changed, then
+            if found and found[-1].change.split(":")[0] == change.split(":")[0]:
+                found.pop()  # the same field, changed further
+            found.append(Remedy(change, _fullest(now), now.fits))
         if now.fits:
             break
     if cluster.hardware.name != "cpu":
-        found += _more_gpus(*asked, lengths, "")
-        found += _more_gpus(config, cluster, lengths, words) if words and not now.fits else []
+        others = _more_gpus(*asked, lengths, "")
+        if found and not now.fits:
+            others += _more_gpus(config, cluster, lengths, ", and all of the above")
+        found += others
     return found
 
 
-def _fullest(plan: Plan) -> float:
+def _fullest(plan: Plan) -> Number:
     return max(map(plan.peak, PLACES))
+
+
+def _excess(plan: Plan) -> float:
+    """Bytes that are missing, summed over phases: a change may help one that is not the worst."""
+    taken = (sum(item.bytes for item in plan.items(phase, place)) for place in PLACES for phase in PHASES)
+    return sum(max(0.0, size - plan.setting["memory"]) for size in taken)
 
 
 _Edit = Callable[[Config, Cluster], tuple[Config, Cluster]]
@@ -934,6 +973,8 @@ def _changes(config: Config, cluster: Cluster, now: Plan) -> Iterator[tuple[str,
             replace(cluster, **(machine or {})),
         )
 
+    if now.setting["sharding"] == "ddp":
+        yield "fsdp2 instead of ddp", lambda config, cluster: (config, replace(cluster, sharding="fsdp2"))
     if not config.model.gradient_checkpointing:
         yield "model.gradient_checkpointing: true", change("model", gradient_checkpointing=True)
     budget, row = config.train.tokens_per_micro_batch, now.setting["prompt_tokens"] + now.setting["max_new_tokens"] - 1
@@ -967,9 +1008,9 @@ def _more_gpus(config: Config, cluster: Cluster, lengths: dict[str, Any], words:
         return plan(config, replace(cluster, gpus=count * step, sharding="fsdp2"), **lengths)
 
     low, high = cluster.gpus // step, 2 * cluster.gpus // step  # on low it does not fit
+    if not on(MOST_GPUS // step).fits:
+        return []
     while not on(high).fits:
-        if high * step >= MOST_GPUS:
-            return []
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
@@ -988,14 +1029,14 @@ def parse_bytes(text: str) -> float:
     return float(match[1]) * (1024 if match[3] else 1000) ** ("MGT".index(match[2]) + 2)
 
 
-def _size(size: float) -> str:
+def _size(size: Number) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{size:.3g} B"
 
 
-def _duration(seconds: float) -> str:
+def _duration(seconds: Number) -> str:
     for unit, scale in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -1019,13 +1060,13 @@ def table(plan: Plan, suggested: Iterable[Remedy] = ()) -> str:
         f"(mean {s['response_tokens']:g})",
     ]
     for place in PLACES:
-        if not any(item.place == place for item in plan.memory):
+        if not plan.phases(place):
             continue
         lines += ["", f"memory of the {place}'s fullest {'process' if s['hardware'] == 'cpu' else 'GPU'}"]
         for phase in PHASES:
             own = [item for item in plan.memory if item.place == place and item.phase == phase]
             lines += [f" {phase}"] * bool(own) + _rows((i.name, _size(i.bytes), i.how) for i in own)
-        peaks = {phase: sum(i.bytes for i in plan.items(phase, place)) for phase in PHASES[1:]}
+        peaks = {phase: sum(i.bytes for i in plan.items(phase, place)) for phase in plan.phases(place)}
         shown = ", ".join(f"{phase} {_size(size)}" for phase, size in peaks.items())
         lines.append(
             f" peak {_size(plan.peak(place))} of {_size(s['memory'])}: "
@@ -1047,14 +1088,13 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 
 
-def figure(plan: Plan) -> Figure:
+def memory_figure(plan: Plan) -> Figure:
     """The memory of the fullest GPU in each phase, stacked, and what there is. Items below 1 % of the peak are drawn as
     one."""
     drawn = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(drawn)
     axes = drawn.subplots()
-    separate = any(item.place == "server" for item in plan.memory)
-    columns = [(phase, "trainer") for phase in PHASES[1:]] + [("rollout", "server")] * separate
+    columns = [(phase, place) for place in PLACES for phase in plan.phases(place)]
     parts: dict[str, list[float]] = {}
     for column, (phase, place) in enumerate(columns):
         for item in plan.items(phase, place):

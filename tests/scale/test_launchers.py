@@ -18,6 +18,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from transformers import AutoModelForCausalLM
 
+from minirl_edu import cli
 from minirl_edu.config import Config, ModelConfig, RolloutConfig, load_config
 from minirl_edu.models import architecture, random_model
 from minirl_edu.plots import read_records
@@ -76,6 +77,8 @@ def test_the_commands_of_a_recipe_are_valid(recipe, monkeypatch):
             assert Path(ours.config).resolve() == recipe
         elif line[:2] == ["python", "scale/serve.py"]:
             assert serve.parse(line[2:])[0].model == config.model.name
+        elif line[:2] == ["minirl", "plan"]:
+            assert ROOT / cli._parser().parse_args(line[1:]).config == recipe
         else:
             assert line[0] == "sbatch" and (ROOT / line[-1]).resolve() in SCRIPTS
             assert ROOT / variables["RECIPE"] == recipe

@@ -65,9 +65,10 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
             f"FSDP2 was asked for, but accelerate runs {accelerator.num_processes} processes as "
             f"{accelerator.distributed_type.value}; take a config without FSDP, or another version of accelerate"
         )
-    policy = accelerator.state.fsdp_plugin.mixed_precision_policy if sharded else None
-    if policy is not None:  # accelerate would add the ranks' gradients up in bf16
-        accelerator.state.fsdp_plugin.mixed_precision_policy = replace(policy, reduce_dtype=torch.float32)
+    plugin: Any = accelerator.state.fsdp_plugin
+    if plugin is not None and plugin.mixed_precision_policy is not None:
+        # accelerate would add the ranks' gradients up in bf16.
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)
     return accelerator
 
 

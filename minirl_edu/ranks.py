@@ -65,7 +65,7 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
             f"FSDP2 was asked for, but accelerate runs {accelerator.num_processes} processes as "
             f"{accelerator.distributed_type.value}; take a config without FSDP, or another version of accelerate"
         )
-    plugin: Any = accelerator.state.fsdp_plugin
+    plugin: Any = accelerator.state.fsdp_plugin if sharded else None
     if plugin is not None and plugin.mixed_precision_policy is not None:
         # accelerate would add the ranks' gradients up in bf16.
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, reduce_dtype=torch.float32)

@@ -67,7 +67,7 @@ def check_08_global_step() -> None:
         engine.synced.clear()
         sizes = []
         count = trainer._update
-        trainer._update = lambda batch: (sizes.append(sum(len(part.advantages) for part in batch)), count(batch))[1]
+        trainer._update = lambda batch: (sizes.append(batch.responses), count(batch))[1]
         lines = trainer.global_step()
     assert len(lines) == updates and trainer.grad_step == updates
     assert sizes == [prompts * group_size] * updates  # mbs

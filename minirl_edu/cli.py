@@ -247,7 +247,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     import json
 
     from minirl_edu.config import load_config
-    from minirl_edu.plan import HARDWARE, Cluster, memory_figure, parse_bytes, plan, remedies, table, this_machine
+    from minirl_edu.plan import HARDWARE, Cluster, draw_memory, parse_bytes, plan, remedies, table, this_machine
 
     _quiet()
     config = load_config(arguments.config, arguments.set)
@@ -268,7 +268,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         data = {**found.to_dict(), "remedies": [remedy._asdict() for remedy in suggested]}
         Path(arguments.json).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     if arguments.out:
-        memory_figure(found).savefig(arguments.out, dpi=200)
+        draw_memory(found).savefig(arguments.out, dpi=200)
     return 0 if found.fits else 1
 
 

@@ -165,7 +165,7 @@ def load_model(
     return model
 
 
-def architecture(
+def load_architecture(
     name: str, overrides: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """The config of a model: one in `ARCHITECTURES` (`Qwen/Qwen3-30B-A3B`), or what `load_model` takes for `name`.
@@ -202,8 +202,9 @@ def random_model(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A model of the `architecture` of `name` with weights drawn from `seed`: to test a machine with, or a plan."""
-    config = architecture(name, overrides, trust_remote_code=trust_remote_code)
+    """A model of the architecture of `name` (see `load_architecture`) with weights drawn from `seed`: to test a machine
+    with, or a plan."""
+    config = load_architecture(name, overrides, trust_remote_code=trust_remote_code)
     return _seeded(config, seed, dtype=dtype, attn_implementation=attn_implementation)
 
 

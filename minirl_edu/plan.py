@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from minirl_edu.config import Config, ConfigError, ModelConfig, load_config, save_config
 from minirl_edu.logprobs import CHUNK, _HeadLogprobs
-from minirl_edu.models import architecture, load_tokenizer
+from minirl_edu.models import load_architecture, load_tokenizer
 from minirl_edu.rollout import VLLM_DTYPES
 from minirl_edu.routing import RoutingReplay, UnsupportedRouter
 from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
@@ -189,7 +189,7 @@ def anatomy(settings: ModelConfig) -> Anatomy:
 @lru_cache(maxsize=16)
 def _anatomy(name: str, overrides: str, trust_remote_code: bool) -> Anatomy:
     try:
-        config = architecture(name, json.loads(overrides), trust_remote_code=trust_remote_code)
+        config = load_architecture(name, json.loads(overrides), trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return dissect(config, trust_remote_code=trust_remote_code)
@@ -1088,7 +1088,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#
 _HATCHES = ("", "//", "..", "xx", "\\\\", "oo", "--", "++")
 
 
-def memory_figure(plan: Plan) -> Figure:
+def draw_memory(plan: Plan) -> Figure:
     """The memory of the fullest GPU in each phase, stacked, and what there is. Items below 1 % of the peak are drawn as
     one."""
     drawn = Figure(figsize=(8, 4.5), layout="constrained")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from minirl_edu import cli
 from minirl_edu.config import Config, ConfigError, RolloutConfig, TaskConfig, load_config
-from minirl_edu.models import architecture
+from minirl_edu.models import load_architecture
 from minirl_edu.precision import FORMATS
 from minirl_edu.ranks import RankFailed
 from minirl_edu.tasks import ChainTask, Problem
@@ -54,7 +54,7 @@ def shrink(config: Config) -> Config:
     """
     settings = config.model
     try:
-        model = architecture(settings.name, settings.overrides, trust_remote_code=settings.trust_remote_code)
+        model = load_architecture(settings.name, settings.overrides, trust_remote_code=settings.trust_remote_code)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     sizes = {name: size for name, size in SIZES.items() if getattr(model, name, None) is not None}

@@ -482,7 +482,7 @@ def test_a_mistake_ends_in_one_line(capsys):
 
 def test_the_picture_shows_every_phase_and_the_memory_there_is():
     found = plan(large(), Cluster(H100, gpus=8), **LENGTHS)
-    drawn = planning.memory_figure(found)
+    drawn = planning.draw_memory(found)
     assert isinstance(drawn, Figure)
     (axes,) = drawn.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["update", "sync", "server"]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from minirl_edu import cli
 from minirl_edu.config import Config, ModelConfig, RolloutConfig, load_config
-from minirl_edu.models import architecture, random_model
+from minirl_edu.models import load_architecture, random_model
 from minirl_edu.plots import read_records
 from scale import serve, train
 
@@ -182,7 +182,7 @@ def test_a_dry_run_is_the_recipe_but_small(recipe):
     model = random_model(
         small.model.name, small.model.overrides, seed=0, attn_implementation=small.model.attn_implementation
     )
-    full = architecture(config.model.name, config.model.overrides)
+    full = load_architecture(config.model.name, config.model.overrides)
     assert type(model) is AutoModelForCausalLM._model_mapping[type(full)]
     assert model.num_parameters() < 200_000 and model.config.vocab_size == 18
     if top_k := getattr(full, "num_experts_per_tok", None):

@@ -192,6 +192,8 @@ class Ranks:
 
         Raises RankFailed in place of the error that a collective raises when its partner is gone.
         """
+        if self.watch is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._ended)
         try:
             yield
         except BaseException as error:
@@ -205,6 +207,14 @@ class Ranks:
                     raise RankFailed(culprit) from error
             self.watch.report(error)
             raise
+
+    def _ended(self, *_: Any) -> None:
+        """SIGTERM: the launcher ends those that are left when one is lost, perhaps before a collective has failed."""
+        assert self.watch is not None
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if culprit := self.watch.culprit(5.0):
+            raise RankFailed(culprit)
+        raise SystemExit(143)
 
     def close(self) -> None:
         """The end of a run: no rank is missed any more after it."""
@@ -289,9 +299,9 @@ class Watch:
         self._thread.start()
         atexit.register(self.stop)  # a thread inside the store's C++ would abort the interpreter's end
 
-    def culprit(self) -> str:
-        """Who was lost, once the watch has found out; "" if nobody is within the time that it takes to notice."""
-        self._found.wait(self.silent + 2 * self._period)
+    def culprit(self, wait: float | None = None) -> str:
+        """Who was lost, once the watch has found out; "" if nobody is within `wait` s (default: what noticing takes)."""
+        self._found.wait(self.silent + 2 * self._period if wait is None else wait)
         verdict, self._verdict = self._verdict, ""  # the main thread reacts: the watch need not
         return verdict
 

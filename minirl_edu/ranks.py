@@ -300,7 +300,7 @@ class Watch:
         atexit.register(self.stop)  # a thread inside the store's C++ would abort the interpreter's end
 
     def culprit(self, wait: float | None = None) -> str:
-        """Who was lost, once the watch has found out; "" if nobody is within `wait` s (default: what noticing takes)."""
+        """Who was lost, once the watch has found out; "" if nobody is within `wait` s (default: what that takes)."""
         self._found.wait(self.silent + 2 * self._period if wait is None else wait)
         verdict, self._verdict = self._verdict, ""  # the main thread reacts: the watch need not
         return verdict

@@ -104,6 +104,9 @@ def _trend(run: _Run) -> str:
     """How the score went; without evaluations, the reward."""
     score = run.at("score")
     if not score:
+        if deployed := run.at("score_rollout"):
+            first, last = deployed[min(deployed)], deployed[max(deployed)]
+            return f"was evaluated through the rollout engine alone, where it went from {first:.2f} to {last:.2f}"
         first, last = run.ends("reward")
         if math.isnan(last):
             return "made no gradient step and was not evaluated"

@@ -534,6 +534,18 @@ def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, tmp_pat
 
 @linux
 @pytest.mark.slow
+def test_without_glibcs_heap_the_phases_take_turns(tmp_path):
+    # Each block above 64 KiB is returned to the system as soon as it is freed. What is left are the tensors themselves.
+    path = RECIPES / "moe_50m_cpu.yaml"
+    config = load_config(path, OVERRIDES)
+    machine = replace(planning.this_machine(config), keeps_freed=False)
+    foreseen = plan(config, Cluster(machine)).peak()
+    taken = measured_peak(path, tmp_path / "run", OVERRIDES, MALLOC_MMAP_THRESHOLD_="65536")
+    assert taken == pytest.approx(foreseen, rel=0.05)
+
+
+@linux
+@pytest.mark.slow
 @pytest.mark.parametrize(("launch", "sharding", "ep"), [("cpu_fsdp2", "fsdp2", 1)])
 def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, ep, tmp_path):
     recipe = RECIPES / "moe_50m_cpu.yaml"

@@ -142,6 +142,11 @@ def test_a_run_without_evaluations_speaks_of_its_reward(tmp_path):
     assert "It got to global step 0 of 100" in words
 
 
+def test_a_run_scored_by_the_rollout_engine_alone_says_so(tmp_path):
+    words = headline(run_folder(tmp_path / "a", None, steps=30, last={"score_rollout": 0.62}), tmp_path)
+    assert "was evaluated through the rollout engine alone, where it went from 0.62 to 0.62" in words
+
+
 def test_runs_are_compared_at_equal_steps(tmp_path):
     # At the shared step 20 the short run leads; the longer one ends higher.
     long = run_folder(tmp_path / "a", [0.4, 0.5, 0.6, 0.99])

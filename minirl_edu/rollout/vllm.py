@@ -206,7 +206,7 @@ class VLLMEngine:
         if kind not in _refusals:
             launch((name, other_weights(tensor)) for name, tensor in checkpoint_weights(model))
             try:
-                self._load(checkpoint_weights(model), checkpoint_specs(model))
+                self._load(model, checkpoint_weights(model))
                 reloaded = self._state()
             except Exception as error:  # whatever vLLM raises in a reload, the verdict is the same
                 _refusals[kind] = f"its reload of weights raises {type(error).__name__}: {error}"
@@ -281,7 +281,7 @@ class VLLMEngine:
             draws = 0 if self.experts.rounding == "frozen" else version
             generator = torch.Generator(model.device).manual_seed(derive_seed(self.seed, "weights", draws))
         weights = _rounded(checkpoint_weights(model), self._expert_format, generator)
-        self._load(weights, checkpoint_specs(model))
+        self._load(model, weights)
         self._take_model(model)
         self.version = version
 
@@ -300,14 +300,15 @@ class VLLMEngine:
         """Call a worker's method; the answer of the first worker, which stands for all."""
         return self._open().collective_rpc(method, args=args)[0]
 
-    def _load(self, weights: Iterable[tuple[str, Tensor]], specs: dict[str, Tensor]) -> None:
+    def _load(self, model: PreTrainedModel, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """`weights` are those of `model`, rounded perhaps."""
         llm = self._open()
         with _unnoticed():
             if llm.llm_engine.vllm_config.parallel_config.world_size == 1:
                 self._rpc("minirl_load_weights", weights)
             else:  # the workers are processes of their own
                 with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-                    write_safetensors(Path(file.name), specs, weights)
+                    write_safetensors(Path(file.name), checkpoint_specs(model), weights)
                     self._rpc("minirl_load_file", file.name)
         if not llm.reset_prefix_cache():
             raise EngineError("vLLM did not drop its prefix cache: are requests still running?")

@@ -136,6 +136,22 @@ def poison(out: Path, settings: Sequence[str]) -> None:
     run.train()
 
 
+def fail(out: Path, settings: Sequence[str]) -> None:
+    """The last rank raises an error between two steps, while the others wait for it."""
+    run = trainer(out / "run", settings)
+    step = run._update
+
+    def failing(mini_batch):
+        if run.grad_step == 2 and run.ranks.rank == run.ranks.size - 1:
+            raise ValueError("spoilt on purpose")
+        return step(mini_batch)
+
+    run._update = failing
+    run.train()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "stream": stream, "resume": resume, "poison": poison}[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])
+    {"train": train, "stream": stream, "resume": resume, "poison": poison, "fail": fail}[sys.argv[2]](
+        Path(sys.argv[1]), sys.argv[3:]
+    )

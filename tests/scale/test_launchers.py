@@ -331,9 +331,9 @@ STUBS = {
 }
 RECORD = """#!/bin/bash
 words=("$@")
-record() { "$PYTHON" -c 'import json, os, sys; print(json.dumps(dict(name=sys.argv[1], words=sys.argv[2:],
-    gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), key=os.environ.get("MINIRL_VLLM_API_KEY"))))' \\
-    "$1" "${words[@]}" >>"$CALLS"; }
+record() { "$PYTHON" -c 'import json, os, sys; line = json.dumps(dict(name=sys.argv[1], words=sys.argv[2:],
+    gpus=os.environ.get("CUDA_VISIBLE_DEVICES"), key=os.environ.get("MINIRL_VLLM_API_KEY")))
+os.write(1, (line + "\\n").encode())' "$1" "${words[@]}" >>"$CALLS"; }  # at once: several processes append
 """
 
 

@@ -15,7 +15,7 @@ from tests.scale.launch import PROGRAM, TRAIN, launch, start
 
 KINDS = {"ddp": ("ddp", ()), "fsdp2": ("fsdp2", ()), "experts": ("ddp", ("model.expert_parallel=2",))}
 # fp32 sums in another order differ by a few 1e-7 of a gradient's size; three steps of lr 1e-3 / adam_eps 1e-2 make at
-# most 1e-6 of that in a weight. A route, a divisor or a row that is wrong moves weights by 1e-4 and more.
+# most 1e-6 of that in a weight. That no replay instead of R3 moves them by more than ten times as much is asserted.
 TOLERANCE = 1e-6
 
 
@@ -115,6 +115,16 @@ def test_numbers_that_are_not_finite_on_one_rank_stop_all(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- a rank is lost
+
+
+@pytest.mark.slow
+def test_what_one_rank_raises_is_quoted_by_the_other(tmp_path):
+    done = launch("ddp", PROGRAM, tmp_path, "fail")
+    assert done.returncode != 0
+    assert re.search(r"rank 1 \(.*, process \d+\) gave up: ValueError: spoilt on purpose", done.stderr), done.stderr[
+        -3000:
+    ]
+
 
 TINY = (
     *("model.name=chain-steps", "rollout.precision=int4", "algorithm.replay=R3", "train.global_steps=6"),

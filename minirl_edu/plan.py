@@ -52,6 +52,10 @@ SLACK = 1.1
 """Memory taken over memory in use, for blocks that come and go, because allocators leave gaps: an allowance for GPUs,
 not measured here."""
 
+GAPS = 3.0
+"""The same on CPUs, for what a layer's forward and backward take and free: what lies between blocks still in use,
+glibc's heap does not return to the system. Chosen for the runs in tests/test_plan.py."""
+
 VLLM_SEQUENCES, VLLM_TOKENS = 1024, 8192
 """How many sequences, and how many tokens of prompts, vLLM computes at once unless told otherwise (0.32's server on
 GPUs of 70 GiB and more: `default_max_num_seqs` and its neighbour in vllm/engine/arg_utils.py)."""
@@ -67,6 +71,7 @@ class Hardware:
     bandwidth    bytes/s of its memory                 nvlink   bytes/s to the machine's other GPUs, one direction
     per_node     GPUs in a machine                     network  bytes/s to other machines per GPU, one direction
     runtime      bytes that a process takes at once    slack    bytes taken over bytes in use
+    gaps         the same, for a layer's working memory
     keeps_freed  whether the phases of a step add up, since what one frees stays with the process
     """
 
@@ -80,6 +85,7 @@ class Hardware:
     per_node: int = 8
     runtime: Number = RUNTIME
     slack: Number = SLACK
+    gaps: Number = SLACK
     keeps_freed: bool = False
 
 
@@ -111,7 +117,7 @@ def this_machine(config: Config) -> Hardware:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     flops, copy = found["flops"], found["bandwidth"]
     return Hardware(
-        "cpu", flops, flops, copy, memory, copy, copy, runtime=found["resident"], slack=1.0, keeps_freed=True
+        "cpu", flops, flops, copy, memory, copy, copy, runtime=found["resident"], slack=1.0, gaps=GAPS, keeps_freed=True
     )
 
 
@@ -309,6 +315,7 @@ class _Ledger(TorchDispatchMode):
         self.for_logits = False
         self.events: list[tuple[int, int]] = []  # which storage; bytes taken, or given back if negative
         self.logits: set[int] = set()
+        self.forward = 0  # events until the forward ended
         self.keys = weakref.WeakKeyDictionary({tensor.untyped_storage(): -1 for tensor in known})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -325,20 +332,34 @@ class _Ledger(TorchDispatchMode):
                     self.logits.add(key)
         return out
 
-    def peak(self, leave_out: set[int]) -> tuple[int, int]:
-        """Bytes when most are taken: (others', logits')."""
-        others = logits = 0
+    def peak(self, leave_out: set[int]) -> "PassMemory":
+        """Bytes when most are taken."""
+        others = logits = kept = 0
         best = (0, 0)
-        for key, size in self.events:
-            if key in leave_out:
-                continue
-            if key in self.logits:
-                logits += size
-            else:
-                others += size
-            if others + logits > sum(best):
-                best = (others, logits)
-        return best
+        for i, (key, size) in enumerate(self.events, 1):
+            if key not in leave_out:
+                if key in self.logits:
+                    logits += size
+                else:
+                    others += size
+                if others + logits > sum(best):
+                    best = (others, logits)
+            if i == self.forward:
+                kept = others
+        kept = min(kept, best[0])
+        return PassMemory(kept, best[0] - kept, best[1])
+
+
+class PassMemory(NamedTuple):
+    """Bytes that a pass takes at its peak, beside parameters.
+
+    kept      for the backward, from the forward on       logits   of the head, and what is made of them
+    working   all other: a layer's own, then its gradients, which come and go
+    """
+
+    kept: int
+    working: int
+    logits: int
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
@@ -360,8 +381,8 @@ def _working_memory(
     train: bool,
     checkpointing: bool,
     with_gradients: bool,
-) -> tuple[int, int]:
-    """Bytes that a pass takes at its peak, beside parameters: (those for logits excepted, those for logits).
+) -> PassMemory:
+    """What a pass takes at its peak.
 
     The model runs on tensors that have shapes and lifetimes but no data. `train`: forward and backward, up to the
     log-probabilities; otherwise the layers' forward, as an engine reads prompts. `with_gradients`: count a parameter's
@@ -397,6 +418,7 @@ def _working_memory(
                 states.register_hook(lambda _: setattr(ledger, "for_logits", False))
                 logp = _logprobs(states, network.get_output_embeddings())
             del hidden, states
+            ledger.forward = len(ledger.events)
             logp.sum().backward()
         return ledger.peak(set() if with_gradients else added)
 
@@ -692,12 +714,13 @@ def _trainer_memory(s: _Setting) -> list[Item]:
     if s.sharding == "ddp":
         items.append(Item("gradient buckets", "always", share, "DDP's copy of the gradients, to send"))
 
-    layers, logits = _pass_memory(s, batch, train=True)
+    taken = _pass_memory(s, batch, train=True)
     recomputed = config.model.gradient_checkpointing
     how = f"{batch.rows} × {batch.columns} tokens ({batch.kind}), " + ("layers recomputed" if recomputed else "kept")
-    items.append(Item("activations", "update", slack * layers, how))
+    items.append(Item("activations", "update", slack * taken.kept, how))
+    items.append(Item("working memory", "update", s.hardware.gaps * taken.working, "of a layer, forward and backward"))
     whole = _size(4 * batch.predicted * model.config.vocab_size)
-    items.append(Item("logits", "update", slack * logits, f"in chunks, at that moment; all at once: {whole}"))
+    items.append(Item("logits", "update", slack * taken.logits, f"in chunks, at that moment; all at once: {whole}"))
     if ep > 1:
         sent = batch.rows * batch.columns * model.top_k * model.config.hidden_size * s.compute
         copies = 3 * (1 if recomputed else model.moe_layers)
@@ -721,7 +744,7 @@ def _trainer_memory(s: _Setting) -> list[Item]:
     return items
 
 
-def _pass_memory(s: _Setting, batch: MicroBatch, *, train: bool) -> tuple[int, int]:
+def _pass_memory(s: _Setting, batch: MicroBatch, *, train: bool) -> PassMemory:
     settings, bf16 = s.config.model, s.mixed_precision == "bf16"
     dtype = settings.dtype
     if (train and s.sharded and bf16) or (not train and s.engine < s.loaded):
@@ -752,7 +775,7 @@ def _engine_memory(s: _Setting, trainer: list[Item]) -> tuple[list[Item], int]:
     if engine != "hf":
         rows = min(rows, options.get("max_num_seqs", VLLM_SEQUENCES))
         prompts = min(prompts, max(1, options.get("max_num_batched_tokens", VLLM_TOKENS) // s.prompt_tokens))
-    reading, _ = _pass_memory(s, MicroBatch("causal", prompts, s.prompt_tokens, 0), train=False)
+    reading = _pass_memory(s, MicroBatch("causal", prompts, s.prompt_tokens, 0), train=False).working
     weights, sampling = s.model.total * s.engine / gpus, 4 * rows * s.model.config.vocab_size * 4
     items = [
         Item("engine's weights", own, weights, f"{s.model.total / 1e9:.3g} B × {s.engine} bytes / {gpus}", place),

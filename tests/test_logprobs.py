@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from minirl_edu import logprobs
+from minirl_edu.diagnostics import entropy_from_logits
 from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import minirl_loss
@@ -403,6 +404,26 @@ def test_the_gradient_of_the_head_in_chunks_is_its_finite_difference():
     assert bias is not None
     in_chunks = lambda *x: logprobs._HeadLogprobs.apply(*x, targets, 0.7, 7)[0]  # noqa: E731
     assert torch.autograd.gradcheck(in_chunks, (hidden, weight, bias))
+
+
+def test_a_forbidden_word_leaves_one_entropy_and_a_finite_gradient_in_every_path(monkeypatch: pytest.MonkeyPatch):
+    """A logit of −∞ is a probability of 0, with no share in the entropy. The head's first chunk has nothing else."""
+    hidden, weight = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (3, 6))
+    bias, targets = torch.tensor([-torch.inf, -torch.inf, 0.0, 0.0, -torch.inf, 0.0]), torch.tensor([2, 3, 5])
+    expected = entropy_from_logits(torch.nn.functional.linear(hidden, weight, bias)).detach()
+    assert expected.isfinite().all()
+
+    def in_chunks(size: int) -> tuple[Tensor, Tensor]:
+        monkeypatch.setattr(logprobs, "CHUNK", size)
+        return logprobs._in_chunks(lambda h: torch.nn.functional.linear(h, weight, bias), hidden, targets, 1.0, 6)
+
+    found = [in_chunks(2**22), in_chunks(6)]
+    found += [logprobs._HeadLogprobs.apply(hidden, weight, bias, targets, 1.0, width) for width in (2, 6)]
+    gradients = [torch.autograd.grad(logp.sum(), (hidden, weight)) for logp, _ in found]
+    for (logp, entropy), gradient in zip(found, gradients, strict=True):
+        torch.testing.assert_close(entropy, expected)
+        torch.testing.assert_close((logp, *gradient), (found[0][0], *gradients[0]))
+        assert all(g.isfinite().all() for g in gradient)
 
 
 def test_entropies_near_zero_and_logits_far_from_it_are_exact_in_chunks():

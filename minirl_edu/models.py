@@ -165,6 +165,11 @@ def load_model(
     return model
 
 
+def architecture_file(name: str) -> Path:
+    """Where the config of a model called `name` is, if it is one of `ARCHITECTURES`."""
+    return ARCHITECTURES / f"{name.rpartition('/')[2]}.json"
+
+
 def load_architecture(
     name: str, overrides: Mapping[str, Any] | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
@@ -173,7 +178,7 @@ def load_architecture(
     `overrides` gives other values to some of its fields. Raises ValueError naming a field that the config lacks, and
     for an unknown `name`.
     """
-    file = ARCHITECTURES / f"{name.rpartition('/')[2]}.json"
+    file = architecture_file(name)
     if file.exists():
         fields = json.loads(file.read_text(encoding="utf-8"))
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)

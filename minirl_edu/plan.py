@@ -9,6 +9,7 @@ long as it may be, every group with a gradient. Times are lower bounds: no produ
 read than its memory. Real steps take a multiple.
 """
 
+import inspect
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from minirl_edu.config import Config, ConfigError, ModelConfig, load_config, save_config
 from minirl_edu.logprobs import CHUNK, _HeadLogprobs
-from minirl_edu.models import load_architecture, load_tokenizer
+from minirl_edu.models import SMOLLM2, architecture_file, load_architecture, load_tokenizer
 from minirl_edu.rollout import VLLM_DTYPES
 from minirl_edu.routing import RoutingReplay, UnsupportedRouter
 from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
@@ -55,6 +56,9 @@ not measured here."""
 GAPS = 3.0
 """The same on CPUs, for what a layer's forward and backward take and free: what lies between blocks still in use,
 glibc's heap does not return to the system. Chosen for the runs in tests/test_plan.py."""
+
+PROMPT_TOKENS = 512
+"""Length of a prompt where the plan knows the model, but only the hub its tokenizer: that is not asked."""
 
 VLLM_SEQUENCES, VLLM_TOKENS = 1024, 8192
 """How many sequences, and how many tokens of prompts, vLLM computes at once unless told otherwise (0.32's server on
@@ -124,7 +128,7 @@ def this_machine(config: Config) -> Hardware:
 def _measure(path: str) -> None:
     """In a fresh process: print what `this_machine` asks for."""
     config = load_config(path)
-    task = _task(config)  # kept, with the modules that it imports
+    task = None if _on_the_hub(config) else _task(config)  # kept, with the modules that it imports
     if config.rollout.engine == "vllm":
         import vllm  # noqa: F401
     square, copied = torch.ones(1024, 1024), torch.ones(2**25)
@@ -142,7 +146,7 @@ def _measure(path: str) -> None:
     del copied
     # Not getrusage's ru_maxrss: a child inherits that from the process that started it.
     resident = 1024 * int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[0])
-    print(json.dumps({"flops": flops, "bandwidth": bandwidth, "resident": resident, "task": task.name}))
+    print(json.dumps({"flops": flops, "bandwidth": bandwidth, "resident": resident, "task": task and task.name}))
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -541,7 +545,8 @@ def plan(
 ) -> Plan:
     """What a run of `config` on `cluster` will need.
 
-    prompt_tokens    P. None: the longest of 256 problems of the task
+    prompt_tokens    P. None: the longest of 256 problems of the task; `PROMPT_TOKENS`, with a note, if the model is one
+                     of `models.ARCHITECTURES` whose tokenizer the task needs from the hub
     response_tokens  mean length of the responses, for times and traffic; memory is planned for the longest that are
                      allowed. None: that, too
 
@@ -597,6 +602,7 @@ class _Setting:
     compute: int  # of a number in the forward
     engine: int  # of a weight in the rollout engine
     kv_itemsize: int
+    assumed: bool  # prompt_tokens
 
     @property
     def sharded(self) -> bool:
@@ -648,7 +654,12 @@ def _complete(config: Config, cluster: Cluster, prompt_tokens: int | None, respo
         raise ConfigError(
             f"model.expert_parallel = {ep}: it must divide the {gpus} GPUs and a layer's {model.num_experts} experts"
         )
-    limit = config.rollout.max_new_tokens
+    limit, assumed = config.rollout.max_new_tokens, False
+    if _on_the_hub(config):
+        assumed = prompt_tokens is None
+        prompt_tokens = prompt_tokens or PROMPT_TOKENS
+        own = inspect.signature(TASKS[config.task.name]).parameters["max_new_tokens"].default
+        limit = limit or config.task.options.get("max_new_tokens", own)
     if prompt_tokens is None or limit is None:
         task = _task(config)
         limit = limit or task.max_new_tokens
@@ -679,7 +690,15 @@ def _complete(config: Config, cluster: Cluster, prompt_tokens: int | None, respo
         compute=2 if bf16 else loaded,
         engine=of_engine,
         kv_itemsize=1 if "fp8" in str(options.get("kv_cache_dtype")) else of_engine,
+        assumed=assumed,
     )
+
+
+def _on_the_hub(config: Config) -> bool:
+    """Whether the task needs a tokenizer that only the hub has, of a model whose architecture ships."""
+    name = config.model.name
+    needs_one = config.task.name in TASKS and config.task.name != ChainTask.name
+    return needs_one and architecture_file(name).exists() and name != SMOLLM2 and not Path(name).exists()
 
 
 def _task(config: Config) -> Task:
@@ -917,6 +936,11 @@ def _notes(s: _Setting, at_once: int) -> Iterator[str]:
     config, engine = s.config, s.config.rollout.engine
     if engine == "vllm_server" and s.placement == "colocated" and not config.rollout.options.get("sleep"):
         yield "a server on the trainer's GPUs has to sleep between rollouts: rollout.options.sleep: true"
+    if s.assumed:
+        yield (
+            f"prompts of {s.prompt_tokens} tokens are assumed: the tokenizer of {config.model.name} would have to come "
+            "from the hub; --prompt-tokens says better"
+        )
     if at_once < s.responses:
         yield f"the KV cache holds {at_once} of {s.responses} responses of the mean length at a time; the rest wait"
     if engine == "hf" and s.gpus > 1:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -480,6 +481,33 @@ def test_the_command_prints_writes_and_draws_the_plan(tmp_path, capsys):
         sum(i["bytes"] for i in written["memory"] if i["phase"] in ("always", "update")) <= written["peak"]["trainer"]
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_0p6b_1gpu", "qwen3_30b_a3b_8gpu", "gpt_oss_20b"])
+def test_a_plan_for_an_architecture_that_ships_asks_nobody(recipe, capsys, monkeypatch):
+    """Without --prompt-tokens the task's tokenizer and problems would be needed, which are on the hub."""
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("a network call")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    monkeypatch.setattr(planning, "_working_memory", lambda *_, **__: planning.PassMemory(0, 0, 0))  # for time
+    assert main(["plan", "--config", recipe]) in (0, 1)
+    said = capsys.readouterr().out
+    assert "prompts of 512 tokens are assumed" in said and "prompts of 512, responses of up to" in said
+
+
+def test_the_note_goes_where_the_length_is_given_and_the_limit_is_the_tasks_own():
+    config = load_config("qwen3_0p6b_1gpu", ["rollout.max_new_tokens="])
+    assert planning._on_the_hub(config)
+    given = planning._complete(config, Cluster(H100), 300, None)
+    assert (given.prompt_tokens, given.max_new_tokens, given.assumed) == (300, 1024, False)
+    own = load_config("qwen3_0p6b_1gpu", ["rollout.max_new_tokens=", "task.options.max_new_tokens=77"])
+    assert planning._complete(own, Cluster(H100), None, None).max_new_tokens == 77
+    assert not planning._on_the_hub(load_config("moe_50m_cpu"))  # chain brings its own tokenizer
+    assert not planning._on_the_hub(load_config("smollm2"))  # a package does
 
 
 def test_the_command_fails_where_it_does_not_fit_and_says_what_to_change(capsys):

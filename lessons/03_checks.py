@@ -211,8 +211,9 @@ def check_03_moving_cap() -> None:
     _close(look_alike, torch.minimum(d * s, c * s))
     assert look_alike.max() > c
     mask, advantages = torch.ones(4, 50).bool(), torch.ones(4, dtype=torch.float64)
-    logp = torch.zeros(4, 50, dtype=torch.float64, requires_grad=True)
-    loss = minirl_loss(logp, -s.log(), -(d * s).log(), advantages, mask, is_cap=c, clip=False).loss
+    logp = torch.full((4, 50), -9.0, dtype=torch.float64, requires_grad=True)
+    old, rollout = logp - s.log(), logp - (d * s).log()
+    loss = minirl_loss(logp, old, rollout, advantages, mask, is_cap=c, clip=False).loss
     (gradient,) = torch.autograd.grad(loss, logp)
     _close(-4 * gradient, (d * s).clamp(max=c))
 

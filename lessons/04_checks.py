@@ -164,7 +164,7 @@ def _batch() -> dict[str, Tensor]:
     """A batch with every case: random ratios of both kinds, advantages of both signs, three lengths."""
     generator = torch.Generator().manual_seed(5)
     old, mu_shift, shift = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64)
-    old = -old.abs() - 0.1
+    old = -old.abs() - 3
     lengths = torch.tensor([5, 3, 1, 4, 2, 5])
     return {
         "logp_old": old,

@@ -2,8 +2,9 @@
 
 import torch
 
-from minirl_edu.diagnostics import CollapseDetector, clip_fractions, policy_metrics
+from minirl_edu.diagnostics import CollapseDetector, clip_fractions
 from minirl_edu.exact import TabularPolicy, token_ratios
+from minirl_edu.objectives import minirl_loss
 from minirl_edu.routing import Routes
 
 
@@ -37,7 +38,7 @@ def check_10_mean_weight():
     counts = torch.tensor([500, 250, 125, 125])
     tokens, mu, pi = torch.arange(4).repeat_interleave(counts), counts / 1000, torch.tensor([0.2, 0.05, 0.05, 0.7])
     log_mu, log_pi, mask = mu.log()[tokens][None], pi.log()[tokens][None], torch.ones(1, 1000).bool()
-    logged = policy_metrics(log_pi, log_pi, log_mu, torch.ones(1), mask)["is_weight_mean"]
+    logged = minirl_loss(log_pi, log_pi, log_mu, torch.ones(1), mask).metrics["is_weight_mean"]
     assert abs(logged - (1 - 0.125 * (0.7 / 0.125 - 5))) < 1e-5
 
 

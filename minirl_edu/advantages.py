@@ -40,6 +40,14 @@ def leave_one_out_advantages(rewards: Tensor, group_size: int) -> Float[Tensor, 
     return (_centred(rewards, group_size) * (group_size / (group_size - 1))).flatten()
 
 
+ADVANTAGES = {
+    "group_mean": group_mean_advantages,
+    "group_mean_std": group_mean_std_advantages,
+    "leave_one_out": leave_one_out_advantages,
+}
+"""Every kind of advantages by the name that `algorithm.advantages` has for it."""
+
+
 def _centred(rewards: Tensor, group_size: int) -> Float[Tensor, "prompts G"]:
     if group_size < 1 or rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(

@@ -5,14 +5,22 @@ same errors, and an unknown key is refused rather than ignored. The defaults tra
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
-from math import inf
+from math import inf, isinf
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
+
+from minirl_edu.advantages import ADVANTAGES
+from minirl_edu.objectives import OBJECTIVES
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that ship with the package."""
+_SCALE_RECIPES = Path(__file__).parents[1] / "scale" / "recipes"  # in a checkout
 
 
 class ConfigError(ValueError):
@@ -24,8 +32,15 @@ class _Bound(NamedTuple):
     expected: str
 
 
+@dataclass(frozen=True, eq=False)
+class _OneOf:
+    names: Mapping[str, Any]
+    """A table that is read when a value is checked: what was added to it counts."""
+
+
 _Count = Annotated[int, _Bound(lambda n: n >= 1, "an integer of at least 1")]
 _CountOrZero = Annotated[int, _Bound(lambda n: n >= 0, "an integer of at least 0")]
+_Seed = Annotated[int, _Bound(lambda n: 0 <= n < 2**63, "an integer from 0 to below 2**63")]
 _GroupSize = Annotated[
     int,
     _Bound(lambda n: n >= 2, "at least 2: an advantage is a reward minus its group's mean, always 0 in a group of one"),
@@ -120,9 +135,11 @@ class RolloutConfig(_Section):
 class AlgorithmConfig(_Section):
     """What is optimised: equation (7) of the paper with its ablations, or an algorithm that the paper compares with."""
 
-    objective: Literal["minirl", "grpo", "cispo"] = "minirl"
-    advantages: Literal["group_mean", "group_mean_std", "leave_one_out"] | None = None
-    """None: the objective's own, `group_mean` for minirl and `group_mean_std` for grpo and cispo."""
+    objective: Annotated[str, _OneOf(OBJECTIVES)] = "minirl"
+    """A loss of `minirl_edu.objectives.OBJECTIVES`."""
+    advantages: Annotated[str, _OneOf(ADVANTAGES)] | None = None
+    """One of `minirl_edu.advantages.ADVANTAGES`. None: the objective's own, `group_mean` for minirl and
+    `group_mean_std` for grpo and cispo."""
     eps_low: _Positive | None = None
     """Clip where r = π_θ/π_old < 1 − eps_low. None: the objective's own (0.2 for minirl)."""
     eps_high: _PositiveOrInf | None = None
@@ -130,7 +147,7 @@ class AlgorithmConfig(_Section):
     is_cap: _PositiveOrInf = 5.0
     """Largest importance weight π_θ/μ_old (minirl); `.inf` for none."""
     clip: bool = True
-    """False: M = 1, every token counts (minirl)."""
+    """False: M = 1, every token counts (minirl). What the clip would drop is still recorded."""
     is_correction: bool = True
     """False: π_old/μ_old is taken as 1, only the staleness π_θ/π_old is corrected (minirl)."""
     length_norm: bool = False
@@ -223,7 +240,7 @@ class RanksConfig(_Section):
 class Config(_Section):
     """A whole run. `Config()` is the quickstart; read one from YAML with `load_config`."""
 
-    seed: _CountOrZero = 0
+    seed: _Seed = 0
     """Source of all randomness of the run."""
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -249,19 +266,40 @@ class Config(_Section):
         return data
 
 
+def recipes() -> dict[str, Path]:
+    """The files of the recipes by name: of those that ship, and in a checkout of scale/recipes too."""
+    return {path.stem: path for folder in (_SCALE_RECIPES, RECIPES) for path in sorted(folder.glob("*.yaml"))}
+
+
+def config_file(name: str | Path) -> Path:
+    """The file called `name`, or else the recipe called so, such as `demo`.
+
+    Raises FileNotFoundError, naming the recipes, if there is neither.
+    """
+    path, found = Path(name), recipes()
+    if path.exists() and not path.is_dir():
+        return path
+    recipe = str(name).removesuffix(".yaml")
+    if recipe not in found:
+        kind = "is a folder" if path.is_dir() else "there is no such file"
+        close = _suggestion(recipe, list(found))
+        raise FileNotFoundError(f"{name}: {kind}, and no recipe of that name ({', '.join(sorted(found))}){close}")
+    return found[recipe]
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (None: the defaults), then apply overrides such as `train.lr=1e-4`, whose value is YAML too.
+    """Read a YAML file or recipe (`config_file`; None: the defaults), then apply overrides such as `train.lr=1e-4`,
+    whose value is YAML too; of two for one field the later counts.
 
     Raises ConfigError for anything that is not a valid config, OSError for a file that cannot be read.
     """
-    text = "" if path is None else Path(path).read_text(encoding="utf-8")
-    data = _parse(text, str(path))
+    data = None if path is None else read_yaml(config_file(path))
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected sections such as `train:`, got {data!r}")
     for override in overrides:
         dotted, equals, value = override.partition("=")
-        if not equals:
+        if not equals or not dotted.strip():
             raise ConfigError(f"override {override!r}: expected FIELD=VALUE, such as train.lr=1e-4")
         *sections, name = dotted.strip().split(".")
         node = data
@@ -280,11 +318,72 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds.
+
+    Raises ConfigError, with file and line, for what is no YAML, and for what YAML's rules would take silently for
+    something else than its writer: a key that is given twice, `010`, `1:30`, `2026-01-01`, `1e400`.
+    """
+    try:
+        return _parse(Path(path).read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not valid YAML: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+        loader = yaml.SafeLoader(text)
+        tree = loader.get_single_node()
+        for mark, problem in _misread(tree, set()):
+            raise ConfigError(f"{_place(source, text, mark)}: {problem}")
+        return None if tree is None else loader.construct_document(tree)
+    except yaml.MarkedYAMLError as error:
+        place = _place(source, text, error.problem_mark)
+        raise ConfigError(f"{place}: not valid YAML: {error.problem or error.context}") from error
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {str(error).partition(chr(10))[0]}") from error
+
+
+def _place(source: str, text: str, mark: Any) -> str:
+    return f"{source}, line {mark.line + 1}" if mark and "\n" in text else source
+
+
+def _misread(node: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
+    """Places in a YAML tree that mean something else than they seem to, and what to write instead."""
+    if node is None or id(node) in seen:  # aliases make it a graph
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _misread(item, seen)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    yield key.start_mark, f"{key.value!r} is given twice, first in line {lines[key.value]}; keep one"
+                lines[key.value] = key.start_mark.line + 1
+            yield from _misread(key, seen)
+            yield from _misread(value, seen)
+    elif node.style is None:  # a scalar without quotes
+        kind, text = node.tag.rpartition(":")[2], node.value
+        if kind == "int" and re.fullmatch(r"[-+]?0[0-7_]+", text):
+            yield node.start_mark, f"{text} is an octal number in YAML; write no leading 0, or quotes if it is text"
+        elif kind in ("int", "float") and ":" in text:
+            yield node.start_mark, f"{text} is a number to base 60 in YAML; write a decimal, or quotes if it is text"
+        elif kind == "timestamp":
+            yield node.start_mark, f"{text} is a date in YAML; put it in quotes"
+        elif kind in ("int", "float", "str") and _overflows(text):
+            yield node.start_mark, f"{text} is larger than any float; `.inf` is infinity"
+
+
+def _overflows(text: str) -> bool:
+    try:
+        return isinf(float(text)) and any(character.isdigit() for character in text)
+    except ValueError:
+        return False
 
 
 def _build(data: Any, cls: Any, path: str) -> Any:
@@ -329,14 +428,15 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
         return ConfigError(f"{path} = {value!r}: expected {expected}")
 
     arguments = get_args(hint)
-    if get_origin(hint) is Annotated:
+    if get_origin(hint) is Annotated and isinstance(arguments[1], _Bound):
         number = _checked(value, arguments[0], path)
         if not arguments[1].holds(number):
             raise refuse(arguments[1].expected)
         return number
-    if get_origin(hint) is Literal:
-        if value not in arguments:
-            raise refuse("one of " + ", ".join(arguments) + _suggestion(str(value), arguments))
+    if get_origin(hint) in (Annotated, Literal):
+        names = arguments if get_origin(hint) is Literal else tuple(arguments[1].names)
+        if value not in names:
+            raise refuse("one of " + ", ".join(names) + _suggestion(str(value), names) + _quotes(value))
         return value
     if NoneType in arguments:  # X | None
         (inner,) = (a for a in arguments if a is not NoneType)
@@ -359,20 +459,25 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
             raise refuse("a mapping with names for keys")
         return dict(value)
     if hint is float:
-        if isinstance(value, str):  # YAML 1.1 reads 1e-4, without a point, as text
-            try:
-                return float(value)
-            except ValueError:
-                raise refuse("a number") from None
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
             raise refuse("a number")
-        return float(value)
+        try:  # of text, too: YAML 1.1 reads 1e-4, without a point, as text
+            return float(value) + 0.0  # -0.0 becomes 0.0
+        except (ValueError, OverflowError):
+            raise refuse("a number") from None
     if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
         raise refuse("an integer")
     if hint is bool and not isinstance(value, bool):
         raise refuse("true or false")
     if hint is str and (not isinstance(value, str) or not value):
-        raise refuse("text")
+        raise refuse("text" + _quotes(value))
     if is_dataclass(hint) and not isinstance(value, hint):
         raise refuse(f"a {hint.__name__}")
     return value
+
+
+def _quotes(value: Any) -> str:
+    """What to say of a value that YAML did not take for text."""
+    if isinstance(value, bool):
+        return "; YAML reads no, off, yes and on as true or false: put the word in quotes"
+    return "; put text that looks like a number in quotes" if isinstance(value, int | float) else ""

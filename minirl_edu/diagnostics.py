@@ -1,9 +1,10 @@
 """Metrics that say whether the first-order approximation still holds, and `CollapseDetector`, which watches them.
 
 Tensors are `[B, T]` over response tokens, log-probabilities in nats, `mask` true (or 1) on response tokens. Values
-outside the mask, NaN included, are ignored; with nothing in the mask a mean is 0 and an effective sample size is 1.
+outside the mask, NaN included, are ignored; with nothing in the mask, and for B = 0 or T = 0, a mean is 0 and an
+effective sample size is 1.
 Arithmetic is fp32, or float64 for float64 inputs. Log-ratios are clamped at ±20 before `exp`, as in the losses.
-Results stay on the device as scalar tensors until `policy_metrics` fetches them, all at once.
+Results stay on the device as scalar tensors until `fetch` brings them, all at once.
 """
 
 import math
@@ -135,7 +136,8 @@ def first_order_gap(logp: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T
     """
     log_ratio = _log_ratio(logp, logp_rollout, mask)
     # Π r − 1 and r − 1 through expm1: the difference of two numbers near 1 would be all rounding.
-    return (_clamped(log_ratio.sum(1)).expm1() - _clamped(log_ratio).expm1().sum(1)).abs().mean()
+    gap = (_clamped(log_ratio.sum(1)).expm1() - _clamped(log_ratio).expm1().sum(1)).abs()
+    return gap.mean() if len(gap) else gap.sum()
 
 
 def entropy_from_logits(logits: Float[Tensor, "*positions V"]) -> Float[Tensor, "*positions"]:
@@ -150,50 +152,33 @@ def entropy_from_logits(logits: Float[Tensor, "*positions V"]) -> Float[Tensor, 
 
 @torch.no_grad()
 def policy_metrics(
-    logp: Float[Tensor, "B T"],
-    logp_old: Float[Tensor, "B T"],
-    logp_rollout: Float[Tensor, "B T"],
-    advantages: Float[Tensor, "..."],
-    mask: Tensor,
-    *,
-    eps_low: float = 0.2,
-    eps_high: float = 0.27,
-    is_cap: float = 5.0,
-    is_correction: bool = True,
-    clip: bool = True,
-) -> dict[str, float]:
-    """The metrics of one gradient step that follow from the three log-probabilities; one transfer from the device.
+    logp: Float[Tensor, "B T"], logp_old: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Tensor
+) -> dict[str, Float[Tensor, ""]]:
+    """The metrics of one gradient step that follow from the three log-probabilities alone.
 
         kl_rollout_old         `kl_k1`, the paper's training–inference KL, nats per token
         k3_rollout_old         `kl_k3`, the same KL with less noise
         ess                    `token_ess`, effective sample size of the weights π_θ/μ_old, a fraction
-        clip_frac_pos, _neg    `clip_fractions`; 0 with `clip=False`
-        is_weight_mean, _max   min(π_θ/μ_old, is_cap), or min(π_θ/π_old, is_cap) with `is_correction=False`
         log_ratio_mismatch     mean |log π_old/μ_old|, nats
         log_ratio_staleness    mean |log π_θ/π_old|, nats
         first_order_gap        see `first_order_gap`
         response_length        mean number of response tokens
 
-    `advantages` is `[B]` or `[B, T]`; `eps_*`, `is_cap`, `is_correction` and `clip` are those of the loss.
+    Weights and clipping are the objective's, which returns their metrics (`objectives.PolicyLoss`).
     """
-    ratio = _clamped(_log_ratio(logp, logp_rollout if is_correction else logp_old, mask)).exp()
-    is_weight = _zero_outside(ratio.clamp(max=is_cap), mask)
-    if not clip:
-        eps_low = eps_high = math.inf
-    clip_frac_pos, clip_frac_neg = clip_fractions(logp, logp_old, advantages, mask, eps_low=eps_low, eps_high=eps_high)
-    metrics = {
+    return {
         "kl_rollout_old": kl_k1(logp_rollout, logp_old, mask),
         "k3_rollout_old": kl_k3(logp_rollout, logp_old, mask),
         "ess": token_ess(logp, logp_rollout, mask),
-        "clip_frac_pos": clip_frac_pos,
-        "clip_frac_neg": clip_frac_neg,
-        "is_weight_mean": masked_mean(is_weight, mask),
-        "is_weight_max": is_weight.max(),
         "log_ratio_mismatch": masked_mean(_log_ratio(logp_old, logp_rollout, mask).abs(), mask),
         "log_ratio_staleness": masked_mean(_log_ratio(logp, logp_old, mask).abs(), mask),
         "first_order_gap": first_order_gap(logp, logp_rollout, mask),
-        "response_length": mask.bool().sum() / len(mask),
+        "response_length": mask.bool().sum() / max(len(mask), 1),
     }
+
+
+def fetch(metrics: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]:
+    """Scalar tensors as numbers, in one transfer from the device."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
@@ -298,6 +283,8 @@ def _clamped(log_ratio: Tensor) -> Tensor:
 
 
 def _ess(log_weights: Tensor, mask: Tensor) -> Float[Tensor, ""]:
+    if not log_weights.numel():
+        return log_weights.new_ones(())
     log_weights = log_weights.masked_fill(~mask, -math.inf)
     # Scaled so that the largest weight is 1: nothing overflows and the fraction is unchanged.
     weights = (log_weights - log_weights.max()).exp()

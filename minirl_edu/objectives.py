@@ -1,4 +1,4 @@
-"""The three policy losses, as pure functions of tensors.
+"""The three policy losses, as pure functions of tensors, and `OBJECTIVES`, which names them for the trainer.
 
     minirl_loss   MiniRL, equation (7) of arXiv 2512.01374
     grpo_loss     GRPO, Appendix A
@@ -8,20 +8,25 @@ Shared contract. Tensors are `[B, T]` over response tokens; `mask` is true (or 1
 included; `advantages` is `[B]` or `[B, T]`. Log-probabilities are in nats. The arithmetic is fp32 whatever comes in,
 except that float64 `logp` stays float64. Only `logp` carries gradient. Log-ratios are clamped at ±20 before `exp`.
 What stands outside the mask, NaN included, touches neither value nor gradient. A response with an empty mask
-contributes 0 and still counts in B; with nothing in the mask at all, loss and gradient are 0.
+contributes 0 and still counts in B; with nothing in the mask at all, and for B = 0 or T = 0, loss, gradient and metrics
+are 0.
 
 Adding up. The divisor defaults to this batch's count. A batch that is split over micro-batches or ranks passes the
 global count (`num_responses`, for CISPO `num_tokens`); the parts' losses then sum to the loss of the whole.
 
-Metrics (detached scalars over response tokens, left on the device; 0 where there are no tokens):
+Metrics (detached scalars over response tokens, left on the device; 0 where there are no tokens). The trainer logs all
+that a loss returns:
 
     is_weight_mean, is_weight_max   the weight as the loss uses it, after the cap (CISPO: the clip): of π_θ/μ_old, or of
                                     π_θ/π_old without the train–inference correction
     is_capped_frac                  fraction of tokens whose weight the cap (CISPO: the clip) changed
-    clip_frac_pos, clip_frac_neg    fraction of tokens whose gradient the clip removed (M_t = 0), by the sign of Â
+    clip_frac_pos, clip_frac_neg    fraction of tokens whose gradient the clip removes (M_t = 0), by the sign of Â; with
+                                    `clip=False`, would remove. 0 for CISPO, whose clip removes no gradient: what it
+                                    does to the weights is `is_capped_frac`
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,6 +34,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 MAX_LOG_RATIO = 20.0  # e²⁰ ≈ 5·10⁸ is far outside every trust region and still harmless in fp32
+MAX_LOGP = 1e-4  # what rounding leaves above 0: fp32 logits of size 1000 are 6·10⁻⁵ apart
 
 
 class PolicyLoss(NamedTuple):
@@ -67,14 +73,15 @@ def minirl_loss(
         advantages: Â, `[B]` or `[B, T]`; the paper's is `advantages.group_mean_advantages`.
         mask: `[B, T]`, true on response tokens.
         is_cap: the largest importance weight; `math.inf` for none.
-        clip: False sets M = 1 (ablation "no clipping").
+        clip: False sets M = 1 (ablation "no clipping"); the metrics still say what M would drop.
         is_correction: False sets π_old/μ_old to 1 and keeps π_θ/π_old (ablation "− train–infer IS"); `logp_rollout`
             is then unused and may be None.
         length_norm: True divides each response's sum by its length |y| (ablation "+ length norm").
         num_responses: B of the whole mini-batch where this call sees a part of it.
 
     Raises:
-        ValueError: a shape does not fit that of `logp`; a value inside the mask is not finite; no `logp_rollout`.
+        ValueError: a shape does not fit that of `logp`; a value inside the mask is not finite; a log-probability
+            inside it is above 0, as a probability is; no `logp_rollout`.
     """
     if not is_correction:
         logp_rollout = logp_old
@@ -86,13 +93,12 @@ def minirl_loss(
     ratio_to_rollout = _ratio(logp.detach(), logp_rollout)
     is_weight = ratio_to_rollout.clamp(max=is_cap)
     coefficient = is_weight * advantages
-    dropped = torch.zeros_like(mask)
+    dropped = _dropped_by_clip(_ratio(logp.detach(), logp_old), advantages, eps_low, eps_high)
     if clip:
-        dropped = _dropped_by_clip(_ratio(logp.detach(), logp_old), advantages, eps_low, eps_high)
         coefficient = coefficient.masked_fill(dropped, 0.0)
     if length_norm:
         coefficient = coefficient / mask.sum(1, keepdim=True).clamp(min=1)
-    loss = -(coefficient * logp).sum() / (num_responses or len(logp))
+    loss = -(coefficient * logp).sum() / (num_responses or max(len(logp), 1))
     return PolicyLoss(loss, _metrics(is_weight, is_weight != ratio_to_rollout, dropped, advantages, mask))
 
 
@@ -116,7 +122,7 @@ def grpo_loss(
     mask, logp, logp_old, advantages = _response_tokens(mask, logp=logp, logp_old=logp_old, advantages=advantages)
     ratio = _ratio(logp, logp_old)
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - eps_low, 1 + eps_high) * advantages)
-    loss = -(surrogate.sum(1) / mask.sum(1).clamp(min=1)).sum() / (num_responses or len(logp))
+    loss = -(surrogate.sum(1) / mask.sum(1).clamp(min=1)).sum() / (num_responses or max(len(logp), 1))
     ratio = ratio.detach()
     dropped = _dropped_by_clip(ratio, advantages, eps_low, eps_high)
     return PolicyLoss(loss, _metrics(ratio, torch.zeros_like(mask), dropped, advantages, mask))
@@ -150,6 +156,27 @@ def cispo_loss(
     return PolicyLoss(loss, _metrics(is_weight, is_weight != ratio, torch.zeros_like(mask), advantages, mask))
 
 
+class Objective(NamedTuple):
+    """What `algorithm.objective` names: a loss, and the advantages that belong to it.
+
+    The trainer calls `loss` by keyword, with those of its parameters that it knows: logp, logp_old, logp_rollout,
+    advantages and mask; num_responses and num_tokens of the whole mini-batch; and the fields of
+    `config.AlgorithmConfig` that are not None, such as eps_low: where the config leaves it out, the loss's own default
+    holds. `advantages` is a name in `advantages.ADVANTAGES`.
+    """
+
+    loss: Callable[..., PolicyLoss]
+    advantages: str
+
+
+OBJECTIVES = {
+    "minirl": Objective(minirl_loss, "group_mean"),
+    "grpo": Objective(grpo_loss, "group_mean_std"),
+    "cispo": Objective(cispo_loss, "group_mean_std"),
+}
+"""Every objective by name: a new one is a function and a line here."""
+
+
 def _response_tokens(mask: Tensor, *, logp: Tensor, **inputs: Tensor) -> list[Tensor]:
     """The mask as bool, then every input as `[B, T]` in the working dtype, finite inside the mask and zero outside."""
     if logp.ndim != 2:
@@ -167,17 +194,29 @@ def _response_tokens(mask: Tensor, *, logp: Tensor, **inputs: Tensor) -> list[Te
             allowed = "[B, T] or [B]" if name == "advantages" else "[B, T]"
             raise ValueError(f"{name} has shape {list(values.shape)}, logp has {list(logp.shape)}; expected {allowed}")
         clean[name] = torch.where(mask, values.detach().to(dtype), 0.0)
-    # One reduction in the good case; which input is to blame is worked out only when there is something to blame.
-    if not math.isfinite(torch.stack([values.detach() for values in clean.values()]).sum().item()):
-        for name, values in clean.items():
-            bad = ~torch.isfinite(values)
-            if bad.any():
-                response, token = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"{name} is {values[response, token].item()} at response {response}, token {token}; "
-                    "inside the mask every value must be finite: mask the token out or mend the engine that produced it"
-                )
+    if logp.numel():
+        _check_values(clean)
     return [mask, *clean.values()]
+
+
+def _check_values(clean: dict[str, Tensor]) -> None:
+    """ValueError for the first value that is not finite, or that no log-probability has."""
+    # One reduction and one transfer in the good case; NaN is its own minimum and maximum.
+    stacked = torch.stack([values.detach() for values in clean.values()])
+    lowest, highest = torch.stack(stacked.flatten(1).aminmax(dim=1)).tolist()
+    for name, low, high in zip(clean, lowest, highest, strict=True):
+        is_logp = name != "advantages"
+        if math.isfinite(low) and high <= (MAX_LOGP if is_logp else math.inf) and math.isfinite(high):
+            continue
+        values, remedy = clean[name].detach(), "mask the token out or fix the engine that produced it"
+        bad, rule = ~torch.isfinite(values), "inside the mask every value must be finite"
+        if not bad.any():
+            bad, rule = values > MAX_LOGP, "a log-probability is at most 0"
+            remedy = f"if {name} holds probabilities, pass {name}.log()"
+        response, token = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{name} is {values[response, token].item()} at response {response}, token {token}; {rule}: {remedy}"
+        )
 
 
 def _ratio(logp_numerator: Tensor, logp_denominator: Tensor) -> Tensor:
@@ -196,7 +235,7 @@ def _metrics(is_weight: Tensor, capped: Tensor, dropped: Tensor, advantages: Ten
     dropped_pos = (dropped & (advantages > 0)).sum()
     return {
         "is_weight_mean": is_weight.sum() / tokens,
-        "is_weight_max": is_weight.max(),
+        "is_weight_max": is_weight.max() if is_weight.numel() else is_weight.sum(),
         "is_capped_frac": (capped & mask).sum() / tokens,
         "clip_frac_pos": dropped_pos / tokens,
         "clip_frac_neg": (dropped.sum() - dropped_pos) / tokens,

@@ -348,9 +348,9 @@ FLIPS = """<dl><dt>Routing flips</dt><dd>In a Mixture of Experts, the share of t
 different experts at the same weights, per layer. Under R3 the training engine takes over the rollout’s experts, so it
 is 0. <i>Healthy:</i> flat. <i>Ill:</i> growing together with the KL.</dd></dl>"""
 CLIPPING = """<dl><dt>Clipped tokens</dt><dd>Share of the tokens left out of the gradient because π_θ/π_old has
-already moved far in the direction that the advantage asks for. Always 0 when each batch serves a single gradient
-step, and without clipping. <i>Healthy:</i> a few per cent at most. <i>Ill:</i> growing: the updates are too large for
-the number of mini-batches.</dd></dl>"""
+already moved far in the direction that the advantage asks for; without clipping, of those that it would leave out.
+Always 0 when each batch serves a single gradient step. <i>Healthy:</i> a few per cent at most. <i>Ill:</i> growing: the
+updates are too large for the number of mini-batches.</dd></dl>"""
 
 STYLE = """
 :root { color-scheme: light dark;

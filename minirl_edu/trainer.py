@@ -4,7 +4,7 @@ One global step, synchronous:
 
     1. sample     N · mini_batch_prompts prompts × G responses from the rollout engine, y ~ μ_old, and verify them
     2. π_old      log-probabilities under the same weights θ_old in the training engine
-    3. update     N gradient steps, one for each mini-batch, on `minirl_loss` (or GRPO's, CISPO's)
+    3. update     N gradient steps, one for each mini-batch, on the loss that `algorithm.objective` names
     4. sync       the final weights become the engine's next θ_old
 
 The first mini-batch is updated at θ = θ_old, so its π_old is the update's own forward, detached; only the others need a
@@ -19,6 +19,7 @@ that are sharded are gathered in each: where a rank has fewer micro-batches, it 
 """
 
 import copy
+import inspect
 import json
 import math
 import signal
@@ -26,6 +27,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages, leave_one_out_advantages
+from minirl_edu.advantages import ADVANTAGES
 from minirl_edu.batches import Batcher, MicroBatch, MiniBatch, Sampled
 from minirl_edu.checkpoint import (
     CheckpointError,
@@ -47,11 +49,11 @@ from minirl_edu.checkpoint import (
     unflatten_optimizer,
 )
 from minirl_edu.config import Config, ConfigError, load_config, save_config
-from minirl_edu.diagnostics import CollapseDetector, masked_mean, policy_metrics
+from minirl_edu.diagnostics import CollapseDetector, fetch, masked_mean, policy_metrics
 from minirl_edu.doctor import environment
 from minirl_edu.logprobs import can_share_prompts, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer, random_model
-from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
+from minirl_edu.objectives import OBJECTIVES, PolicyLoss
 from minirl_edu.ranks import Ranks, make_accelerator, share_experts
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine, sample
 from minirl_edu.routing import RoutingReplay, Tape, UnsupportedRouter
@@ -59,13 +61,6 @@ from minirl_edu.run_folder import FolderLock, lock_folder
 from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, take_part, untied_state
 from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
-
-ADVANTAGES = {
-    "group_mean": group_mean_advantages,
-    "group_mean_std": group_mean_std_advantages,
-    "leave_one_out": leave_one_out_advantages,
-}
-OWN_ADVANTAGES = {"minirl": "group_mean", "grpo": "group_mean_std", "cispo": "group_mean_std"}
 
 
 class TrainingDiverged(RuntimeError):
@@ -128,7 +123,8 @@ class MiniRLTrainer:
         model = model if model is not None else self._load_model()
         self.replay = self._routing_replay(model)
         self.sampling = Sampling(config.rollout.max_new_tokens or self.task.max_new_tokens, config.rollout.temperature)
-        self.compute_advantages = ADVANTAGES[config.algorithm.advantages or OWN_ADVANTAGES[config.algorithm.objective]]
+        self.objective = OBJECTIVES[config.algorithm.objective]
+        self.compute_advantages = ADVANTAGES[config.algorithm.advantages or self.objective.advantages]
         self.batcher = Batcher(
             self.ranks,
             group_size=config.train.group_size,
@@ -405,7 +401,8 @@ class MiniRLTrainer:
                 logp_old = output.logp.detach() if batch.logp_old is None else batch.logp_old
                 if batch.backward:
                     counts = finite and not batch.empty  # else only to keep step with the other ranks
-                    loss = self._loss(output.logp, logp_old, batch, mini_batch) if counts else output.logp.sum() * 0
+                    part = batch.rollout, batch.advantages, mini_batch
+                    loss = self._loss(output.logp, logp_old, *part).loss if counts else output.logp.sum() * 0
                     # Ranks' gradients are averaged, and the loss is a sum over them.
                     self.accelerator.backward(loss * self.ranks.size)
             if tape is not None:
@@ -431,16 +428,15 @@ class MiniRLTrainer:
         if (rollout := mini_batch.rollout) is None:
             return {}
         logp, logp_old, entropy = per_token
+        # The loss once more, of the whole mini-batch: its metrics do not depend on how ranks and micro-batches cut it.
+        whole = self._loss(logp, logp_old, rollout, mini_batch.advantages, mini_batch)
+        metrics = {
+            "entropy": masked_mean(entropy, rollout.response_mask),
+            **policy_metrics(logp, logp_old, rollout.logp_rollout, rollout.response_mask),
+            **whole.metrics,
+        }
         return {
-            "entropy": masked_mean(entropy, rollout.response_mask).item(),
-            **policy_metrics(
-                logp,
-                logp_old,
-                rollout.logp_rollout,
-                mini_batch.advantages,
-                rollout.response_mask,
-                **self._as_measured,
-            ),
+            **fetch(metrics),
             "routing_flip_rate": flips,
             "grad_norm": grad_norm,
             "lr": lr,
@@ -463,49 +459,22 @@ class MiniRLTrainer:
             whole.append(self.ranks.gather(local, mini_batch.shares))
         return whole
 
-    @property
-    def _bounds(self) -> dict[str, float]:
-        """eps_low and eps_high where the config sets them; each objective has its own defaults."""
-        algorithm = self.config.algorithm
-        bounds = {"eps_low": algorithm.eps_low, "eps_high": algorithm.eps_high}
-        return {name: value for name, value in bounds.items() if value is not None}
-
-    @property
-    def _as_measured(self) -> dict[str, Any]:
-        """The arguments with which `policy_metrics` describes this objective's weights and clipping."""
-        algorithm = self.config.algorithm
-        if algorithm.objective == "grpo":
-            return {"is_correction": False, "is_cap": math.inf, "eps_low": 0.2, "eps_high": 0.2, **self._bounds}
-        if algorithm.objective == "cispo":
-            return {"is_correction": False, "is_cap": 1 + self._bounds.get("eps_high", 4.0), "clip": False}
-        return {
-            "is_correction": algorithm.is_correction,
-            "is_cap": algorithm.is_cap,
-            "clip": algorithm.clip,
-            **self._bounds,
+    def _loss(
+        self, logp: Tensor, logp_old: Tensor, rollout: Rollout, advantages: Tensor, mini_batch: MiniBatch
+    ) -> PolicyLoss:
+        """The objective on a part of the mini-batch, or on all of it. The divisors count the whole, on all ranks."""
+        known = {
+            **{name: value for name, value in asdict(self.config.algorithm).items() if value is not None},
+            "logp": logp,
+            "logp_old": logp_old,
+            "logp_rollout": rollout.logp_rollout,
+            "advantages": advantages,
+            "mask": rollout.response_mask,
+            "num_responses": mini_batch.responses,
+            "num_tokens": mini_batch.tokens,
         }
-
-    def _loss(self, logp: Tensor, logp_old: Tensor, batch: MicroBatch, mini_batch: MiniBatch) -> Tensor:
-        """This micro-batch's share of the mini-batch's loss: the divisors count the whole mini-batch, on all ranks."""
-        algorithm, mask = self.config.algorithm, batch.rollout.response_mask
-        responses, tokens = mini_batch.responses, mini_batch.tokens
-        if algorithm.objective == "grpo":
-            return grpo_loss(logp, logp_old, batch.advantages, mask, num_responses=responses, **self._bounds).loss
-        if algorithm.objective == "cispo":
-            return cispo_loss(logp, logp_old, batch.advantages, mask, num_tokens=tokens, **self._bounds).loss
-        return minirl_loss(
-            logp,
-            logp_old,
-            batch.rollout.logp_rollout,
-            batch.advantages,
-            mask,
-            is_cap=algorithm.is_cap,
-            clip=algorithm.clip,
-            is_correction=algorithm.is_correction,
-            length_norm=algorithm.length_norm,
-            num_responses=responses,
-            **self._bounds,
-        ).loss
+        parameters = inspect.signature(self.objective.loss).parameters
+        return self.objective.loss(**{name: known[name] for name in parameters if name in known})
 
     def _flip_rate(self, parts: list[MicroBatch]) -> float | None:
         """Share of (token, layer) pairs where the experts used at θ_old differ from the rollout engine's, if known."""

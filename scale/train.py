@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minirl_edu import cli
-from minirl_edu.config import Config, ConfigError, RolloutConfig, TaskConfig, load_config
+from minirl_edu.config import Config, ConfigError, RolloutConfig, TaskConfig, config_file, load_config
 from minirl_edu.models import load_architecture
 from minirl_edu.precision import FORMATS
 from minirl_edu.ranks import RankFailed
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="YAML file, such as one of scale/recipes; without one, the defaults")
+    parser.add_argument("--config", help="YAML file or name, such as one of scale/recipes; without one, the defaults")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
     parser.add_argument("--out", help="folder of the run (a dry run may do without)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
@@ -182,7 +182,8 @@ def _dry_run(arguments: argparse.Namespace) -> int:
     processes, family = trainer.accelerator.num_processes, trainer.model.config.model_type
     how = "FSDP2" if trainer.accelerator.is_fsdp2 else "DDP" if processes > 1 else "no sharding"
     how = f"expert parallelism over {n}" if (n := config.model.expert_parallel) > 1 else how
-    full = [line for line in commands(arguments.config) if "scale/train.py" in line] if arguments.config else []
+    lines = commands(config_file(arguments.config)) if arguments.config else []
+    full = [line for line in lines if "scale/train.py" in line]
     print(
         f"dry run of {arguments.config or 'the defaults'}: {last['grad_step']} gradient steps of a miniature {family} "
         f"on {processes} processes ({how}); the last: {numbers}. In full: {full[0] if full else 'without --dry-run'}"

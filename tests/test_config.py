@@ -10,7 +10,7 @@ import torch
 from transformers import get_scheduler
 
 from minirl_edu import config as config_module
-from minirl_edu.config import Config, ConfigError, TrainConfig, load_config, save_config
+from minirl_edu.config import RECIPES, Config, ConfigError, TrainConfig, load_config, save_config
 
 EVERY_FIELD = {  # a value other than the default for each field, as YAML would give it
     "seed": 7,
@@ -138,19 +138,39 @@ def test_an_integer_serves_as_a_float():
         ("train.warmup_steps=10", r"train\.warmup_steps = 10: .*'constant' ignores it; use 'constant_with_warmup'"),
         ("train.lr_schedule=Cosine", r"train\.lr_schedule = 'Cosine': expected one of .*; did you mean cosine"),
         ("algorithm.replay=r3", r"algorithm\.replay = 'r3': expected one of none, R2, R3; did you mean R3"),
-        ("algorithm.replay=no", r"algorithm\.replay = False: expected one of none, R2, R3"),
+        ("algorithm.replay=no", r"algorithm\.replay = False: expected one of none, R2, R3; YAML reads no, .*quotes"),
+        ("algorithm.objective=gspo", r"algorithm\.objective = 'gspo': expected one of minirl, grpo, cispo; .*grpo"),
+        ("algorithm.objective=[1]", r"algorithm\.objective = \[1\]: expected one of minirl, grpo, cispo"),
+        ("algorithm.advantages=mean", r"algorithm\.advantages = 'mean': expected one of group_mean, .*, or null"),
+        ("model.name=off", r"model\.name = False: expected text; YAML reads no, off, yes and on as true or false"),
+        ("model.name=2026-01-01", r"model\.name=2026-01-01: 2026-01-01 is a date in YAML; put it in quotes"),
+        ("model.name=2026-13-45", r"2026-13-45 is a date in YAML"),
+        ("train.global_steps=010", r"train\.global_steps=010: 010 is an octal number in YAML"),
+        ("train.global_steps=1:30", r"train\.global_steps=1:30: 1:30 is a number to base 60 in YAML"),
+        ("rollout.temperature=1:30.5", r"1:30\.5 is a number to base 60 in YAML"),
+        ("task.options={start: 1:30, operands: [1, 010]}", r"1:30 is a number to base 60"),
+        ("task.options={operands: [1, 010]}", r"010 is an octal number"),
+        ("train.max_grad_norm=1e400", r"train\.max_grad_norm=1e400: 1e400 is larger than any float; `\.inf`"),
+        ("train.max_grad_norm=1.0e+400", r"1\.0e\+400 is larger than any float"),
+        pytest.param("train.lr=" + "9" * 400, "larger than any float", id="400 digits"),
+        pytest.param("train.global_steps=" + "9" * 5000, "larger than any float", id="5000 digits"),
+        pytest.param("task.options=" + "[" * 100_000, "not valid YAML: .*recursion", id="deep"),
+        ("seed=18446744073709551616", r"seed = 18446744073709551616: expected an integer from 0 to below 2\*\*63"),
+        ("train={lr: 1, group_size: 4, lr: 2}", r"'lr' is given twice"),
+        ("task.options={a: [{x: 1, 'x': 1}]}", r"'x' is given twice"),
         ("algorithm.eps_low=0", r"algorithm\.eps_low = 0: expected a number above 0"),
         ("algorithm.eps_low=None", r"algorithm\.eps_low = 'None': expected a number, or null"),
         ("algorithm.clip=1", r"algorithm\.clip = 1: expected true or false"),
         ("rollout.temperature=0", r"rollout\.temperature = 0: expected a number above 0"),
         ("rollout.max_new_tokens=0", r"rollout\.max_new_tokens = 0: expected an integer of at least 1, or null"),
-        ("rollout.precision=8", r"rollout\.precision = 8: expected text"),
+        ("rollout.precision=8", r"rollout\.precision = 8: expected text; put text that looks like a number in quotes"),
         ("task.options=[1]", r"task\.options = \[1\]: expected a mapping"),
         ("output.trackers=tensorboard", r"output\.trackers = 'tensorboard': expected a list"),
         ("output.trackers=[1]", r"output\.trackers\[0\] = 1: expected text"),
         ("train=3", r"train = 3: expected a mapping"),
         ("seed.x=3", r"seed = \{'x': 3\}: expected an integer"),
         ("train.lr", r"override 'train\.lr': expected FIELD=VALUE"),
+        ("=3", r"override '=3': expected FIELD=VALUE"),
         ("train.lr=[1", r"train\.lr=\[1: not valid YAML"),
         ("train.lr=!!python/object/apply:os.getcwd []", r"not valid YAML"),
     ],
@@ -158,6 +178,75 @@ def test_an_integer_serves_as_a_float():
 def test_bad_settings_are_refused_by_name(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=[override])
+
+
+@pytest.mark.parametrize(
+    ("override", "field", "value"),
+    [
+        ("train.lr=-0.0", "train.lr", 0.0),
+        ("algorithm.clip=off", "algorithm.clip", False),  # the right reading, for this field
+        ("algorithm.eps_high=.inf", "algorithm.eps_high", inf),
+        ("train.global_steps=1_000", "train.global_steps", 1000),
+        ("train.global_steps=0x10", "train.global_steps", 16),
+        ("model.name='2026-01-01'", "model.name", "2026-01-01"),
+        ("model.name='010'", "model.name", "010"),
+        ("model.name=org/model-1:30b", "model.name", "org/model-1:30b"),
+        ("train.lr=0", "train.lr", 0.0),
+    ],
+)
+def test_what_looks_odd_and_is_right_is_read(override, field, value):
+    section, name = field.split(".")
+    found = getattr(getattr(load_config(overrides=[override]), section), name)
+    assert (found, str(found)) == (value, str(value))  # 0.0 is not -0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  lr: 1.0e-3\nseed: 1\ntrain:\n  group_size: 4\n", "line 4: 'train' is given twice, first in line 1"),
+        ("task:\n  options:\n    a: 1\n    b: 2\n    a: 3\n", "line 5: 'a' is given twice, first in line 3"),
+        ("seed: 1\ntrain:\n  global_steps: 010\n", "line 3: 010 is an octal"),
+        ("seed: 1\ntrain: {lr: [}\n", "line 2: not valid YAML: "),
+    ],
+)
+def test_what_yaml_would_take_silently_is_refused_with_file_and_line(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert str(refused.value).startswith(f"{path}, {message}") and "\n" not in str(refused.value)
+
+
+def test_aliases_and_merges_are_no_second_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("task: {options: {a: &a {x: 1, y: 2}, b: {<<: *a, x: 3}, c: *a}}\n")
+    assert load_config(path).task.options == {"a": {"x": 1, "y": 2}, "b": {"x": 3, "y": 2}, "c": {"x": 1, "y": 2}}
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes("task: {name: Kämpfe}".encode("latin-1"))
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load_config(path)
+
+
+def test_a_recipe_is_found_by_name_from_anywhere_and_a_file_of_that_name_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("demo") == load_config(RECIPES / "demo.yaml") == load_config("demo.yaml")
+    assert load_config("tiny_cpu").algorithm.replay == "R3"  # of scale/recipes, in a checkout
+    (tmp_path / "smollm2").mkdir()  # a folder is no config
+    assert load_config("smollm2").model.name == "smollm2-135m-instruct"
+    (tmp_path / "demo").write_text("seed: 12")
+    assert load_config("demo").seed == 12
+
+
+@pytest.mark.parametrize("name", ["deno", "nowhere/demo", "."])
+def test_an_unknown_recipe_lists_those_there_are(name):
+    with pytest.raises(FileNotFoundError) as refused:
+        load_config(name)
+    said = str(refused.value)
+    assert said.startswith(f"{name}: ") and "demo, " in said and "smollm2" in said
+    assert ("did you mean demo?" in said) == (name == "deno")
 
 
 def test_overrides_cannot_reach_into_a_scalar(tmp_path):

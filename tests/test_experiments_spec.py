@@ -271,7 +271,11 @@ def test_unknown_names_in_a_call_are_refused(small):
 
 def test_a_file_that_is_no_yaml_or_no_mapping_is_refused(tmp_path):
     path = tmp_path / "spec.yaml"
-    for text, message in (("base: [", "not valid YAML"), ("- 1", r"the file = \[1\]: expected a mapping")):
+    for text, message in (
+        ("base: [", "not valid YAML"),
+        ("- 1", r"the file = \[1\]: expected a mapping"),
+        ("base: {}\nseeds: {}\nbase: {}\n", r"spec\.yaml, line 3: 'base' is given twice, first in line 1"),
+    ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             load_spec(path)

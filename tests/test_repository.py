@@ -30,8 +30,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages config diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
-    1: "models tasks",
+    0: "advantages diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
+    1: "config models tasks",
     2: "rollout",
     3: "cold_start logprobs",
     4: "batches checkpoint gap plan trainer",
@@ -84,7 +84,7 @@ def test_a_module_imports_only_from_the_floors_below(path):
     [
         ("objectives", "from minirl_edu.trainer import MiniRLTrainer", {"trainer"}),
         ("objectives", "def f():\n  import minirl_edu.advantages", {"advantages"}),
-        ("tasks", "from minirl_edu import models, config, __version__", {"models"}),
+        ("tasks", "from minirl_edu import models, seeding, __version__", {"models"}),
         ("tasks", "from minirl_edu.tasks.base import Task", set()),
         ("rollout", "from minirl_edu import Rollout", {"Rollout"}),
         ("trainer", "from minirl_edu.checkpoint import save_checkpoint", set()),
@@ -183,11 +183,11 @@ def test_remote_code_is_off_by_default():
 
 
 CONTRACTS = {  # what notebooks, lessons and launchers rely on
-    "advantages": "group_mean_advantages group_mean_std_advantages leave_one_out_advantages",
+    "advantages": "ADVANTAGES group_mean_advantages group_mean_std_advantages leave_one_out_advantages",
     "checkpoint": "save_checkpoint load_checkpoint latest_checkpoint CheckpointError",
     "config": "Config ConfigError load_config save_config",
     "diagnostics": "CollapseDetector",
-    "objectives": "PolicyLoss minirl_loss grpo_loss cispo_loss",
+    "objectives": "OBJECTIVES Objective PolicyLoss minirl_loss grpo_loss cispo_loss",
     "rollout": "Rollout RolloutEngine VLLMEngine VLLMServerEngine make_engine",
     "routing": "Routes RoutingReplay UnsupportedRouter",
     "tasks": "Task",

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from minirl_edu.cli import RECIPES, main
-from minirl_edu.config import load_config
+from minirl_edu.cli import main
+from minirl_edu.config import RECIPES, load_config
 from minirl_edu.models import SMOLLM2, load_tokenizer
 from minirl_edu.tasks import make_task
 

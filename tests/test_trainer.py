@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minirl_edu.advantages import ADVANTAGES
 from minirl_edu.checkpoint import latest_checkpoint
 from minirl_edu.config import ConfigError, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
+from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
 from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.tasks import Problem
 from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
@@ -25,7 +27,16 @@ from tests.conftest import byte_tokenizer
 KEYS = [
     *("global_step", "grad_step", "reward", "entropy", "kl_rollout_old", "k3_rollout_old", "ess", "clip_frac_pos"),
     *("clip_frac_neg", "is_weight_mean", "is_weight_max", "log_ratio_mismatch", "log_ratio_staleness"),
-    *("first_order_gap", "routing_flip_rate", "grad_norm", "response_length", "lr", "tokens", "seconds"),
+    *(
+        "is_capped_frac",
+        "first_order_gap",
+        "routing_flip_rate",
+        "grad_norm",
+        "response_length",
+        "lr",
+        "tokens",
+        "seconds",
+    ),
 ]
 SMALL = (
     "train.global_steps=3",
@@ -193,9 +204,10 @@ def test_groups_without_a_gradient_get_a_forward_only_and_the_step_is_the_same(t
 
 
 def _counting(loss, tokens: list[int]):
-    def counted(logp, logp_old, batch, *rest):
-        tokens.append(len(batch.layout.targets))
-        return loss(logp, logp_old, batch, *rest)
+    def counted(logp, logp_old, rollout, *rest):
+        if logp.requires_grad:  # not for the metrics alone
+            tokens.append(int(rollout.response_mask.sum()))
+        return loss(logp, logp_old, rollout, *rest)
 
     return counted
 
@@ -251,6 +263,60 @@ def test_every_setting_reaches_the_update(tmp_path, setting):
         run.rewards = lambda problems, rollout, rewards=rewards: rewards
         run.train()
     assert not equal(weights(tmp_path / "base"), weights(tmp_path / "other"))
+
+
+def test_a_new_objective_is_a_function_and_a_line(tmp_path, monkeypatch):
+    """The config takes its name, the trainer passes what it names and logs what it returns."""
+    with pytest.raises(ConfigError, match=r"algorithm\.objective = 'reinforce': expected one of minirl, grpo, cispo$"):
+        load_config(None, ["algorithm.objective=reinforce"])
+
+    def reinforce(logp, advantages, mask, *, eps_low=0.5, is_cap=1.0, num_responses=None) -> PolicyLoss:
+        loss = -(logp * advantages[:, None] * mask).sum() / num_responses
+        counted = {
+            "responses": logp.new_tensor(num_responses),
+            "tokens_here": mask.sum(),
+            "eps": logp.new_tensor(eps_low),
+        }
+        return PolicyLoss(loss, {**counted, "cap": logp.new_tensor(is_cap)})
+
+    monkeypatch.setitem(OBJECTIVES, "reinforce", Objective(reinforce, "leave_one_out"))
+    settings = ["train.global_steps=1", "train.mini_batches=2", "train.tokens_per_micro_batch=60", "eval.every=0"]
+    run = trainer(tmp_path / "run", "algorithm.objective=reinforce", *settings, LARGER_STEPS)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    run.train()
+    assert run.compute_advantages is ADVANTAGES["leave_one_out"]
+    assert any(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+    # Of the whole mini-batch, though several micro-batches were summed; eps_low is None in the config, is_cap 5.
+    for line in metrics(tmp_path / "run"):
+        assert (line["responses"], line["tokens_here"], line["eps"], line["cap"]) == (16, line["tokens"], 0.5, 5)
+
+
+def test_the_weight_that_is_logged_is_the_one_of_the_loss(tmp_path):
+    """CISPO between 0.95 and 1.05: weights outside were used as the bounds and are logged so."""
+    bounds = ["algorithm.objective=cispo", "algorithm.eps_low=0.05", "algorithm.eps_high=0.05"]
+    trainer(tmp_path / "run", *bounds, LARGER_STEPS, "train.mini_batches=2", "eval.every=0").train()
+    for line in metrics(tmp_path / "run")[1::2]:
+        assert line["log_ratio_staleness"] > 0.05 and line["is_capped_frac"] > 0.1
+        assert 0.95 <= line["is_weight_mean"] <= 1.05 and line["is_weight_max"] == pytest.approx(1.05)
+
+
+def test_without_clipping_a_run_records_what_the_clip_would_drop(tmp_path):
+    """The first off-policy mini-batch is the same with and without it: so is its clip fraction. The update is not."""
+    lines, moved = [], []
+    for clip in ("true", "false"):
+        settings = [
+            f"algorithm.clip={clip}",
+            LARGER_STEPS,
+            "train.mini_batches=2",
+            "train.global_steps=1",
+            "eval.every=0",
+        ]
+        trainer(tmp_path / clip, *settings).train()
+        lines.append(metrics(tmp_path / clip)[1])
+        moved.append(weights(tmp_path / clip))
+    fractions = [(line["clip_frac_pos"], line["clip_frac_neg"]) for line in lines]
+    assert fractions[0] == fractions[1] and sum(fractions[0]) > 0.01
+    assert not equal(*moved)
 
 
 def test_reward_goes_up_on_something_learnable(tmp_path):

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
-from minirl_edu.config import Config, ConfigError
+from minirl_edu.config import Config, ConfigError, read_yaml
 from minirl_edu.plots import Metrics
 
 PAPER = Path(__file__).parent / "paper.yaml"
@@ -234,10 +233,7 @@ def load_spec(path: str | Path | None = None) -> Spec:
     overrides that make no valid `Config`; OSError for a file that cannot be read.
     """
     path = PAPER if path is None else Path(path)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    data = read_yaml(path)
     try:
         return _spec(data)
     except ConfigError as error:

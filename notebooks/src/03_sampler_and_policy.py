@@ -467,10 +467,9 @@ staleness = torch.tensor([[1.2, 0.5, 1.8, 1.1]])
 paper = (discrepancy * staleness).clamp(max=5)
 look_alike = discrepancy.clamp(max=5) * staleness
 
-logp = torch.zeros(1, 4, requires_grad=True)
-minirl_loss(
-    logp, -staleness.log(), -(discrepancy * staleness).log(), torch.ones(1), torch.ones(1, 4), clip=False
-).loss.backward()
+logp = torch.full((1, 4), -3.0, requires_grad=True)
+logp_old, logp_rollout = logp - staleness.log(), logp - (discrepancy * staleness).log()
+minirl_loss(logp, logp_old, logp_rollout, torch.ones(1), torch.ones(1, 4), clip=False).loss.backward()
 torch.testing.assert_close(-logp.grad, paper)
 show_table(
     ["token", "discrepancy", "staleness", "product", "MiniRL", "look-alike"],

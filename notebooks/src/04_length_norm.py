@@ -542,8 +542,9 @@ for ax, a in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
         ("GRPO", BLACK, "--", lambda x, z, s: grpo_loss(x, z, s, everything).loss),
         ("CISPO", GREY, ":", lambda x, z, s: cispo_loss(x, z, s, everything).loss),
     ):
-        logp = ratios.log().requires_grad_()
-        loss = loss_of(logp, torch.zeros_like(ratios), sign)
+        logp_old = torch.full_like(ratios, -3.0)
+        logp = (logp_old + ratios.log()).requires_grad_()
+        loss = loss_of(logp, logp_old, sign)
         per_token = 1 if name == "MiniRL" else ratios.numel()  # take the divisor out
         pull = -torch.autograd.grad(loss, logp)[0][0] * per_token
         ax.plot(ratios[0], pull, color=colour, linestyle=style, linewidth=2 if name == "CISPO" else 1.6, label=name)

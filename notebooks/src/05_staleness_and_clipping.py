@@ -526,11 +526,12 @@ for delta in (0.25, 0.1, 0.01, 0.001, 1e-6):
 
 # %%
 def coefficient_of(loss_of, ratio, sign):
-    """The coefficient of ∇log π_θ, by autograd: one response of one token for each ratio, μ_old = 0.01."""
-    logp = ratio.log()[:, None].requires_grad_()
+    """The coefficient of ∇log π_θ, by autograd: one response of one token for each ratio, π_old = 0.01."""
+    logp_old = torch.full((len(ratio), 1), np.log(0.01), dtype=torch.float64)
+    logp = (logp_old + ratio.log()[:, None]).requires_grad_()
     advantages = torch.full((len(ratio),), sign, dtype=torch.float64)
     mask = torch.ones_like(logp).bool()
-    loss_of(logp, torch.zeros_like(logp), advantages, mask).loss.backward()
+    loss_of(logp, logp_old, advantages, mask).loss.backward()
     return -len(ratio) * logp.grad[:, 0]
 
 

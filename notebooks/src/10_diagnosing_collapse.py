@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
-from minirl_edu.diagnostics import CollapseDetector, kl_k3, policy_metrics
+from minirl_edu.diagnostics import CollapseDetector, clip_fractions, kl_k3
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.exercises import check, checkout
 from minirl_edu.exercises.mystery import FAULTS, HEALTHY, read_chart
@@ -212,9 +212,9 @@ logp = logp_old + 0.3 * torch.randn(4, 50, generator=generator)  # a policy that
 mask = torch.ones(4, 50, dtype=torch.bool)
 rows = []
 for name, advantages in (("R − mean", group_mean_advantages(rewards, 4)), ("R alone", rewards)):
-    found = policy_metrics(logp, logp_old, logp_old, advantages, mask)
+    above, below = clip_fractions(logp, logp_old, advantages, mask)
     signs = " ".join(f"{a:+.2f}" for a in advantages.tolist())
-    rows.append([name, signs, f"{found['clip_frac_pos']:.3f}", f"{found['clip_frac_neg']:.3f}"])
+    rows.append([name, signs, f"{above:.3f}", f"{below:.3f}"])
 show_table(["advantage", "of the four responses", "clipped from above", "clipped from below"], rows)
 
 # %% [markdown]

@@ -1,17 +1,22 @@
-"""The `minirl` command: train, demo, report, export, gap, cold-start, doctor."""
+"""The `minirl` command: train, demo, report, export, gap, reproduce, plan, cold-start, doctor."""
 
 import argparse
 import errno
+import hashlib
+import os
+import re
 import shlex
+import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from minirl_edu import __version__
 
-RECIPES = Path(__file__).parent / "recipes"
 DEMO_VARIANTS = {"MiniRL": [], "no clipping": ["algorithm.clip=false"]}
 """The demo's runs: label and what differs from recipes/demo.yaml."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -20,17 +25,25 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `minirl` command; returns the exit status. A user's error ends in one line, not a traceback.
 
-    Exit status: 0 done, 1 the run failed (what to resume is printed), 2 a wrong argument, setting or file.
+    Exit status: 0 done, 1 the run failed (what to resume is printed), 2 a wrong argument, setting or file, 130 Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
-    from minirl_edu.checkpoint import CheckpointError
-    from minirl_edu.config import ConfigError
-    from minirl_edu.ranks import RankFailed
-    from minirl_edu.rollout import EngineError
-    from minirl_edu.trainer import TrainingDiverged
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
+    with _quitting_at_once():
+        from minirl_edu.checkpoint import CheckpointError
+        from minirl_edu.config import ConfigError
+        from minirl_edu.ranks import RankFailed
+        from minirl_edu.rollout import EngineError
+        from minirl_edu.trainer import TrainingDiverged
 
     try:
         return arguments.run(arguments) or 0
+    except KeyboardInterrupt:
+        print(f"minirl {arguments.command}: interrupted", file=sys.stderr)
+        return 130
     except (ConfigError, FileExistsError, FileNotFoundError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -48,6 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file=sys.stderr,
             )
         return 1
+
+
+@contextmanager
+def _quitting_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process here and now. An exception would not do while modules are imported: C extensions turn it
+    into errors of their own, and callbacks print and drop it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -71,12 +98,12 @@ def _train(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> int:
     import torch
 
-    from minirl_edu.config import load_config
+    from minirl_edu.config import RECIPES, load_config
     from minirl_edu.plots import read_records
     from minirl_edu.report import write_report
     from minirl_edu.trainer import MiniRLTrainer
 
-    out, runs = Path(arguments.out), {}
+    out, runs = Path(arguments.out or Path("runs/demo", _folder_name(arguments.set))), {}
     _quiet()
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
     for name, overrides in DEMO_VARIANTS.items():
@@ -88,7 +115,9 @@ def _demo(arguments: argparse.Namespace) -> int:
             print(f"{name}: {'going on' if resume else 'training'} in {folder}", flush=True)
             trainer.train()
         if trainer.step < config.train.global_steps:
-            print(f"stopped; the same command goes on where it was: minirl demo --out {out}")
+            settings = [part for setting in arguments.set for part in ("--set", setting)]
+            command = shlex.join(["minirl", "demo", *settings, "--out", str(out)])
+            print(f"stopped; the same command goes on where it was: {command}")
             return 130
     report = write_report(runs, out / "report.html", title="MiniRL on a laptop: what the clip is for")
     for name, folder in runs.items():
@@ -96,6 +125,14 @@ def _demo(arguments: argparse.Namespace) -> int:
         print(f"{name}: held-out score {scores[0]:.2f} → {scores[-1]:.2f} (best {max(scores):.2f})")
     print(f"report: {report}  (trained already? delete {out} to train again)")
     return 0
+
+
+def _folder_name(overrides: Sequence[str]) -> str:
+    """`seed=1,train.lr=1e-4`: a name for the folder of runs with these overrides, empty without any."""
+    name = ",".join(overrides)
+    plain = re.sub(r"[^\w.,=+-]", "_", name)[:80]
+    # Where that says less than the overrides do, two sets of them still have two folders.
+    return name if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -306,7 +343,7 @@ def _cold_start(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="minirl", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command")
 
     def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
@@ -314,13 +351,16 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("train", _train, "Train with MiniRL as a YAML config says; see config.py for every field.")
-    command.add_argument("--config", help="YAML file; without one, the defaults")
+    command.add_argument("--config", help="YAML file, or a recipe such as demo; without one, the defaults")
     command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
     command.add_argument("--out", required=True, help="folder of the run")
     command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 
     command = add("demo", _demo, "Train the shipped tiny MoE with MiniRL beside one ablation and write a report.")
-    command.add_argument("--out", default="runs/demo", help="folder for both runs and the report")
+    command.add_argument(
+        "--out",
+        help="folder for both runs and the report (default: runs/demo; with --set, a folder of its own in it)",
+    )
     command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field in both runs")
 
     command = add("report", _report, "Write the report of one run, or of several side by side.")
@@ -375,7 +415,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "Predict memory, time and traffic of a run, and say whether it fits (exit status 0) or what to change (1)."
     command = add("plan", _plan, text)
-    command.add_argument("--config", help="YAML file; without one, the defaults")
+    command.add_argument("--config", help="YAML file, or a recipe such as demo; without one, the defaults")
     command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
     command.add_argument("--hardware", choices=("h100", "h200", "a100", "cpu"), default="h100", help="default: h100")
     command.add_argument("--gpus", "--processes", type=int, default=1, help="the trainer's processes (default: 1)")

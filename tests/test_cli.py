@@ -1,6 +1,11 @@
 """The command line: what it writes, how it goes on after a stop, and what it says to a mistake."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +13,13 @@ import torch
 
 from minirl_edu import __version__
 from minirl_edu.checkpoint import load_checkpoint
-from minirl_edu.cli import DEMO_VARIANTS, RECIPES, main
-from minirl_edu.config import load_config
+from minirl_edu.cli import DEMO_VARIANTS, _folder_name, main
+from minirl_edu.config import RECIPES, load_config
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.plots import read_records
 from minirl_edu.rollout import EngineError, HFEngine
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = [
     *("--set", "train.global_steps=2", "--set", "train.mini_batches=2", "--set", "train.mini_batch_prompts=4"),
     *("--set", "train.group_size=4", "--set", "eval.problems=16"),
@@ -71,6 +77,90 @@ def test_the_demo_trains_both_variants_goes_on_where_it_was_and_does_not_train_t
     assert main(["demo", "--out", str(out), *TINY]) == 0
     assert before == {name: (folder / "metrics.jsonl").stat().st_mtime_ns for name, folder in folders.items()}
     assert "delete" in capsys.readouterr().out  # says how to train again
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        ([], "runs/demo"),
+        (["--set", "seed=1"], "runs/demo/seed=1"),
+        (["--set", "seed=1", "--out", "mine"], "mine"),
+    ],
+)
+def test_the_demo_with_overrides_runs_in_a_folder_of_its_own(capsys, monkeypatch, arguments, folder):
+    class Finished:
+        def __init__(self, config, out, *, resume):
+            assert config.seed == len(arguments[:1])
+            runs.append(out)
+            self.step = config.train.global_steps
+
+    runs = []
+    monkeypatch.setattr("minirl_edu.trainer.MiniRLTrainer", Finished)
+    monkeypatch.setattr("minirl_edu.report.write_report", lambda runs, out, **_: out)
+    monkeypatch.setattr("minirl_edu.plots.read_records", lambda path: [{"score": 0.5}])
+    assert main(["demo", *arguments]) == 0
+    assert runs == [Path(folder) / "MiniRL", Path(folder) / "no-clipping"]
+    assert f"report: {folder}/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], r"^$"),
+        (["seed=1"], r"^seed=1$"),
+        (["seed=1", "train.lr=1e-4"], r"^seed=1,train\.lr=1e-4$"),
+        (["task.options={a: 1}"], r"^task\.options=_a__1_-[0-9a-f]{8}$"),
+        (["model.name=../x"], r"^model\.name=\.\._x-[0-9a-f]{8}$"),
+        ([f"train.lr={i}" for i in range(99)], r"^train\.lr=0,[\w.,=]+-[0-9a-f]{8}$"),
+    ],
+)
+def test_the_demos_folder_is_named_after_its_overrides(overrides, name):
+    found = _folder_name(overrides)
+    assert re.search(name, found) and len(found) < 100 and "/" not in found
+    assert _folder_name(["task.options={a: 1}"]) != _folder_name(["task.options=[a: 1]"])
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert "usage: minirl" in said and "reproduce" in said
+
+
+@pytest.mark.parametrize("entry", ["module", "script"])
+def test_ctrl_c_while_importing_ends_without_a_traceback(entry, tmp_path):
+    """SIGINT to a real process in the middle of importing torch, which says so by opening a pipe that we read."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Tell:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch._tensor':\n"
+        "            print('importing', flush=True)\n"
+        "sys.meta_path.insert(0, Tell())\n"
+    )
+    start = (
+        ["-m", "minirl_edu.cli"]
+        if entry == "module"
+        else ["-c", "import sys; from minirl_edu.cli import main; sys.exit(main())"]
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(
+        [sys.executable, *start, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None and process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_ctrl_c_in_a_command_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minirl_edu.doctor.report", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "minirl doctor: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow
@@ -158,7 +248,11 @@ def test_doctor_reports(capsys):
         (["train", "--set", "train.lrr=1"], r"train.lrr"),
         (["train", "--set", "model.name=nowhere/nothing"], "chain-steps"),
         (["train", "--resume"], "holds no run"),
-        (["train", "--config", "missing.yaml"], "missing.yaml"),
+        (
+            ["train", "--config", "missing.yaml"],
+            "missing.yaml: there is no such file, and no recipe of that name (demo, ",
+        ),
+        (["plan", "--config", "dmo"], "did you mean demo?"),
         (["report", "nowhere"], "nowhere"),
         (["gap", "--precision", "int8"], "--precision describes one engine: give --model"),
         (["gap", "--model", "nowhere/nothing"], "chain-steps"),

@@ -64,3 +64,8 @@ def test_dtypes():
     assert group_mean_advantages(REWARDS.bool(), 4).tolist()[:4] == [0.75, -0.25, -0.25, -0.25]
     assert group_mean_advantages(REWARDS.bfloat16(), 4).dtype == torch.float32
     assert group_mean_advantages(REWARDS.double(), 4).dtype == torch.float64
+
+
+@pytest.mark.parametrize("advantages", EVERY)
+def test_no_responses_have_no_advantages(advantages):
+    assert advantages(torch.zeros(0), 4).shape == (0,)

@@ -376,7 +376,7 @@ def _misread(node: Any, seen: set[int]) -> Iterator[tuple[Any, str]]:
         elif kind == "timestamp":
             yield node.start_mark, f"{text} is a date in YAML; put it in quotes"
         elif kind in ("int", "float", "str") and _overflows(text):
-            yield node.start_mark, f"{text} is larger than any float; write `.inf` for infinity, or quotes if it is text"
+            yield node.start_mark, f"{text} is larger than any float; write `.inf`, or quotes if it is text"
 
 
 def _overflows(text: str) -> bool:

@@ -224,6 +224,7 @@ def test_commands_of_a_recipe_are_its_indented_lines(tmp_path):
     ("arguments", "message"),
     [
         (["--config", "no.yaml"], "no.yaml"),
+        (["--config", "tiny"], "tiny_cpu"),
         (["--set", "model.nmae=x"], "did you mean model.name"),
         (["--set", "model.name=no/model"], "no/model"),
     ],
@@ -257,7 +258,7 @@ def test_a_recipe_runs_in_small_on_two_processes(tmp_path, capfd, name):
     recipe, overrides = DRY_RUNS[name]
     options = [part for setting in overrides for part in ("--set", setting)]
     out = tmp_path / "run"
-    assert train.main(["--dry-run", "--config", str(recipe), "--out", str(out), *options]) == 0
+    assert train.main(["--dry-run", "--config", recipe.stem, "--out", str(out), *options]) == 0  # found by its name
     config = load_config(recipe, overrides)
     assert load_config(out / "config.yaml") == train.shrink(config)
     records = [record for record in read_records(out / "metrics.jsonl") if "grad_norm" in record]

@@ -435,7 +435,7 @@ def test_a_rollout_that_does_not_fit_is_moved_to_a_server():
         (["model.expert_parallel=3"], Cluster(H100, gpus=4), "model.expert_parallel = 3: it must divide the 4 GPUs"),
         (["model.name=no/model"], Cluster(H100), "'no/model' is no shipped cold start"),
         (["model.name=openai/gpt-oss-20b"], Cluster(H100), "model.attn_implementation = 'sdpa': GptOssForCausalLM"),
-        (["rollout.max_new_tokens=null"], Cluster(H100), "To plan without it: prompt_tokens"),
+        (["rollout.max_new_tokens=null", "task.name=chess"], Cluster(H100), "To plan without it: prompt_tokens"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_with_the_fields_name(overrides, cluster, message):

@@ -13,14 +13,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import stdtrit
 from torch import Tensor
 
 _MAX_LOG_RATIO = 20.0
-# 97.5 % quantiles of Student's t for 1, 2, … 30 degrees of freedom; beyond that the normal's 1.96 is less than 4 % off.
-_T_975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 def masked_mean(values: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
@@ -99,8 +95,7 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = len(values)
     if n == 1:
         return values[0], np.full(values.shape[1], math.nan)
-    quantile = _T_975[n - 2] if n - 2 < len(_T_975) else 1.96
-    return values.mean(0), quantile * values.std(0, ddof=1) / math.sqrt(n)
+    return values.mean(0), stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(n)
 
 
 def clip_fractions(

@@ -99,8 +99,8 @@ def test_scores_do_not_depend_on_the_micro_batches(moe, monkeypatch):
 
 
 def test_intervals_are_students_on_the_right_scale():
-    # t(0.975, 2 degrees of freedom) = 4.303; the standard error of 1, 2, 3 is 1/√3.
-    assert gap.interval([1.0, 2.0, 3.0], log=False) == pytest.approx((2, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    # t(0.975, 2 degrees of freedom) = 4.302653; the standard error of 1, 2, 3 is 1/√3.
+    assert gap.interval([1.0, 2.0, 3.0], log=False) == pytest.approx((2, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
     mean, low, high = gap.interval([1e-4, 1e-3, 1e-2], log=True)
     assert mean == pytest.approx(1e-3) and low * high == pytest.approx(1e-6) and low > 0
     assert gap.interval([0.0, 2.0], log=True)[0] == 1.0  # zeros have no logarithm

@@ -97,7 +97,7 @@ def test_mean_interval():
     mean, half = plots.mean_interval(values)
     # Three seeds: t(0.975, 2) = 4.303, standard deviation 1.
     np.testing.assert_allclose(mean, [2, 4])
-    np.testing.assert_allclose(half, [4.303 / math.sqrt(3), 0], rtol=1e-12)
+    np.testing.assert_allclose(half, [4.302652729749462 / math.sqrt(3), 0], rtol=1e-12)
     assert np.isnan(plots.mean_interval(values[:1])[1]).all()
 
 
@@ -174,7 +174,7 @@ def test_seeds_are_averaged_as_far_as_all_of_them_got():
     alone = [np.asarray(drawn.get_xdata()) for drawn in lines(figure, "seed:score:MiniRL")]
     assert max(x.max() for x in alone) == 20
     band = figure.axes[0].collections[0].get_datalim(figure.axes[0].transData)  # t(0.975, 1) = 12.706
-    np.testing.assert_allclose(band.height, 2 * 12.706 * 0.2, rtol=1e-6)
+    np.testing.assert_allclose(band.height, 2 * 12.706205 * 0.2, rtol=1e-6)
 
 
 def test_reward_is_smoothed_with_the_raw_values_behind():

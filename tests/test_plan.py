@@ -17,12 +17,13 @@ import torch
 from matplotlib.figure import Figure
 from transformers import DynamicCache, PreTrainedModel
 
-from minirl_edu import plan as planning
 from minirl_edu.cli import main
 from minirl_edu.config import Config, ConfigError, ModelConfig, load_config
 from minirl_edu.logprobs import can_share_prompts, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.plan import HARDWARE, Cluster, Plan, anatomy, dissect, micro_batch, plan, remedies
+from minirl_edu.plan import HARDWARE, Cluster, Plan, draw_memory, memory, plan, remedies, setting, sizes
+from minirl_edu.plan.setting import micro_batch
+from minirl_edu.plan.sizes import model_stats, model_stats_of
 from minirl_edu.rollout import Rollout
 from minirl_edu.routing import Routes
 from tests import routing_families
@@ -46,7 +47,7 @@ def large(*overrides: str) -> Config:
     return load_config(None, [*lines, *overrides])
 
 
-COUNTS = anatomy(large().model)
+COUNTS = model_stats_of(large().model)
 
 
 def bytes_of(plan: Plan, name: str, place: str = "trainer") -> float:
@@ -72,7 +73,7 @@ def names_of(plan: Plan) -> set[str]:
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, total, non_embedding, active, multiplied):
-    model = anatomy(ModelConfig(name))
+    model = model_stats_of(ModelConfig(name))
     found = (model.total, model.non_embedding, model.active, model.multiplied)
     for count, published in zip(found, (total, non_embedding, active, multiplied), strict=True):
         if published is not None:
@@ -81,7 +82,7 @@ def test_parameter_counts_are_the_published_ones(name, total, non_embedding, act
 
 
 def test_qwen3_30b_a3b_is_taken_apart_rightly():
-    model, config = anatomy(ModelConfig(QWEN)), anatomy(ModelConfig(QWEN)).config
+    model, config = model_stats_of(ModelConfig(QWEN)), model_stats_of(ModelConfig(QWEN)).config
     assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (48, 32, 4)
     assert (model.num_experts, model.top_k, model.moe_layers) == (128, 8, 48)
     assert model.experts == 48 * 128 * 3 * 2048 * 768
@@ -96,7 +97,7 @@ def test_qwen3_30b_a3b_is_taken_apart_rightly():
 @pytest.mark.parametrize("family", routing_families.FAMILIES)
 def test_counts_hold_for_every_family_of_experts(family):
     model = routing_families.build(family)
-    counts = dissect(model.config)
+    counts = model_stats(model.config)
     assert counts.total == sum(p.numel() for p in model.parameters())
     assert counts.num_experts == 8 and counts.top_k == 2 and 0 < counts.moe_layers <= 3
     experts = [p for name, p in model.named_parameters() if ".experts." in name]
@@ -108,9 +109,9 @@ def test_counts_hold_for_every_family_of_experts(family):
 
 
 def test_the_papers_model_takes_384_bytes_of_routes_and_96_kib_of_cache_per_token():
-    model = anatomy(ModelConfig(QWEN))
-    assert planning.rollout_bytes_per_token(model)["routes"] == 48 * 8 * 1 == 384
-    assert planning.kv_cache_bytes(model.config, 1, 2) == 48 * 2 * 4 * 128 * 2 == 98_304
+    model = model_stats_of(ModelConfig(QWEN))
+    assert sizes.rollout_bytes_per_token(model)["routes"] == 48 * 8 * 1 == 384
+    assert sizes.kv_cache_bytes(model.config, 1, 2) == 48 * 2 * 4 * 128 * 2 == 98_304
 
 
 def test_bytes_of_a_rollout_are_those_of_its_tensors():
@@ -121,7 +122,7 @@ def test_bytes_of_a_rollout_are_those_of_its_tensors():
     routes = Routes(torch.zeros(*tokens.shape, 3, 2, dtype=torch.uint8), mask, (0, 1, 2))
     logp = torch.zeros(rows, response)
     rollout = Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, [[0] * prompt] * 4, 0)
-    per_token = planning.rollout_bytes_per_token(dissect(model.config))
+    per_token = sizes.rollout_bytes_per_token(model_stats(model.config))
     assert per_token["tokens"] * tokens.numel() == rollout.tokens.nbytes
     assert per_token["masks"] * tokens.numel() == rollout.attention_mask.nbytes + routes.valid.nbytes
     assert per_token["log-probabilities"] * logp.numel() == rollout.logp_rollout.nbytes
@@ -139,9 +140,9 @@ def test_the_cache_is_as_large_as_a_real_one(family):
         model(torch.zeros(1, length, dtype=torch.int64), past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
     real = sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values))
-    expected = planning.kv_cache_bytes(model.config, length, 4)
+    expected = sizes.kv_cache_bytes(model.config, length, 4)
     if family == "gpt_oss":  # transformers keeps one token less than the window: the next one comes with its own
-        expected -= planning.kv_cache_bytes(model.config, 1, 4) / model.config.num_hidden_layers
+        expected -= sizes.kv_cache_bytes(model.config, 1, 4) / model.config.num_hidden_layers
     assert real == expected
 
 
@@ -166,7 +167,7 @@ def test_the_largest_micro_batch_is_what_the_trainer_cuts(budget, attention):
     cuts = micro_batches(full_rollout(5, 4, 6, 9), budget, share_prompts=shares)
     layouts = [layout for _, _, layout in cuts]
     largest = max(layouts, key=lambda layout: layout.slots)
-    found = micro_batch(config, dissect(tiny_dense(18, seed=0).config), 6, 9, gpus=1, padded=False)
+    found = micro_batch(config, model_stats(tiny_dense(18, seed=0).config), 6, 9, gpus=1, padded=False)
     assert (found.rows, found.columns) == tuple(largest.source.shape)
     assert found.predicted == len(largest.targets)
     mask = largest.inputs["attention_mask"]
@@ -184,29 +185,29 @@ def test_the_largest_micro_batch_is_what_the_trainer_cuts(budget, attention):
 )
 def test_whether_prompts_are_shared_is_foreseen(model):
     attention = model.config._attn_implementation
-    assert planning._shares_prompts(model.config, attention) == can_share_prompts(model)
+    assert setting.shares_prompts(model.config, attention) == can_share_prompts(model)
 
 
 def real_memory(model: PreTrainedModel, rollout: Rollout, monkeypatch: pytest.MonkeyPatch, *, share: bool) -> int:
     """Bytes that forward and backward take at their peak beside parameters, on tensors with data."""
-    monkeypatch.setattr(planning, "_grouped_mm", torch.ops.aten._grouped_mm.default)
+    monkeypatch.setattr(memory, "_grouped_mm", torch.ops.aten._grouped_mm.default)
     (cut,) = micro_batches(rollout, 10**9, share_prompts=share)
     layout = cut[2]
     tensors = [t for t in (*vars(layout).values(), *layout.inputs.values()) if isinstance(t, torch.Tensor)]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
         tensors += [parameter, parameter.grad]
-    ledger = planning._Ledger([*model.buffers(), *tensors])
+    ledger = memory.Ledger([*model.buffers(), *tensors])
     with ledger:
         response_logprobs(model, layout).logp.sum().backward()
     return sum(ledger.peak(set()))
 
 
-def foreseen_memory(model: PreTrainedModel, rollout: Rollout, batch: planning.MicroBatch, **changes: Any) -> int:
+def foreseen_memory(model: PreTrainedModel, rollout: Rollout, batch: setting.MicroBatch, **changes: Any) -> int:
     settings: dict[str, Any] = {"dtype": "float32", "autocast": False, "train": True, "with_gradients": True}
     settings |= {"checkpointing": model.is_gradient_checkpointing} | changes
     implementation = (model.config._attn_implementation, None)
-    return sum(planning._working_memory(dissect(model.config), implementation, batch, **settings))
+    return sum(memory.working_memory(model_stats(model.config), implementation, batch, **settings))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
@@ -220,7 +221,7 @@ def test_activations_and_logits_take_what_real_ones_take(build, vocabulary, kind
     model.train(checkpointing)
     rollout = full_rollout(4, 4, 8, 24, padded=kind == "padded")
     shape = (4, 8 + 4 * 23) if kind == "shared" else (16, 8 + 23)
-    batch = planning.MicroBatch(kind, *shape, 4 * 4 * 24)
+    batch = setting.MicroBatch(kind, *shape, 4 * 4 * 24)
     foreseen = foreseen_memory(model, rollout, batch)
     real = real_memory(model, rollout, monkeypatch, share=kind == "shared")
     # The same operations on the same shapes; what is left are small things such as entropies. Seen: 0.4 %.
@@ -230,7 +231,7 @@ def test_activations_and_logits_take_what_real_ones_take(build, vocabulary, kind
 @pytest.mark.parametrize("family", routing_families.FAMILIES)
 def test_activations_are_foreseen_in_every_family_of_experts(family, monkeypatch):
     model = routing_families.build(family)
-    batch = planning.MicroBatch("causal", 16, 31, 16 * 24)
+    batch = setting.MicroBatch("causal", 16, 31, 16 * 24)
     foreseen = foreseen_memory(model, rollout := full_rollout(4, 4, 8, 24), batch)
     # Loops over groups of tokens in linear attention depend on no data. Seen: 0 to 3 %.
     assert foreseen == pytest.approx(real_memory(model, rollout, monkeypatch, share=False), rel=0.05)
@@ -296,7 +297,7 @@ def test_a_server_on_the_same_gpus_takes_turns_with_the_trainer():
 
 
 def test_the_cache_takes_what_is_left_but_no_more_than_all_responses_need():
-    longest = planning.kv_cache_bytes(COUNTS.config, 512 + 512, 2) / 4  # GPUs share the four heads
+    longest = sizes.kv_cache_bytes(COUNTS.config, 512 + 512, 2) / 4  # GPUs share the four heads
     roomy = plan(large(), Cluster(H100, gpus=8), **LENGTHS)
     assert bytes_of(roomy, "KV cache", "server") == 64 * 8 * longest and roomy.setting["at_once"] == 64 * 8
     tight = plan(large(), Cluster(H100, gpus=8, memory=4.5e9), **LENGTHS)
@@ -306,9 +307,7 @@ def test_the_cache_takes_what_is_left_but_no_more_than_all_responses_need():
 
 def test_a_cache_without_room_for_one_response_does_not_fit():
     long = large("rollout.max_new_tokens=2000000", "train.tokens_per_micro_batch=512", "train.group_size=2")
-    found = planning._engine_memory(
-        planning._complete(long, Cluster(replace(H100, memory=4e9), gpus=8), 512, None), []
-    )[0]
+    found = memory.engine_memory(setting.complete(long, Cluster(replace(H100, memory=4e9), gpus=8), 512, None), [])[0]
     assert sum(item.bytes for item in found if item.place == "server") > 4e9
 
 
@@ -450,13 +449,13 @@ def test_a_mean_length_is_between_one_and_the_limit():
 
 @pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("80 GiB", 80 * 2**30), ("1.5TB", 1.5e12), ("9MB", 9e6)])
 def test_sizes_are_decimal_or_binary(text, size):
-    assert planning.parse_bytes(text) == size
+    assert sizes.parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["80", "80 gb", "GB", "-1GB", "0GB", "1.2.3GB", ""])
 def test_no_other_size_is_taken(text):
     with pytest.raises(ConfigError, match=re.escape(f"memory = {text!r}: expected a size such as 80GB")):
-        planning.parse_bytes(text)
+        sizes.parse_bytes(text)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -493,7 +492,7 @@ def test_a_plan_for_an_architecture_that_ships_asks_nobody(recipe, capsys, monke
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refused)
     monkeypatch.setattr(socket, "getaddrinfo", refused)
-    monkeypatch.setattr(planning, "_working_memory", lambda *_, **__: planning.PassMemory(0, 0, 0))  # for time
+    monkeypatch.setattr(memory, "working_memory", lambda *_, **__: memory.PassMemory(0, 0, 0))  # for time
     assert main(["plan", "--config", recipe]) in (0, 1)
     said = capsys.readouterr().out
     assert "prompts of 512 tokens are assumed" in said and "prompts of 512, responses of up to" in said
@@ -501,13 +500,13 @@ def test_a_plan_for_an_architecture_that_ships_asks_nobody(recipe, capsys, monke
 
 def test_the_note_goes_where_the_length_is_given_and_the_limit_is_the_tasks_own():
     config = load_config("qwen3_0p6b_1gpu", ["rollout.max_new_tokens="])
-    assert planning._on_the_hub(config)
-    given = planning._complete(config, Cluster(H100), 300, None)
+    assert setting.on_the_hub(config)
+    given = setting.complete(config, Cluster(H100), 300, None)
     assert (given.prompt_tokens, given.max_new_tokens, given.assumed) == (300, 1024, False)
     own = load_config("qwen3_0p6b_1gpu", ["rollout.max_new_tokens=", "task.options.max_new_tokens=77"])
-    assert planning._complete(own, Cluster(H100), None, None).max_new_tokens == 77
-    assert not planning._on_the_hub(load_config("moe_50m_cpu"))  # chain brings its own tokenizer
-    assert not planning._on_the_hub(load_config("smollm2"))  # a package does
+    assert setting.complete(own, Cluster(H100), None, None).max_new_tokens == 77
+    assert not setting.on_the_hub(load_config("moe_50m_cpu"))  # chain brings its own tokenizer
+    assert not setting.on_the_hub(load_config("smollm2"))  # a package does
 
 
 def test_the_command_fails_where_it_does_not_fit_and_says_what_to_change(capsys):
@@ -523,7 +522,7 @@ def test_a_mistake_ends_in_one_line(capsys):
 
 def test_the_picture_shows_every_phase_and_the_memory_there_is():
     found = plan(large(), Cluster(H100, gpus=8), **LENGTHS)
-    drawn = planning.draw_memory(found)
+    drawn = draw_memory(found)
     assert isinstance(drawn, Figure)
     (axes,) = drawn.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["update", "sync", "server"]
@@ -578,7 +577,7 @@ def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, changes
         pytest.skip(f"needs {', '.join(missing)}")
     overrides = [*OVERRIDES, *changes]
     config = load_config(path, overrides)
-    foreseen = plan(config, Cluster(planning.this_machine(config))).peak()
+    foreseen = plan(config, Cluster(setting.this_machine(config))).peak()
     assert measured_peak(path, tmp_path / "run", overrides) == pytest.approx(foreseen, rel=0.15)
 
 
@@ -588,7 +587,7 @@ def test_without_glibcs_heap_the_phases_take_turns(tmp_path):
     # Each block above 64 KiB is returned to the system as soon as it is freed. What is left are the tensors themselves.
     path = RECIPES / "moe_50m_cpu.yaml"
     config = load_config(path, OVERRIDES)
-    machine = replace(planning.this_machine(config), keeps_freed=False, gaps=1.0)
+    machine = replace(setting.this_machine(config), keeps_freed=False, gaps=1.0)
     foreseen = plan(config, Cluster(machine)).peak()
     taken = measured_peak(path, tmp_path / "run", OVERRIDES, MALLOC_MMAP_THRESHOLD_="65536")
     assert taken == pytest.approx(foreseen, rel=0.05)
@@ -601,7 +600,7 @@ def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, e
     recipe = RECIPES / "moe_50m_cpu.yaml"
     overrides = [*OVERRIDES, "train.mini_batch_prompts=32", f"model.expert_parallel={ep}"]
     config = load_config(recipe, overrides)
-    machine = replace(planning.this_machine(config), keeps_freed=False, gaps=1.0)
+    machine = replace(setting.this_machine(config), keeps_freed=False, gaps=1.0)
     foreseen = plan(config, Cluster(machine, gpus=2, sharding=sharding)).peak()
     (tmp_path / "program.py").write_text(TRAINS.replace("minirl_edu.cli", "scale.train"))
     settings = [part for override in overrides for part in ("--set", override)]
@@ -621,7 +620,7 @@ def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, e
 def test_this_machine_is_measured_in_a_process_of_its_own():
     config = load_config(RECIPES / "tiny_cpu.yaml")
     ballast = torch.ones(2**28)  # 1 GiB here must not count there
-    machine = planning.this_machine(config)
+    machine = setting.this_machine(config)
     assert ballast.sum() > 0
     assert 2e8 < machine.runtime < 9e8
     assert machine.memory == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

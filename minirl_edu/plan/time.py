@@ -1,0 +1,93 @@
+"""Bytes that travel and seconds that pass in a global step: arithmetic, no product faster than the chip's peak."""
+
+import math
+
+from transformers import PreTrainedConfig
+
+from minirl_edu.plan.setting import Setting
+from minirl_edu.plan.sizes import Number, attention_spans, heads_of, kv_cache_bytes, rollout_bytes_per_token
+
+
+def token_slots(s: Setting) -> Number:
+    """Tokens that a GPU feeds through the model in one pass over its share of a global step."""
+    fed, size = s.response_tokens - 1, s.config.train.group_size
+    copies = 1 if s.batch.kind == "shared" else size  # of a prompt
+    return s.prompts / s.gpus * (copies * s.prompt_tokens + size * fed)
+
+
+def old_passes(s: Setting) -> float:
+    """Forwards for π_old over the share of a global step: all mini-batches' but the first's."""
+    count = s.config.train.mini_batches
+    return 1.0 if s.config.train.reference_old_logp else (count - 1) / count
+
+
+def traffic_of(s: Setting) -> dict[str, Number]:
+    """Bytes per GPU and global step."""
+    config, model, n, ep, old = s.config, s.model, s.gpus, s.config.model.expert_parallel, old_passes(s)
+    found: dict[str, Number] = {}
+    others = (n - 1) / n
+    if s.sharded:
+        micro_batches = max(token_slots(s) / (s.batch.rows * s.batch.columns), config.train.mini_batches)
+        dense, experts = (model.total - model.experts) * others, model.experts / ep * (1 - ep / n)
+        gathered = (dense + experts) * s.compute * micro_batches
+        found["all-gather of weights"] = gathered * (old + 2)  # forward and backward
+        found["reduce-scatter of gradients"] = gathered
+    elif n > 1:
+        found["all-reduce of gradients"] = 2 * model.total * s.master * others * config.train.mini_batches
+    if ep > 1:
+        passes = old + (3 if config.model.gradient_checkpointing else 2)
+        pairs = token_slots(s) * model.top_k * model.moe_layers * (1 - 1 / ep)
+        found["all-to-all of tokens"] = 2 * pairs * model.config.hidden_size * s.compute * passes  # there and back
+    if n > 1:
+        tokens = s.responses * (s.prompt_tokens + s.response_tokens)
+        found["rollout, scattered by rank 0"] = tokens * sum(rollout_bytes_per_token(model).values()) * others
+        found["log-probabilities, gathered by rank 0"] = 12 * s.responses * s.response_tokens * others
+    found["weights to the engine, by rank 0"] = model.total * s.engine
+    if s.sharded:
+        found["weights made whole for that"] = model.total * s.master * others
+    return found
+
+
+def attention_flops(config: PreTrainedConfig, length: Number) -> Number:
+    """FLOPs of a token's attention to `length` tokens: 4 · heads · head_dim for each that it sees in each layer."""
+    heads, _, head_dim = heads_of(config)
+    return 4 * heads * head_dim * sum(attention_spans(config, length))
+
+
+def seconds_of(s: Setting, traffic: dict[str, Number], at_once: int) -> dict[str, Number]:
+    """Lower bounds for the parts of a global step, and for all of it."""
+    config, model, hardware, gpus = s.config, s.model, s.hardware, s.server_gpus
+    flops = {2: hardware.bf16, 4: hardware.fp32}
+    prompt, response = s.prompt_tokens, s.response_tokens
+    per_token = 2 * model.multiplied
+    reading = s.prompts * prompt * (per_token + attention_flops(model.config, prompt / 2))
+    # Each decoding step reads the experts that some token of the batch needs, all other weights, and the KV cache.
+    context = prompt + response / 2
+    missed = (1 - model.top_k / max(model.num_experts, 1)) ** at_once
+    weights = model.total - (model.embedding if model.head else 0) - model.experts * missed
+    read = weights * s.engine + at_once * kv_cache_bytes(model.config, context, s.kv_itemsize)
+    products = at_once * (per_token + attention_flops(model.config, context))
+    step = max(read / hardware.bandwidth, products / flops[s.engine]) / gpus
+    # Per token 2 FLOPs a parameter forward, 4 backward, 2 for the forward again under checkpointing.
+    seen = s.batch.columns if s.batch.kind == "shared" else (prompt + response) / 2
+    forward = token_slots(s) * (per_token + attention_flops(model.config, seen)) / flops[s.compute]
+    # AdamW reads weights, gradients and two moments, and writes all but the gradients.
+    state = model.total * s.master / (s.gpus if s.sharded else 1)
+    # A ring through several machines crosses their borders over all of a machine's adapters.
+    one_machine = s.gpus <= hardware.per_node
+    ring = hardware.nvlink if one_machine else min(hardware.nvlink, hardware.per_node * hardware.network)
+    pairs = hardware.nvlink if config.model.expert_parallel <= hardware.per_node else hardware.network
+    to_engine = hardware.nvlink if s.placement == "colocated" else hardware.network
+    kinds = {name.split()[0]: size for name, size in traffic.items()}
+    collectives = sum(kinds.get(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
+    found = {
+        "rollout: prompts": reading / (flops[s.engine] * gpus),
+        "rollout: tokens": math.ceil(s.responses / at_once) * response * step,
+        "π_old": old_passes(s) * forward,
+        "update": forward * (4 if config.model.gradient_checkpointing else 3),
+        "optimizer": config.train.mini_batches * 7 * state / hardware.bandwidth,
+        "communication": collectives / ring + kinds.get("all-to-all", 0.0) / pairs,
+        "sync": model.total * s.engine / to_engine + traffic.get("weights made whole for that", 0.0) / ring,
+    }
+    hidden = min(found["communication"], found["π_old"] + found["update"])  # at best behind the computation
+    return {**found, "global step": sum(found.values()) - hidden}

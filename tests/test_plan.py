@@ -237,6 +237,28 @@ def test_activations_are_foreseen_in_every_family_of_experts(family, monkeypatch
     assert foreseen == pytest.approx(real_memory(model, rollout, monkeypatch, share=False), rel=0.05)
 
 
+@pytest.mark.parametrize("train, checkpointing", [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize("period", [1, 2])
+def test_layers_that_repeat_are_traced_three_times_and_counted_as_often_as_they_are_there(
+    period, train, checkpointing, monkeypatch
+):
+    if period == 1:
+        model = tiny_moe(64, seed=0, layers=8)
+    else:
+        kinds = ["sliding_attention", "full_attention"] * 4
+        model = routing_families.build("gpt_oss", num_hidden_layers=8, layer_types=kinds)
+    stats, batch = model_stats(model.config), setting.MicroBatch("causal", 4, 31, 4 * 24 * train)
+    settings: dict[str, Any] = {"dtype": "float32", "autocast": False, "train": train, "with_gradients": True}
+    settings |= {"checkpointing": checkpointing}
+    whole = memory._trace(stats.config, ("eager", None), batch, **settings)
+    traced = []
+    trace = memory._trace
+    monkeypatch.setattr(memory, "_trace", lambda *args, **kw: traced.append(args[0]) or trace(*args, **kw))
+    memory.working_memory.cache_clear()
+    assert memory.working_memory(stats, ("eager", None), batch, **settings) == whole
+    assert [config.num_hidden_layers for config in traced] == [2 * period, 3 * period]
+
+
 def test_logits_are_never_whole():
     found = plan(large("model.gradient_checkpointing=false"), Cluster(H100, gpus=8), **LENGTHS)
     whole = found.setting["micro_batch"]["predicted"] * 151_936 * 4

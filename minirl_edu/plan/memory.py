@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, masking_utils
+from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from minirl_edu.config import ConfigError
 from minirl_edu.logprobs import CHUNK, _HeadLogprobs
 from minirl_edu.plan.setting import MicroBatch, Setting
-from minirl_edu.plan.sizes import ModelStats, Number, heads_of, kv_cache_bytes, rollout_bytes_per_token, size_text
+from minirl_edu.plan.sizes import (
+    ModelStats,
+    Number,
+    heads_of,
+    kv_cache_bytes,
+    layer_types,
+    rollout_bytes_per_token,
+    size_text,
+)
 
 VLLM_SEQUENCES, VLLM_TOKENS = 1024, 8192
 """How many sequences, and how many tokens of prompts, vLLM computes at once unless told otherwise (0.32's server on
@@ -123,11 +131,51 @@ def working_memory(
     gradient from its computation until it is added to the one that is kept.
     The experts' loop over those that were hit needs data: the grouped product stands for it, whose matrices have the
     same rows. torch's own fused attention stands for flash attention, which keeps as much.
+
+    Layers that repeat each keep as much as the first ones: a model of two periods and one of three tell of all.
     """
+    settings: dict[str, Any] = {"dtype": dtype, "autocast": autocast, "train": train, "checkpointing": checkpointing}
+    settings["with_gradients"] = with_gradients
+    layers, period = model.config.num_hidden_layers, _period(model)
+    if layers > 3 * period and layers % period == 0:
+        two, three = (_trace(_first_layers(model, n * period), implementations, batch, **settings) for n in (2, 3))
+        if (two.working, two.logits) == (three.working, three.logits):
+            kept = three.kept + (layers // period - 3) * (three.kept - two.kept)
+            return PassMemory(kept, three.working, three.logits)
+    return _trace(model.config, implementations, batch, **settings)
+
+
+def _period(model: ModelStats) -> int:
+    """After how many decoder layers kinds and sizes repeat."""
+    layers = model.config.num_hidden_layers
+    kinds = list(zip(layer_types(model.config), model.units[:layers], strict=False))
+    return next(p for p in range(1, layers + 1) if kinds[p:] == kinds[:-p])
+
+
+def _first_layers(model: ModelStats, count: int) -> PreTrainedConfig:
+    """The config of a model with the first `count` layers."""
+    fields = model.config.to_dict() | {"num_hidden_layers": count}
+    if fields.get("layer_types"):
+        fields["layer_types"] = fields["layer_types"][:count]
+    return type(model.config).from_dict(fields)
+
+
+def _trace(
+    config: PreTrainedConfig,
+    implementations: tuple[str, str | None],
+    batch: MicroBatch,
+    *,
+    dtype: str,
+    autocast: bool,
+    train: bool,
+    checkpointing: bool,
+    with_gradients: bool,
+) -> PassMemory:
+    """`working_memory` of all the layers of a config."""
     attention, experts = implementations
     attention = attention if attention in ("sdpa", "eager") else "sdpa"
     with FakeTensorMode(), torch.device("cpu"), _nothing_packed():
-        network = AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation=attention)
+        network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if experts == "batched_mm":
             network.set_experts_implementation(experts)
         if checkpointing:

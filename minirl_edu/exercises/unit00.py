@@ -23,10 +23,10 @@ def _advantages(rewards: Tensor, group_size: int) -> Tensor:
     return (groups - groups.mean(1, keepdim=True)).flatten()
 
 
-def _over_std(rewards: Tensor, group_size: int) -> Tensor:
+def _over_std(rewards: Tensor, group_size: int, correction: int = 0) -> Tensor:
     groups = _groups(rewards, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True, correction=0) + 1e-6)).flatten()
+    return (centred / (groups.std(1, keepdim=True, correction=correction) + 1e-6)).flatten()
 
 
 def _leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
@@ -80,6 +80,12 @@ _EX1 = Exercise(
             _over_std,
             "this divides by the group's standard deviation as well. That is GRPO's advantage; MiniRL's is the "
             "difference alone, so that a group of nearly all right answers does not count as much as a mixed one.",
+        ),
+        Mistake(
+            "divided by torch.std",
+            lambda rewards, group_size: _over_std(rewards, group_size, correction=1),
+            "this divides by the group's standard deviation as well, and by `torch.std`'s, whose divisor is G − 1. "
+            "GRPO's has the divisor G; MiniRL's advantage is the difference alone.",
         ),
         Mistake(
             "leave one out",

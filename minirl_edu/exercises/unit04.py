@@ -261,6 +261,11 @@ def _advantages_bessel(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor
     return centred.flatten(), (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
 
 
+def _advantages_bessel_in_both(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    grpo = _advantages_bessel(rewards, group_size)[1]
+    return grpo, grpo
+
+
 def _advantages_batch(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     centred = rewards - rewards.mean()
     return centred, centred / (centred.square().mean().sqrt() + 1e-6)
@@ -317,8 +322,14 @@ _EXERCISE_3 = Exercise(
         Mistake(
             "divisor G − 1",
             _advantages_bessel,
-            "`torch.std` divides by G − 1. The paper's is the standard deviation of the group itself; yours is "
-            "smaller by a factor √((G−1)/G).",
+            "`torch.std` divides by G − 1 unless told otherwise (`correction=0`). The paper's is the standard "
+            "deviation of the group itself, divisor G; your advantages are smaller by a factor √((G−1)/G).",
+        ),
+        Mistake(
+            "std left in, divisor G − 1",
+            _advantages_bessel_in_both,
+            "MiniRL's advantage is the difference from the mean only: take the division out. And in GRPO's, "
+            "`torch.std` divides by G − 1; the paper's has the divisor G.",
         ),
         Mistake(
             "mean of the batch",

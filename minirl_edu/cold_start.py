@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
+from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.rollout import Sampling, sample
+from minirl_edu.rollout import Rollout, Sampling, sample
 from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import Demonstrable
 
@@ -55,9 +56,10 @@ def cold_start(
     model.train()
     bar = tqdm(range(steps), unit="step", disable=not progress)
     for step in bar:
-        tokens, labels = _batch(task, batch_size, style, error_rate, derive_seed(seed, "demonstrations", step))
-        logits = model(input_ids=tokens[:, :-1].to(model.device), use_cache=False).logits.float()
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(model.device))
+        step_seed = derive_seed(seed, "demonstrations", step)
+        batch = _batch(task, batch_size, style, error_rate, step_seed, model.device)
+        logp = response_logprobs(model, lay_out(batch, share_prompts=False)).logp
+        loss = -logp.sum() / batch.response_mask.sum()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -69,11 +71,11 @@ def cold_start(
     return losses
 
 
-def _batch(task: Demonstrable, size: int, style: str | None, error_rate: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Tokens [b, S] padded on the left to the longest prompt and on the right, and labels (−100 outside the response).
-
-    Left padding needs no mask here because a fixed-width task has none; prompts of several widths are refused.
-    """
+def _batch(
+    task: Demonstrable, size: int, style: str | None, error_rate: float, seed: int, device: torch.device
+) -> Rollout:
+    """Demonstrations as if they had been sampled, one to a prompt. Prompts of several widths are refused: a fixed-width
+    task has none."""
     rng = random.Random(seed)
     problems = task.sample(size, seed=seed)
     prompts = [task.encode(problem) for problem in problems]
@@ -86,11 +88,20 @@ def _batch(task: Demonstrable, size: int, style: str | None, error_rate: float, 
     eos, pad = task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
     responses = [[*ids, eos] for ids in task.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     longest = max(map(len, responses))
-    tokens = torch.tensor([p + r + [pad] * (longest - len(r)) for p, r in zip(prompts, responses, strict=True)])
-    labels = torch.tensor(
-        [[-100] * len(p) + r + [-100] * (longest - len(r)) for p, r in zip(prompts, responses, strict=True)]
+    rows = [p + r + [pad] * (longest - len(r)) for p, r in zip(prompts, responses, strict=True)]
+    lengths = torch.tensor([len(r) for r in responses], device=device)
+    written = torch.arange(longest, device=device) < lengths[:, None]
+    (width,) = widths
+    return Rollout(
+        tokens=torch.tensor(rows, device=device),
+        attention_mask=nn.functional.pad(written, (width, 0), value=True),
+        prompt_length=width,
+        response_mask=written,
+        logp_rollout=torch.zeros(written.shape, device=device),
+        routes=None,
+        prompts=prompts,
+        weight_version=0,
     )
-    return tokens, labels
 
 
 def measure(task: Demonstrable, model: PreTrainedModel, *, problems: int = 1024, seed: int = 0) -> dict[str, float]:

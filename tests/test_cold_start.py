@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from minirl_edu import cold_start as module
@@ -46,6 +48,38 @@ def test_the_loss_is_the_mean_of_minus_log_pi_over_the_demonstrations_tokens_alo
     with torch.no_grad():
         expected = -naive(model, rollout)[0][rollout.response_mask].mean()
     assert train(task, model, 1, error_rate=0.5, seed=4) == pytest.approx([expected.item()], abs=CLOSE)
+
+
+class LargestLogits(TorchDispatchMode):
+    """The number of values in the largest tensor with a last dimension of `vocabulary`."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.numel = vocabulary, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for x in tree_leaves(output):
+            if type(x) is torch.Tensor and x.device.type == "cpu" and x.shape[-1:] == (self.vocabulary,):
+                self.numel = max(self.numel, x.numel())
+        return output
+
+
+def test_logits_are_computed_of_response_tokens_alone_where_there_are_many(monkeypatch: pytest.MonkeyPatch):
+    """Few at a time, they give the same loss and the same step."""
+    task, losses, weights, largest = small_task(), [], [], []
+    for chunk in (2**22, 18 * 8):
+        monkeypatch.setattr("minirl_edu.logprobs.CHUNK", chunk)
+        model = lively("dense")
+        with LargestLogits(18) as logits:
+            losses.append(cold_start(task, model, steps=2, batch_size=64, progress=False))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        largest.append(logits.numel)
+    # Demonstrations of at most 5 tokens, most of 5 or 3, to prompts of 6: of 10 positions, at most 5 predict a response.
+    assert largest[0] == 18 * 64 * 10 and largest[1] <= 18 * 64 * 5
+    assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
+    # Adam makes steps of lr = 1e-3 out of any gradient; a gradient near zero may turn with the order of its sum.
+    assert (weights[0] - weights[1]).abs().mean() < 1e-5
 
 
 def test_every_step_sees_fresh_problems_and_without_a_learning_rate_nothing_is_learned():

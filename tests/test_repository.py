@@ -33,8 +33,8 @@ FLOORS = {
     0: "advantages diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
     1: "config models tasks",
     2: "rollout",
-    3: "cold_start logprobs",
-    4: "batches checkpoint gap plan trainer",
+    3: "logprobs",
+    4: "batches checkpoint cold_start gap plan trainer",
     5: "exercises experiments plots report",
     6: "cli",
 }

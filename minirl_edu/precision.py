@@ -3,8 +3,8 @@
 A rollout engine that multiplies in fp8 differs from a bf16 trainer because both operands of every matrix product are
 rounded first. `round_weights_` and `round_activations` give any transformers model that behaviour on any hardware:
 weights are rounded once per output channel, inputs of every linear layer and of both expert products once per token, as
-in vLLM's dynamic fp8; sums stay fp32. Embeddings, norms, attention scores and the output head stay in full
-precision, as they do in deployed fp8 models; the router too, unless asked.
+in vLLM's dynamic fp8; sums stay fp32. Embeddings, norms, convolutions, attention scores and the output head stay in
+full precision, as they do in deployed fp8 models; the router too, unless asked. A model with other matrices is refused.
 
 Rounding to nearest makes an engine repeat the same errors (a bias). Stochastic rounding's errors are zero on average.
 "Frozen" rounding is stochastic with draws that an engine never renews: unbiased over weights, and yet the same errors
@@ -130,30 +130,76 @@ class Precision:
         return name + (f" {self.rounding}" if self.rounding != "nearest" else "") + (" +router" if self.router else "")
 
 
-def _targets(model: nn.Module, router: bool) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Modules whose matmuls are rounded, and their weights' names: linear layers and stacked experts, not the head."""
+# Only images and sounds pass through these.
+_OTHER_SENSES = re.compile(r"vision|visual|image|audio|multi_modal")
+_ROUTER = re.compile(r"Router|TopKGating")
+_NO_PRODUCT = re.compile(r"bias$|^A_log$")
+"""Parameters of several dimensions that are added, or (the decay of a state-space model) taken elementwise."""
+
+
+class Products(NamedTuple):
+    """A module of a model and its weights that matrix products take: name → whether the last dimension is the output's,
+    as in a [in, out] matrix, rather than the one that is summed over."""
+
+    module: nn.Module
+    weights: dict[str, bool]
+
+
+def products(model: nn.Module, *, router: bool) -> list[Products]:
+    """Every weight of the model's matrix products but the head's and, without `router`, the routers'.
+
+    Known are linear layers, GPT-2's `Conv1D`, stacked experts of transformers and routers. Embeddings and convolutions
+    are left out.
+    Raises ValueError naming a weight of several dimensions for which it is not known how it is multiplied.
+    """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    for module in model.modules():
-        if re.search(r"Top[kK]Router$", type(module).__name__):
-            if router:
-                yield module, ["weight"]
-        elif hasattr(module, "_apply_gate"):  # stacked experts of transformers: [E, out, in] parameters
-            yield module, [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
-        elif isinstance(module, nn.Linear) and module is not head:
-            yield module, ["weight"]
+    routers = {
+        part
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if _ROUTER.search(type(child).__name__) or (name in ("router", "gate") and hasattr(parent, "experts"))
+        for part in child.modules()
+    }
+    found = []
+    for path, module in model.named_modules():
+        if module is head or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            continue
+        named = module.named_parameters(recurse=False)
+        own = {name: p for name, p in named if p.dim() > 1 and not _NO_PRODUCT.search(name)}
+        gpt2s = type(module).__name__ == "Conv1D"  # [in, out]
+        if hasattr(module, "_apply_gate"):  # stacked experts of transformers: [E, out, in], in gpt-oss [E, in, out]
+            weights = dict.fromkeys(own, bool(module.is_transposed))
+        elif isinstance(module, nn.Linear) or module in routers or gpt2s:
+            weights = dict.fromkeys(own, gpt2s)
+        else:
+            weights = {}
+            if type(module).__name__ == "DogeCDMoE":  # multiplies by rows that it looks up in embeddings
+                own |= {"up_embed": module.up_embed.weight}
+            for name, parameter in own.items():
+                if parameter.squeeze().dim() > 1 and not _OTHER_SENSES.search(path):
+                    raise ValueError(
+                        f"{type(model).__name__} has {type(module).__name__}.{name} {list(parameter.shape)}, and how "
+                        "that is multiplied is not known here: its low precision cannot be emulated; use fp32, or a "
+                        "vLLM engine"
+                    )
+        if weights and (router or module not in routers):
+            found.append(Products(module, weights))
+    return found
 
 
 @torch.no_grad()
 def round_weights_(model: nn.Module, precision: Precision, generator: torch.Generator | None = None) -> None:
-    """Round the matmul weights in place, one scale per output channel; stochastic rounding needs a generator."""
+    """Round the matmul weights in place, one scale per output channel; stochastic rounding needs a generator.
+
+    Raises ValueError for a model with other weights than `products` knows.
+    """
     if precision.weights == "fp32":
         return
     generator = _generator_for(precision, generator)
-    for module, names in _targets(model, precision.router):
-        for name in names:
+    for module, weights in products(model, router=precision.router):
+        for name, transposed in weights.items():
+            # Scales run along the contracted dimension.
             weight = getattr(module, name)
-            # Scales run along the contracted dimension; gpt-oss stores its experts as [E, in, out].
-            transposed = getattr(module, "is_transposed", False)
             source = weight.mT if transposed else weight
             rounded = quantise(source.contiguous(), precision.weights, generator)
             weight.copy_(rounded.mT if transposed else rounded)
@@ -192,7 +238,7 @@ def round_activations(
         return lambda x: quantise(apply_gate(x), precision.activations, generator)
 
     with ExitStack() as undo:
-        for module, _ in _targets(model, precision.router):
+        for module, _ in products(model, router=precision.router):
             undo.callback(module.register_forward_pre_hook(round_input).remove)
             if hasattr(module, "_apply_gate"):
                 implementation = getattr(module.config, "_experts_implementation", None)

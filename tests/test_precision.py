@@ -1,11 +1,18 @@
 """The emulated formats are the real ones, and exactly the stated operands are rounded."""
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from minirl_edu.config import ConfigError, RolloutConfig
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.precision import FORMATS, Precision, quantise, round_activations, round_weights_
+from minirl_edu.precision import FORMATS, Precision, products, quantise, round_activations, round_weights_
+from minirl_edu.rollout import make_engine
+from tests.families import families, tiny
 
 ROUNDED = [name for name in FORMATS if name != "fp32"]
 
@@ -154,3 +161,118 @@ def test_experts_whose_second_product_is_out_of_reach_are_refused():
         round_activations(model, Precision("fp32", "int4")),
     ):
         pass
+
+
+# --------------------------------------------------------------------------------------------------- every family
+
+
+class _Multiplied(TorchDispatchMode):
+    """Notes each matrix product of a parameter: (its storage, the other operand, the parameter as [..., out, in]).
+
+    A parameter is known by its storage, through views; copies (of some experts, of an embedding's rows) are followed.
+    """
+
+    FIRST: ClassVar = {"mm": 0, "bmm": 0, "mv": 0, "_grouped_mm": 0, "grouped_mm_fallback": 0, "addmm": 1, "baddbmm": 1}
+    COPIES: ClassVar = {"clone", "_to_copy", "index", "index_select", "gather", "cat", "stack", "repeat", "embedding"}
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.origin = {storage(p): storage(p) for p in model.parameters()}
+        self.found: list[tuple[int, Tensor, Tensor]] = []
+        self.kept: list[Any] = []  # alive, so that no storage is used again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output, name = func(*args, **(kwargs or {})), func.__name__.split(".")[0]
+        if name in self.FIRST:
+            left, right = args[self.FIRST[name] :][:2]
+            right = right if right.dim() > 1 else right[:, None]
+            for weight, other in ((right.mT, left), (left, right.mT)):
+                if (origin := self.origin.get(storage(weight))) is not None:
+                    self.found.append((origin, other, weight))
+                    break
+        elif name in self.COPIES and isinstance(output, Tensor):
+            inputs = (self.origin.get(storage(x)) for x in tree_leaves(args) if isinstance(x, Tensor))
+            if origin := next((o for o in inputs if o is not None), None):
+                self.origin[storage(output)] = origin
+        self.kept.append(output)
+        return output
+
+
+def storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def few_levels(x: Tensor) -> bool:
+    """At most 15 values in a row: int4, whatever the row's scale."""
+    return all(row.unique().numel() <= 15 for row in x.flatten(0, -2))
+
+
+def on_grid(weight: Tensor) -> bool:
+    """Rounding to int4 once more, along the dimension that is summed over, changes nothing but the last bits."""
+    return torch.allclose(quantise(weight.contiguous(), "int4"), weight, rtol=1e-5, atol=1e-7)
+
+
+def families_that_are_refused() -> set[str]:
+    """Walks all families; asserts of those that are not refused that exactly the stated operands are rounded."""
+    refused = set()
+    int4, tokens = Precision("int4", "int4"), torch.randint(1, 32, (2, 12), generator=torch.Generator().manual_seed(0))
+    for family in families():
+        model = tiny(family)
+        try:
+            rounded = products(model, router=False)
+        except ValueError as error:
+            assert type(model).__name__ in str(error)
+            refused.add(family)
+            continue
+        routers = {id(module) for module, _ in products(model, router=True)} - {id(module) for module, _ in rounded}
+        routers = {storage(p) for module in model.modules() if id(module) in routers for p in module.parameters()}
+        head = model.get_output_embeddings()
+        assert head is not None, family
+        names = {storage(p): f"{family}: {name}" for name, p in model.named_parameters()}
+        exact = {storage(p): p.detach().clone() for p in model.parameters()}
+        round_weights_(model, int4)
+        changed = {storage(p) for p in model.parameters() if not torch.equal(p, exact[storage(p)])}
+        if model._can_set_experts_implementation():
+            model.set_experts_implementation("grouped_mm")
+        with torch.no_grad(), round_activations(model, int4), _Multiplied(model) as multiplied:
+            model(input_ids=tokens, use_cache=False)
+        full = routers | {storage(head.weight)}
+        missed = {origin for origin, _, _ in multiplied.found} - changed - full
+        assert not missed, [names[origin] for origin in missed]
+        assert not changed & full, [names[origin] for origin in changed & full]
+        assert full & {origin for origin, _, _ in multiplied.found}, family
+        for origin, other, weight in multiplied.found:
+            if origin in changed:
+                assert on_grid(weight) and few_levels(other), names[origin]
+        config = model.config
+        if any(getattr(config, field, None) for field in ("num_experts_per_tok", "num_experts_per_token", "moe_topk")):
+            assert routers & {origin for origin, _, _ in multiplied.found}, f"{family}: its router was not seen"
+            round_weights_(model, Precision("int4", router=True))
+            same = {storage(p) for p in model.parameters() if torch.equal(p, exact[storage(p)])}
+            assert not routers & same & {o for o, _, _ in multiplied.found}, f"{family}: a router was left out"
+    return refused
+
+
+@pytest.mark.slow
+def test_every_weight_of_every_family_is_rounded_where_it_multiplies_or_the_family_is_refused():
+    """What is refused multiplies by parameters of its own modules, in ways that are not known here."""
+    assert families_that_are_refused() == {
+        *("dbrx", "deepseek_v4", "doge", "hy_v4", "inkling_text", "jetmoe", "llama4_text", "longcat_flash"),
+        *("recurrent_gemma", "xlnet", "zamba"),
+    }
+
+
+def test_gpt_2_is_rounded_too():
+    """Its layers are no `nn.Linear` and store [in, out]: a scale for each output channel runs down a column."""
+    model, exact = tiny("gpt2"), tiny("gpt2")
+    round_weights_(model, Precision("int3"))
+    ours, theirs = (m.transformer.h[0].mlp.c_fc.weight for m in (model, exact))
+    assert torch.equal(ours, quantise(theirs.mT.contiguous(), "int3").mT)
+    assert torch.equal(model.lm_head.weight, exact.lm_head.weight)
+
+
+@pytest.mark.parametrize("precision", ["int4", "fp32/int4", "int4/fp32"])
+def test_a_model_with_matrices_of_an_unknown_kind_is_refused_by_name(precision: str):
+    with pytest.raises(ConfigError, match=r"rollout\.precision = .*JetMoeForCausalLM.*JetMoeParallelExperts\.weight"):
+        make_engine(tiny("jetmoe"), RolloutConfig(precision=precision), seed=0, routes=False)
+    make_engine(tiny("jetmoe"), RolloutConfig(precision="fp32"), seed=0, routes=False).close()

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from minirl_edu.config import ConfigError, RolloutConfig
-from minirl_edu.precision import Precision
+from minirl_edu.precision import Precision, products
 from minirl_edu.rollout.base import EngineError, Rollout, RolloutEngine, Sampling
 from minirl_edu.rollout.hf import HFEngine, sample
 from minirl_edu.rollout.vllm import VLLMEngine, check_vllm
@@ -39,6 +39,8 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
             raise ConfigError(f"rollout.options = {config.options}: engine 'hf' has none")
         try:
             precision = Precision.parse(config.precision, config.rounding, config.quantise_router)
+            if {precision.weights, precision.activations} != {"fp32"}:
+                products(model, router=precision.router)
         except ValueError as error:
             raise ConfigError(f"rollout.precision = {config.precision!r}: {error}") from error
         return HFEngine(model, precision, seed=seed, record_routes=routes, keep_faulty=keep_faulty)

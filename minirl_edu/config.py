@@ -174,7 +174,9 @@ class TrainConfig(_Section):
     lr_schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
     ] = "constant"
-    """A scheduler of transformers, counted in gradient steps."""
+    """A scheduler of transformers, counted in gradient steps. Under `constant`, `constant_with_warmup` and
+    `inverse_sqrt` a run can be resumed for longer; under the others the rate depends on `global_steps`, which then
+    stays."""
     warmup_steps: _CountOrZero = 0
     """Gradient steps until lr is reached."""
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)

@@ -7,11 +7,13 @@ head dimension of at least 32 and a hidden size that is a multiple of 32.
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 COLD_STARTS = Path(__file__).parent / "cold_starts"
 ARCHITECTURES = Path(__file__).parent / "architectures"
@@ -211,6 +214,35 @@ def random_model(
     with, or a plan."""
     config = load_architecture(name, overrides, trust_remote_code=trust_remote_code)
     return _seeded(config, seed, dtype=dtype, attn_implementation=attn_implementation)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Turn gradient checkpointing on, and everything random (dropout, router jitter, layer drop) off.
+
+    transformers recomputes a layer only if that layer is in training mode. Each layer is put in it alone, without what
+    it contains, and leaves it for the time of its own forward. `model.eval()` turns recomputation off again.
+    Raises ValueError for a model whose layers transformers cannot recompute.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers or not model.supports_gradient_checkpointing:
+        raise ValueError(f"transformers cannot recompute the layers of a {type(model).__name__}; leave it off")
+    model.gradient_checkpointing_enable()
+    model.eval()
+    for layer in layers:
+        layer.training = True
+        # A partial, because a deep copy of the model copies it along with the layer that it holds.
+        layer._gradient_checkpointing_func = partial(_without_noise, layer, layer._gradient_checkpointing_func)
+
+
+def _without_noise(layer: nn.Module, checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any) -> Any:
+    def quiet(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return forward(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(quiet, *args)
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -174,7 +174,7 @@ def products(model: nn.Module, *, router: bool) -> list[Products]:
         else:
             weights = {}
             if type(module).__name__ == "DogeCDMoE":  # multiplies by rows that it looks up in embeddings
-                own |= {"up_embed": module.up_embed.weight}
+                own |= {"up_embed": module.get_parameter("up_embed.weight")}
             for name, parameter in own.items():
                 if parameter.squeeze().dim() > 1 and not _OTHER_SENSES.search(path):
                     raise ValueError(

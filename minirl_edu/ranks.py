@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -59,7 +59,14 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
         # What accelerate looks at when it decides whether FSDP may be used.
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     handlers: list[Any] = [InitProcessGroupKwargs(timeout=timeout)]
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=handlers, **options)
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        kwargs_handlers=handlers,
+        # Not the environment's number of steps, by which accelerate would divide each loss: the loss here is a sum over
+        # micro-batches, already divided by the whole mini-batch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        **options,
+    )
     if sharded and not accelerator.is_fsdp2:
         raise ValueError(
             f"FSDP2 was asked for, but accelerate runs {accelerator.num_processes} processes as "

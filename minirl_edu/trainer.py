@@ -52,10 +52,11 @@ from minirl_edu.config import Config, ConfigError, load_config, save_config
 from minirl_edu.diagnostics import CollapseDetector, fetch, masked_mean, policy_metrics
 from minirl_edu.doctor import environment
 from minirl_edu.logprobs import can_share_prompts, response_logprobs
-from minirl_edu.models import load_model, load_tokenizer, random_model
+from minirl_edu.models import load_model, load_tokenizer, random_model, recompute_activations
 from minirl_edu.objectives import OBJECTIVES, PolicyLoss
 from minirl_edu.ranks import Ranks, make_accelerator, share_experts
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine, sample
+from minirl_edu.rollout.hf import evaluating
 from minirl_edu.routing import RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.run_folder import FolderLock, lock_folder
 from minirl_edu.seeding import derive_seed
@@ -157,10 +158,12 @@ class MiniRLTrainer:
         config = self.config
         if config.model.experts_implementation:
             model.set_experts_implementation(config.model.experts_implementation)
+        model.eval()  # no dropout in RL: π_θ must be one function
         if config.model.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-        # Dropout stays off in RL (π_θ must be one function), but checkpointing runs only in training mode.
-        model.train(config.model.gradient_checkpointing)
+            try:
+                recompute_activations(model)
+            except ValueError as error:
+                raise ConfigError(f"model.gradient_checkpointing = true: {error}") from error
         sharding = self.ranks.size > 1 and (self.accelerator.is_fsdp2 or config.model.expert_parallel > 1)
         self._twin: PreTrainedModel | None = None
         if sharding and self.ranks.first and config.eval.every and config.eval.through_trainer:
@@ -616,7 +619,10 @@ class MiniRLTrainer:
 
     def _routing_replay(self, model: PreTrainedModel) -> RoutingReplay | None:
         try:
-            return RoutingReplay(model)
+            replay = RoutingReplay(model)
+            with torch.no_grad(), evaluating(model), replay.record():  # some refuse only when they run
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+            return replay
         except UnsupportedRouter as error:
             if self.config.algorithm.replay != "none":
                 raise ConfigError(f"algorithm.replay = {self.config.algorithm.replay!r}: {error}") from error
@@ -627,9 +633,22 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
+LENGTHLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
+"""The schedules whose learning rate at a step does not depend on how many steps the run has."""
+
+
 def _same_run(saved: Config, config: Config) -> None:
-    """Refuse to resume under other settings: the result would be neither run. The length and the output may change."""
+    """Refuse to resume under other settings: the result would be neither run. The output may change, and the length
+    where the learning rate does not depend on it."""
     old, new = (_flat(c.to_dict()) for c in (saved, config))
+    steps, schedule = config.train.global_steps, saved.train.lr_schedule
+    if steps != saved.train.global_steps and schedule not in LENGTHLESS:
+        raise ConfigError(
+            f"train.global_steps = {steps} (was {saved.train.global_steps}): under train.lr_schedule {schedule!r} the "
+            f"learning rate of the steps already made belongs to the old length; resume with {saved.train.global_steps}"
+            f", or start the longer run in another --out (the schedules {', '.join(LENGTHLESS)} can be resumed for "
+            "longer)"
+        )
     free = {"train.global_steps", "model.expert_parallel"}  # and what says how, not what
     free |= {name for name in old if name.startswith(("output.", "ranks."))}
     if config.rollout.engine == "vllm_server":

@@ -264,7 +264,8 @@ def test_every_weight_of_every_family_is_rounded_where_it_multiplies_or_the_fami
 
 def test_gpt_2_is_rounded_too():
     """Its layers are no `nn.Linear` and store [in, out]: a scale for each output channel runs down a column."""
-    model, exact = tiny("gpt2"), tiny("gpt2")
+    model: Any = tiny("gpt2")
+    exact: Any = tiny("gpt2")
     round_weights_(model, Precision("int3"))
     ours, theirs = (m.transformer.h[0].mlp.c_fc.weight for m in (model, exact))
     assert torch.equal(ours, quantise(theirs.mT.contiguous(), "int3").mT)

@@ -8,21 +8,24 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import get_scheduler
 
 from minirl_edu.advantages import ADVANTAGES
 from minirl_edu.checkpoint import latest_checkpoint
-from minirl_edu.config import ConfigError, load_config
+from minirl_edu.config import ConfigError, TrainConfig, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
 from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.tasks import Problem
-from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
+from minirl_edu.trainer import LENGTHLESS, MiniRLTrainer, TrainingDiverged
 from tests.conftest import byte_tokenizer
+from tests.families import tiny
 
 KEYS = [
     *("global_step", "grad_step", "reward", "entropy", "kl_rollout_old", "k3_rollout_old", "ess", "clip_frac_pos"),
@@ -227,6 +230,62 @@ def test_how_the_forward_is_cut_does_not_change_the_step(tmp_path, setting, repl
         for key in KEYS[:-1]:
             # fp32 sums in another order; a metric near zero moves by its absolute error
             assert a[key] == pytest.approx(b[key], rel=2e-3, abs=1e-5), key
+
+
+# Dropout in the embedding, in attention and between layers; in attention alone; in the layer's own forward; noise on
+# the router's input.
+NOISY: dict[str, dict[str, Any]] = {
+    "gpt2": {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1},
+    "qwen3": {"attention_dropout": 0.1},
+    "falcon": {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+    "mixtral": {"router_jitter_noise": 0.1, "attention_dropout": 0.1},
+}
+
+
+@pytest.mark.parametrize("family", NOISY)
+def test_recomputed_activations_are_those_of_a_model_without_dropout(tmp_path, family):
+    """An fp32 engine samples from the very policy that is trained, and each layer runs twice."""
+    special: dict[str, Any] = {"vocab_size": 18, "eos_token_id": 17, "pad_token_id": 16, "max_position_embeddings": 128}
+    model: Any = tiny(family, **special, **NOISY[family])
+    settings = ("model.gradient_checkpointing=true", "rollout.precision=fp32", "train.lr=0", "train.global_steps=1")
+    run = trainer(tmp_path / "run", *settings, "train.zero_advantage_backward=true", "eval.every=0", model=model)
+    calls = {"embeddings": 0, "layer": 0}
+
+    def count(name: str):
+        return lambda module, args: calls.update({name: calls[name] + 1})
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    first = next(module for module in layers[0].modules() if type(module).__name__.endswith(("Linear", "Conv1D")))
+    model.get_input_embeddings().register_forward_pre_hook(count("embeddings"))
+    first.register_forward_pre_hook(count("layer"))
+    (line,) = run.global_step()
+    assert line["log_ratio_mismatch"] < 1e-5  # fp32, two layouts; with dropout 0.01 and more
+    assert calls["layer"] == 2 * calls["embeddings"] > 0
+
+
+def test_a_model_whose_layers_cannot_be_recomputed_is_refused(tmp_path):
+    model = tiny("xlnet", vocab_size=18, eos_token_id=17, pad_token_id=16)
+    with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing.*XLNetLMHeadModel"):
+        trainer(tmp_path / "run", "model.gradient_checkpointing=true", "rollout.precision=fp32", model=model)
+
+
+def test_the_launchers_gradient_accumulation_does_not_scale_the_gradient(tmp_path, monkeypatch):
+    """`accelerate launch` puts the number from its config into the environment; accelerate divides each loss by it."""
+    norms = []
+    for steps in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps)
+        run = trainer(tmp_path / steps, "train.global_steps=1", "eval.every=0")
+        norms.append(run.global_step()[0]["grad_norm"])
+    assert norms[0] == norms[1] > 0
+
+
+def test_a_router_that_refuses_only_when_it_runs_is_trained_without_replay(tmp_path):
+    """Phi-MoE selects by sparsemixer: found out at the start, not in the first rollout."""
+    special: dict[str, Any] = {"vocab_size": 18, "eos_token_id": 17, "pad_token_id": 16, "max_position_embeddings": 128}
+    run = trainer(tmp_path / "run", "train.global_steps=1", "eval.every=0", model=tiny("phimoe", **special))
+    assert run.global_step()[0]["routing_flip_rate"] is None
+    with pytest.raises(ConfigError, match=r"algorithm\.replay = 'R2'.*PhimoeTopKRouter"):
+        trainer(tmp_path / "other", "algorithm.replay=R2", model=tiny("phimoe", **special))
 
 
 def test_replay_lowers_what_it_should(tmp_path):
@@ -451,6 +510,38 @@ def test_resuming_under_other_settings_is_refused_by_name(tmp_path):
         trainer(tmp_path / "run", "train.lr=0.5", resume=True)
     longer = trainer(tmp_path / "run", "train.global_steps=2", resume=True)  # a longer run is the same run
     assert longer.step == 1
+
+
+@pytest.mark.parametrize("schedule", ["constant_with_warmup", "inverse_sqrt"])
+def test_a_run_whose_learning_rate_does_not_depend_on_its_length_is_resumed_for_longer(tmp_path, schedule):
+    settings = [f"train.lr_schedule={schedule}", "train.warmup_steps=3", "eval.every=0"]
+    trainer(tmp_path / "whole", *settings, "train.global_steps=4").train()
+    trainer(tmp_path / "run", *settings, "train.global_steps=2").train()
+    trainer(tmp_path / "run", *settings, "train.global_steps=4", resume=True).train()
+    assert timeless(metrics(tmp_path / "run")) == timeless(metrics(tmp_path / "whole"))
+    assert len({line["lr"] for line in metrics(tmp_path / "run")}) > 2
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_run_whose_learning_rate_depends_on_its_length_keeps_that(tmp_path, schedule):
+    """Its first steps had the rates of the old length: with another one it would be neither run."""
+    settings = (f"train.lr_schedule={schedule}", "eval.every=0")
+    trainer(tmp_path / "run", *settings, "train.global_steps=2").train()
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    for steps in (1, 4):
+        with pytest.raises(ConfigError, match=rf"train\.global_steps = {steps} \(was 2\).*'{schedule}'.*another --out"):
+            trainer(tmp_path / "run", *settings, f"train.global_steps={steps}", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_every_schedule_is_known_to_depend_on_the_length_or_not(tmp_path):
+    for schedule in get_args(get_type_hints(TrainConfig)["lr_schedule"]):
+        curves = []
+        for steps in (10, 20):
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=2, num_training_steps=steps)
+            curves.append([(scheduler.get_last_lr()[0], optimizer.step(), scheduler.step())[0] for _ in range(10)])
+        assert (curves[0] == curves[1]) == (schedule in LENGTHLESS), schedule
 
 
 def test_nan_stops_the_run_with_step_cause_and_checkpoint(tmp_path):

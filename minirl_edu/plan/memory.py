@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from minirl_edu.config import ConfigError
 from minirl_edu.logprobs import CHUNK, _HeadLogprobs
+from minirl_edu.models import recompute_activations
 from minirl_edu.plan.setting import MicroBatch, Setting
 from minirl_edu.plan.sizes import (
     ModelStats,
@@ -178,9 +179,9 @@ def _trace(
         network = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if experts == "batched_mm":
             network.set_experts_implementation(experts)
+        network.eval()
         if checkpointing:
-            network.gradient_checkpointing_enable()
-        network.train(checkpointing)
+            recompute_activations(network)
         inputs, predictor = _inputs(batch)
         added = set[int]()  # storages of gradients on their way
         for parameter in network.parameters():

@@ -40,13 +40,14 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Inside, `model` is in eval mode: in training mode there may be dropout, and gradient checkpointing silently drops
-    the KV cache."""
-    training = model.training
+    the KV cache. Afterwards each of its modules is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Tiny models of the thirteen transformers families that routing replay serves, and of some that it must refuse."""
+"""Tiny models of thirteen transformers families that routing replay serves, sized so that their routers show: groups,
+shared experts and leading dense layers are on where a family can. `tests/families.py` has all the others."""
 
 from typing import Any
 
@@ -74,12 +75,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
 LEADING_DENSE = ("deepseek_v2", "deepseek_v3", "glm4_moe", "glm4_moe_lite")
 
 
-def build(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random float32 model of the family on the CPU, the same for the same seed, in eval mode."""
+def build(family: str, seed: int = 0, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """A random model of the family on the CPU, the same for the same seed, in eval mode."""
     config = AutoConfig.for_model(family, **(_COMMON | FAMILIES.get(family, {}) | overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         # Some families initialise routers and their selection biases to zero or nearly: every token would route alike.
         for name, tensor in model.state_dict().items():
             if name.endswith(("gate.weight", "router.weight")):

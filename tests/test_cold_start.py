@@ -75,7 +75,7 @@ def test_logits_are_computed_of_response_tokens_alone_where_there_are_many(monke
             losses.append(cold_start(task, model, steps=2, batch_size=64, progress=False))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
         largest.append(logits.numel)
-    # Demonstrations of at most 5 tokens, most of 5 or 3, to prompts of 6: of 10 positions, at most 5 predict a response.
+    # Demonstrations of at most 5 tokens to prompts of 6: of 10 positions, at most 5 predict a response's token.
     assert largest[0] == 18 * 64 * 10 and largest[1] <= 18 * 64 * 5
     assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
     # Adam makes steps of lr = 1e-3 out of any gradient; a gradient near zero may turn with the order of its sum.

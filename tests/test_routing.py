@@ -1,6 +1,8 @@
-"""Routing replay on the thirteen families it serves, on routers it must refuse, and Table 1 of the paper."""
+"""Routing replay: every family of transformers, thirteen of them in depth, routers it must refuse, and Table 1 of the
+paper."""
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from minirl_edu.routing import Routes, RoutingReplay, UnsupportedRouter
+from tests.conftest import ROOT
+from tests.families import families, tiny
 from tests.routing_families import FAMILIES, LEADING_DENSE, VOCABULARY, build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -107,8 +111,12 @@ def routers_of(model: PreTrainedModel) -> list[nn.Module]:
 # GraniteMoE's router returns its tuple in another order than the thirteen.
 @pytest.mark.parametrize("family", [*FAMILIES, "granitemoe"])
 def test_replaying_a_models_own_routes_is_bit_identical(family: str) -> None:
-    model, tokens = build(family), tokens_of(3, 7)
-    replay = RoutingReplay(model)
+    assert_replays(build(family))
+
+
+def assert_replays(model: PreTrainedModel) -> None:
+    """Logits and gradients under a model's own routes are its native ones, bit for bit."""
+    replay, tokens = RoutingReplay(model), tokens_of(3, 7)
     routes = recorded(replay, model, tokens)
     routes.validate(replay.num_experts)
     native = logits(model, tokens)
@@ -119,6 +127,37 @@ def test_replaying_a_models_own_routes_is_bit_identical(family: str) -> None:
         assert torch.equal(logits(model, tokens), native)
         loss(model, tokens).backward()
     assert_equal_gradients(gradients(model), native_gradients)
+
+
+REFUSED = {
+    *("afmoe", "dbrx", "doge", "gemma4_text", "hunyuan_v1_moe", "jamba", "jetmoe", "llama4_text", "longcat_flash"),
+    *("phimoe", "zaya"),
+}
+"""Their routers are no …TopKRouter, or (LongCat-Flash, Phi-MoE) do not select by one top-k over the experts."""
+
+
+@pytest.mark.slow
+def test_every_family_of_experts_replays_bit_for_bit_or_is_refused_by_name() -> None:
+    exact, refused = set(), set()
+    for family in families():
+        model = tiny(family)
+        kinds = {type(module).__name__ for module in model.modules()}
+        experts = any(re.search("Moe|MoE|Expert|Router", kind) for kind in kinds)
+        try:
+            assert_replays(model)
+            replay, tokens = RoutingReplay(model), tokens_of(3, 7)
+            with torch.no_grad(), replay.replay(foreign_routes(replay, 3, 7)):
+                forced = logits(model, tokens)
+            assert not torch.allclose(forced, logits(model, tokens), atol=1e-2), f"{family}: nothing was replayed"
+            exact.add(family)
+        except UnsupportedRouter as error:
+            assert ("is dense" in str(error)) != experts, error
+            assert any(kind in str(error) for kind in kinds)
+            if experts:
+                refused.add(family)
+    assert refused == REFUSED
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{len(exact)} MoE families of transformers replay bit for bit, {len(refused)} are refused by name" in readme
 
 
 @every_family
@@ -199,8 +238,11 @@ def test_padding_does_not_change_replayed_tokens(family: str, side: str) -> None
 
 @three_families
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_replays_in_the_recomputation(family: str, use_reentrant: bool) -> None:
-    model, tokens = build(family).train(), tokens_of(3, 7)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_checkpointing_replays_in_the_recomputation(
+    family: str, use_reentrant: bool, dtype: torch.dtype
+) -> None:
+    model, tokens = build(family, dtype=dtype).train(), tokens_of(3, 7)
     replay = RoutingReplay(model)
     routes = foreign_routes(replay, 3, 7)
     with replay.replay(routes):

@@ -192,12 +192,15 @@ class MiniRLTrainer:
             self.optimizer = self.accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        self.scheduler = get_scheduler(
-            config.train.lr_schedule,
-            self.optimizer,
-            num_warmup_steps=config.train.warmup_steps,
-            num_training_steps=config.train.global_steps * config.train.mini_batches,
-        )
+        try:
+            self.scheduler = get_scheduler(
+                config.train.lr_schedule,
+                self.optimizer,
+                num_warmup_steps=config.train.warmup_steps,
+                num_training_steps=config.train.global_steps * config.train.mini_batches,
+            )
+        except ValueError as error:  # polynomial ends at 1e-7
+            raise ConfigError(f"train.lr = {config.train.lr:g}: {error}") from error
 
     # ------------------------------------------------------------------------------------------------ the loop
 

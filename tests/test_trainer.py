@@ -569,6 +569,7 @@ def test_an_infinite_gradient_stops_before_the_weights_move(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
+        ("train={lr_schedule: polynomial, lr: 0}", r"train\.lr = 0: lr_end \(1e-07\)"),
         ("rollout.engine=tgi", r"rollout\.engine = 'tgi'.*hf, vllm, vllm_server"),
         ("rollout.precision=int1", r"rollout\.precision = 'int1'.*fp8_e4m3"),
         ("rollout.options={kv_cache_dtype: fp8}", r"rollout\.options = .*engine 'hf' has none"),

@@ -407,7 +407,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "figures", nargs="+", metavar="FIGURE", help="fig1 … fig5, appendix, questions, atlas, …, or all"
     )
-    command.add_argument("--tier", default="fast", choices=("fast", "full"), help="default: fast, within 10 minutes")
+    command.add_argument(
+        "--tier",
+        default="fast",
+        choices=("smoke", "fast", "full"),
+        help="smoke: whether everything runs, its verdicts mean nothing; default: fast, within 10 minutes",
+    )
     command.add_argument("--seeds", type=int, help="default: the tier's")
     command.add_argument("--out", default="runs/reproduce", help="folder for runs, figures and CLAIMS.md")
     command.add_argument("--workers", type=int, help="processes of one thread each (default: one per core)")

@@ -152,6 +152,13 @@ def test_the_shipped_settings_keep_the_mini_batch_while_n_grows(shipped):
     assert len(set(sizes.values())) == 1
 
 
+def test_the_smoke_tier_runs_whatever_the_fast_tier_runs_and_more(shipped):
+    figures = shipped.expand(["all"])
+    smoke, fast = (shipped.runs(figures, tier) for tier in ("smoke", "fast"))
+    assert set(fast) < set(smoke) and {"long", "hot"} <= {setting for setting, _ in smoke}
+    assert {shipped.config("smoke", *run, 0).train.global_steps for run in smoke} == {2}
+
+
 # -------------------------------------------------------------------------------------------------------- layers
 
 

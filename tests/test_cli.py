@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirl_edu import __version__
+from minirl_edu import __version__, plots
 from minirl_edu.checkpoint import load_checkpoint
 from minirl_edu.cli import DEMO_VARIANTS, _folder_name, main
 from minirl_edu.config import RECIPES, load_config
@@ -24,6 +24,12 @@ TINY = [
     *("--set", "train.global_steps=2", "--set", "train.mini_batches=2", "--set", "train.mini_batch_prompts=4"),
     *("--set", "train.group_size=4", "--set", "eval.problems=16"),
 ]
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Reports without their pictures, which take longer than these runs. The first test has them."""
+    monkeypatch.setattr(plots, "to_png", lambda figure, *, scale=2: b"")
 
 
 def scores(folder: Path) -> list[float]:
@@ -41,6 +47,7 @@ def test_train_writes_a_run_and_its_report(tmp_path, capsys):
     assert json.loads((out / "environment.json").read_text())["minirl_edu"] == __version__
 
 
+@pytest.mark.usefixtures("plain")
 def test_resume_needs_no_config_and_a_longer_run_goes_on(tmp_path):
     out = tmp_path / "run"
     main(["train", "--out", str(out), *TINY])
@@ -50,6 +57,7 @@ def test_resume_needs_no_config_and_a_longer_run_goes_on(tmp_path):
     assert after.startswith(before) and len(after.splitlines()) == 1 + 3 * 2
 
 
+@pytest.mark.usefixtures("plain")
 @pytest.mark.parametrize("error", [EngineError("no answer"), ConnectionError("no server"), TimeoutError("too slow")])
 def test_an_engine_that_cannot_go_on_ends_in_two_lines_and_the_run_goes_on_later(tmp_path, capsys, monkeypatch, error):
     def fail(*_: object, **__: object) -> None:
@@ -65,6 +73,7 @@ def test_an_engine_that_cannot_go_on_ends_in_two_lines_and_the_run_goes_on_later
     assert main(["train", "--out", str(out), "--resume"]) == 0
 
 
+@pytest.mark.usefixtures("plain")
 def test_the_demo_trains_both_variants_goes_on_where_it_was_and_does_not_train_twice(tmp_path, capsys):
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out), *TINY]) == 0
@@ -164,6 +173,7 @@ def test_ctrl_c_in_a_command_ends_without_a_traceback(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("plain")
 def test_the_demo_shows_what_it_says(tmp_path):
     """The recipe itself, its first 5 of 20 global steps: clipping carries the score up, without it the policy is lost.
 
@@ -177,6 +187,7 @@ def test_the_demo_shows_what_it_says(tmp_path):
     assert with_clip[-1] > 0.75 and min(without) < 0.35
 
 
+@pytest.mark.usefixtures("plain")
 def test_an_exported_model_is_the_trained_one_and_loads_by_its_folder(tmp_path, capsys):
     run, out = tmp_path / "run", tmp_path / "model"
     main(["train", "--out", str(run), *TINY, "--set", "train.lr=1e-2"])
@@ -191,9 +202,10 @@ def test_an_exported_model_is_the_trained_one_and_loads_by_its_folder(tmp_path, 
     assert "no run with an intact checkpoint" in capsys.readouterr().err
 
 
-def test_report_of_one_run_and_of_several(tmp_path):
+def test_report_of_one_run_and_of_several(tmp_path, plain, monkeypatch):
     for name in ("a", "b"):
         main(["train", "--out", str(tmp_path / name), *TINY])
+    monkeypatch.undo()
     assert main(["report", str(tmp_path / "a")]) == 0
     assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both.html")]) == 0
     assert "MiniRL" in (tmp_path / "a" / "report.html").read_text()
@@ -269,6 +281,7 @@ def test_a_mistake_ends_in_one_line_that_names_it(tmp_path, capsys, arguments, m
     assert message in printed and printed.count("\n") == 1
 
 
+@pytest.mark.usefixtures("plain")
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path, capsys):
     arguments = ["train", "--out", str(tmp_path / "run"), *TINY]
     main(arguments)

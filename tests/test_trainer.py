@@ -26,6 +26,7 @@ from minirl_edu.tasks import Problem
 from minirl_edu.trainer import LENGTHLESS, MiniRLTrainer, TrainingDiverged
 from tests.conftest import byte_tokenizer
 from tests.families import tiny
+from tests.forked import Forked
 
 KEYS = [
     *("global_step", "grad_step", "reward", "entropy", "kl_rollout_old", "k3_rollout_old", "ess", "clip_frac_pos"),
@@ -439,12 +440,11 @@ def test_resume_from_any_checkpoint_continues_to_the_same_bits(tmp_path):
         assert equal(weights(out), weights(tmp_path / "whole"))
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "minirl_edu.cli", "train", "--out", str(out), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ.copy())
+def start(out: Path, *arguments: str) -> Forked:
+    return Forked("-m minirl_edu.cli", ["train", "--out", out, *arguments])
 
 
-def wait_for_lines(out: Path, count: int, process: subprocess.Popen) -> None:
+def wait_for_lines(out: Path, count: int, process: "Forked | subprocess.Popen[str]") -> None:
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         path = out / "metrics.jsonl"
@@ -482,7 +482,9 @@ def test_kill_9_at_any_moment_then_resume_gives_the_same_run(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_resume(tmp_path):
     settings = [*SMALL, "train.global_steps=500", "output.save_every=0"]
-    process = start(tmp_path / "run", *(flag for setting in settings for flag in ("--set", setting)))
+    command = [sys.executable, "-m", "minirl_edu.cli", "train", "--out", str(tmp_path / "run")]
+    command += [flag for setting in settings for flag in ("--set", setting)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_lines(tmp_path / "run", 3, process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=120)[0]

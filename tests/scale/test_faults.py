@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from minirl_edu.models import tiny_dense
 from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import MathTask
 from tests.conftest import byte_tokenizer
+from tests.forked import Forked
 from tests.scale.launch import environment
 
 pytestmark = pytest.mark.slow
@@ -31,23 +31,11 @@ RUN = (
 )
 
 
-def start(out: Path, *settings: str, resume: bool = False, limit: int | None = None) -> "subprocess.Popen[str]":
+def start(out: Path, *settings: str, resume: bool = False, limit: int | None = None) -> Forked:
     """`minirl train`; no file of it may grow beyond `limit` bytes, as if there were no room for more."""
-
-    def set_limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # pyright: ignore[reportArgumentType]
-
     flags = [word for setting in settings for word in ("--set", setting)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "minirl_edu.cli", "train", "--out", str(out), *flags, *["--resume"] * resume],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=None if limit is None else set_limit,
-    )
+    words = ["train", "--out", str(out), *flags, *["--resume"] * resume]
+    return Forked("-m minirl_edu.cli", words, environment=environment(), limit=limit)
 
 
 def train(out: Path, *settings: str, expect: int = 0, **options: Any) -> str:
@@ -257,7 +245,7 @@ def test_a_poisoned_row_is_refused_by_file_and_line(reader, tmp_path):
 # ----------------------------------------------------------------------------------------------- two runs in one folder
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+def wait_for(condition: Callable[[], bool], process: Forked) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, process.communicate()[0]

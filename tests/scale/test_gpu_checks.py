@@ -19,11 +19,20 @@ def mini(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CHEAP)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in ("replay", "learn"))) for name in CHEAP]
+)
 def test_a_check_runs_in_miniature_and_passes(mini, name):
     found = getattr(gpu_checks, name)()
     json.dumps(found)
     assert found.get("ok", True), found
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["fsdp2", "memory"])
+def test_a_check_with_processes_of_its_own_runs_in_miniature_and_passes(name, tmp_path):
+    assert gpu_checks.main(["--mini", "--only", name, "--out", str(tmp_path / "results.jsonl")]) == 0
 
 
 def test_parity_sees_a_wrong_gradient(mini, monkeypatch):

@@ -23,8 +23,8 @@ from minirl_edu.config import Config, ModelConfig, RolloutConfig, load_config
 from minirl_edu.models import load_architecture, random_model
 from minirl_edu.plots import read_records
 from scale import serve, train
+from tests.scale.launch import ROOT, TRAIN, Launched, environment, launch
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "scale/recipes").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "scale/accelerate").glob("*.yaml"))
 SCRIPTS = sorted((ROOT / "scale/slurm").glob("*.sbatch"))
@@ -252,22 +252,43 @@ DRY_RUNS = {recipe.stem: (recipe, []) for recipe in RECIPES} | {
 }
 
 
+def dry_run(recipe: Path, out: Path, settings: list[str], *, launched: bool) -> list[str]:
+    """What it prints: under `accelerate launch`, which scale/train.py starts, or in two ranks as that starts them."""
+    options = ["--dry-run", "--config", recipe.stem, "--out", str(out)]  # found by its name
+    options += [part for setting in settings for part in ("--set", setting)]
+    if launched:
+        command = [sys.executable, str(TRAIN), *options]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        said = done.stdout
+    else:
+        shared = load_config(recipe, settings).model.expert_parallel > 1
+        done = launch("ddp" if shared else "fsdp2", TRAIN, *options)
+        said = done.output
+    assert done.returncode == 0, said
+    return said.splitlines()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DRY_RUNS)
-def test_a_recipe_runs_in_small_on_two_processes(tmp_path, capfd, name):
+@pytest.mark.parametrize(
+    ("name", "launched"),
+    [
+        ("tiny_cpu", True),
+        *((name, False) for name in DRY_RUNS),
+        *(pytest.param(name, True, marks=pytest.mark.nightly) for name in DRY_RUNS if name != "tiny_cpu"),
+    ],
+)
+def test_a_recipe_runs_in_small_on_two_processes(tmp_path, name, launched):
     recipe, overrides = DRY_RUNS[name]
-    options = [part for setting in overrides for part in ("--set", setting)]
     out = tmp_path / "run"
-    assert train.main(["--dry-run", "--config", recipe.stem, "--out", str(out), *options]) == 0  # found by its name
+    said = dry_run(recipe, out, overrides, launched=launched)
     config = load_config(recipe, overrides)
     assert load_config(out / "config.yaml") == train.shrink(config)
     records = [record for record in read_records(out / "metrics.jsonl") if "grad_norm" in record]
     assert len(records) == 2 * config.train.mini_batches
     assert all(record["grad_norm"] > 0 for record in records)  # some group had good and bad responses
-    said = capfd.readouterr().out.splitlines()
     how = "expert parallelism over 2" if config.model.expert_parallel > 1 else "FSDP2"
     (last,) = [line for line in said if line.startswith("dry run")]
-    assert said[-1] == last and f"on 2 processes ({how})" in last
+    assert f"on 2 processes ({how})" in last
     assert f"grad_norm {records[-1]['grad_norm']:.3g}" in last and last.endswith(
         next(line for line in train.commands(recipe) if "scale/train.py" in line)
     )
@@ -280,18 +301,15 @@ def test_a_run_of_two_processes_stops_when_asked_and_reports_once(tmp_path):
     small = ("global_steps=1000", "mini_batch_prompts=4", "group_size=4", "mini_batches=1")
     settings = [*(f"train.{setting}" for setting in small), "eval.every=0", "output.save_every=0"]
     options = [part for setting in settings for part in ("--set", setting)]
-    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "scale/accelerate/cpu_ddp.yaml"]
-    line += ["scale/train.py", "--config", "scale/recipes/tiny_cpu.yaml", "--out", str(out), *options]
-    with (tmp_path / "log").open("w+") as log:
-        launcher = subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    with Launched(
+        "ddp", TRAIN, "--config", ROOT / "scale/recipes" / "tiny_cpu.yaml", "--out", out, *options
+    ) as launcher:
         try:
             wait_for(out / "metrics.jsonl", 120)
             launcher.send_signal(signal.SIGTERM)
-            launcher.wait(120)
+            said = launcher.communicate(timeout=120)[0]
         finally:
             launcher.kill()
-        log.seek(0)
-        said = log.read()
     assert said.count("report: ") == 1 and said.count("stopped after global step") == 1, said
     (checkpoint,) = (out / "checkpoints").iterdir()
     steps = read_records(out / "metrics.jsonl")[-1]["global_step"]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.scale.launch import PROGRAM, TRAIN, launch, start
+from tests.scale.launch import PROGRAM, TRAIN, Launched, Ranks, launch
 
 KINDS = {"ddp": ("ddp", ()), "fsdp2": ("fsdp2", ()), "experts": ("ddp", ("model.expert_parallel=2",))}
 # fp32 sums in another order differ by a few 1e-7 of a gradient's size; three steps of lr 1e-3 / adam_eps 1e-2 make at
@@ -62,7 +62,7 @@ def test_two_processes_give_the_weights_of_one(kind, otherwise, alone, tmp_path)
     """Also where activations are computed again in the backward, with their routes, and experts multiply otherwise."""
     launcher, settings = KINDS[kind]
     done = launch(launcher, PROGRAM, tmp_path, "train", *settings, *otherwise)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     findings = json.loads((tmp_path / "findings.json").read_text())
     sharded = kind != "ddp"
     assert findings == {"parameters": ["DTensor" if sharded else "Parameter"], "fsdp2": kind == "fsdp2", "size": 2}
@@ -80,7 +80,7 @@ def test_two_processes_give_the_weights_of_one(kind, otherwise, alone, tmp_path)
 def test_sharded_weights_reach_engine_and_file_one_tensor_at_a_time(kind, tmp_path):
     launcher, settings = KINDS[kind]
     done = launch(launcher, PROGRAM, tmp_path, "stream", *settings)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     findings = json.loads((tmp_path / "findings.json").read_text())
     # 2 layers × 8 experts × 3 matrices are names of the checkpoint, 2 × 2 stacked tensors of the model
     assert findings == {"file": True, "engine": True, "most": 1, "tensors": 25, "names": 25 - 4 + 48}
@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     for step, (launcher, settings) in enumerate([("alone", ()), KINDS["fsdp2"], KINDS["experts"]], start=1):
         settings = ("algorithm.replay=R2", f"train.global_steps={step}", *settings)
         done = launch(launcher, PROGRAM, tmp_path, "resume", *settings)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == 0, done.output[-3000:]
     assert_same_weights(tmp_path / "final-3.safetensors", alone / "R2/final.safetensors")
     seen = [(line["global_step"], line["grad_step"]) for line in metrics(tmp_path / "run")]
     assert seen == [(0, 0), (1, 1), (1, 2), (2, 3), (2, 4), (3, 5), (3, 6)]
@@ -102,7 +102,7 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
 def test_vllm_in_the_process_is_refused_on_several(tmp_path):
     setting = "rollout={engine: vllm, precision: fp32}"
     done = launch("ddp", TRAIN, "--out", tmp_path / "run", "--set", "model.name=chain-steps", "--set", setting)
-    assert done.returncode != 0 and "rollout.engine = 'vllm'" in done.stderr and "vllm_server" in done.stderr
+    assert done.returncode != 0 and "rollout.engine = 'vllm'" in done.output and "vllm_server" in done.output
     assert not (tmp_path / "run").exists()
 
 
@@ -110,7 +110,7 @@ def test_vllm_in_the_process_is_refused_on_several(tmp_path):
 def test_numbers_that_are_not_finite_on_one_rank_stop_all(tmp_path):
     done = launch("ddp", PROGRAM, tmp_path, "poison")
     assert done.returncode != 0
-    assert done.stderr.count("TrainingDiverged: global step 2, gradient step 3: log-probabilities") == 2
+    assert done.output.count("TrainingDiverged: global step 2, gradient step 3: log-probabilities") == 2
     assert "step-000001" in metrics(tmp_path / "run")[-1]["warnings"][0]
 
 
@@ -121,7 +121,7 @@ def test_numbers_that_are_not_finite_on_one_rank_stop_all(tmp_path):
 def test_what_one_rank_raises_is_quoted_by_the_other(tmp_path):
     done = launch("ddp", PROGRAM, tmp_path, "fail")
     assert done.returncode != 0
-    assert re.search(r"rank 1 \(.*, process \d+\) gave up: ValueError: spoilt on purpose", done.stderr), done.stderr[
+    assert re.search(r"rank 1 \(.*, process \d+\) gave up: ValueError: spoilt on purpose", done.output), done.output[
         -3000:
     ]
 
@@ -136,11 +136,6 @@ def arguments(out: Path, *settings: str) -> list[str]:
     return ["--out", str(out), *(part for setting in (*TINY, *settings) for part in ("--set", setting))]
 
 
-def rank_of(launcher: int, rank: int) -> psutil.Process:
-    children = psutil.Process(launcher).children(recursive=True)
-    return next(child for child in children if child.environ().get("RANK") == str(rank))
-
-
 def wait_for_lines(out: Path, count: int, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < count:
@@ -152,35 +147,41 @@ def wait_for_lines(out: Path, count: int, seconds: float = 120) -> None:
 def undisturbed(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     done = launch("ddp", TRAIN, *arguments(out))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     return out
+
+
+DIED = r"rank {rank} \(.*, process {pid}\) died"
+SILENT = r"rank {rank} \(.*, process {pid}\) has given no sign of life for 4 s"
+LOST = [(1, signal.SIGKILL, DIED), (0, signal.SIGKILL, DIED), (1, signal.SIGSTOP, SILENT)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("victim", "blow", "words"),
+    ("start", "victim", "blow", "words"),
     [
-        (1, signal.SIGKILL, r"rank 1 \(.*, process {pid}\) died"),
-        (0, signal.SIGKILL, r"rank 0 \(.*, process {pid}\) died"),
-        (1, signal.SIGSTOP, r"rank 1 \(.*, process {pid}\) has given no sign of life for 4 s"),
+        *((Ranks, *lost) for lost in LOST[1:]),
+        (Launched, *LOST[0]),  # accelerate's own part in it is the same in the others
+        *(pytest.param(Launched, *lost, marks=pytest.mark.nightly) for lost in LOST[1:]),
     ],
+    ids=lambda value: getattr(value, "__name__", getattr(value, "name", "words" if isinstance(value, str) else None)),
 )
-def test_a_lost_rank_is_named_the_others_stop_and_the_run_goes_on(victim, blow, words, undisturbed, tmp_path):
+def test_a_lost_rank_is_named_the_others_stop_and_the_run_goes_on(start, victim, blow, words, undisturbed, tmp_path):
     out = tmp_path / "run"
     slow = ("train.global_steps=600", "ranks.silent=4")
     process = start("ddp", TRAIN, *arguments(out, *slow))
     wait_for_lines(out, 5)  # four global steps: the newest checkpoint is of step 2 or 4
-    struck = rank_of(process.pid, victim)
+    struck = psutil.Process(process.rank(victim))
     struck.send_signal(blow)
     began = time.monotonic()
     output = process.communicate(timeout=60)[0]
     assert time.monotonic() - began < 45
     assert process.returncode not in (0, None)
-    assert re.search(words.format(pid=struck.pid), output), output[-3000:]
+    assert re.search(words.format(rank=victim, pid=struck.pid), output), output[-3000:]
     assert not struck.is_running() or struck.status() == psutil.STATUS_ZOMBIE
 
     done = launch("ddp", TRAIN, *arguments(out), "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.output[-3000:]
     seen, expected = metrics(out), metrics(undisturbed)
     for line in seen + expected:
         line.pop("seconds", None)

@@ -5,10 +5,10 @@ PYTHON := .venv/bin/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo reproduce test check lab notebooks docs benchmark lint format clean
+.PHONY: help demo reproduce smoke test test-nightly check lab notebooks docs benchmark lint format clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(INSTALLED)  ## train a small model and write its report to runs/demo
 	$(PYTHON) -m minirl_edu.cli demo --out runs/demo
@@ -16,11 +16,21 @@ demo: $(INSTALLED)  ## train a small model and write its report to runs/demo
 reproduce: $(INSTALLED)  ## every figure and claim of the paper, small: about ten minutes, into runs/reproduce
 	$(PYTHON) -m minirl_edu.cli reproduce all --tier fast --out runs/reproduce
 
-test: lint  ## everything that has to pass: ruff, pyright and all tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
+smoke: $(INSTALLED)  ## two steps of every run of the reproduction, its figures and its claims: whether it all runs
+	rm -rf runs/smoke
+	$(PYTHON) -m minirl_edu.cli reproduce all --tier smoke --out runs/smoke
+
+# Worksteal: no file keeps one worker busy when the other has nothing left to do.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist worksteal
+
+test: lint  ## everything that has to pass every day: ruff, pyright and the tests
+	$(PYTEST) -m "not nightly"
+
+test-nightly: lint  ## the same, and the longer variants of some tests: before a release
+	$(PYTEST)
 
 check: $(INSTALLED)  ## the fast tests
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow and not nightly"
 
 lab: $(INSTALLED)  ## open the first notebook
 	$(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) notebooks/00_quickstart.ipynb

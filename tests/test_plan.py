@@ -586,10 +586,10 @@ def measured_peak(recipe: Path, out: Path, overrides: Sequence[str], **environme
     ("recipe", "changes"),
     [
         ("tiny_cpu", []),
-        ("moe_50m_cpu", []),
-        ("moe_50m_cpu", ["train.tokens_per_micro_batch=6144"]),
+        pytest.param("moe_50m_cpu", [], marks=pytest.mark.nightly),
+        pytest.param("moe_50m_cpu", ["train.tokens_per_micro_batch=6144"], marks=pytest.mark.nightly),
         # A micro-batch bounds the memory, not the number of prompts: fewer of them, for the time it takes.
-        ("smollm2_cpu", ["train.mini_batch_prompts=4"]),
+        pytest.param("smollm2_cpu", ["train.mini_batch_prompts=4"], marks=pytest.mark.nightly),
     ],
 )
 def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, changes, tmp_path):
@@ -605,6 +605,7 @@ def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, changes
 
 @linux
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_without_glibcs_heap_the_phases_take_turns(tmp_path):
     # Each block above 64 KiB is returned to the system as soon as it is freed. What is left are the tensors themselves.
     path = RECIPES / "moe_50m_cpu.yaml"
@@ -617,6 +618,7 @@ def test_without_glibcs_heap_the_phases_take_turns(tmp_path):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(("launch", "sharding", "ep"), [("cpu_fsdp2", "fsdp2", 1)])
 def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, ep, tmp_path):
     recipe = RECIPES / "moe_50m_cpu.yaml"

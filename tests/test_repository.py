@@ -259,7 +259,7 @@ def test_one_version_everywhere():
 def test_the_makefile_lists_its_targets_and_they_run_what_exists():
     makefile = (ROOT / "Makefile").read_text()
     phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    documented = re.findall(r"^(\w+):.*##", makefile, re.MULTILINE)
+    documented = re.findall(r"^([\w-]+):.*##", makefile, re.MULTILINE)
     assert phony
     assert phony[1].split() == documented
     extras = re.search(r'-e "\.\[(.*)\]"', makefile)
@@ -280,7 +280,7 @@ def test_make_alone_lists_the_targets():
     command = ["make", "--no-print-directory"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split()[0] for line in printed.splitlines()] == re.findall(
-        r"^(\w+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE
+        r"^([\w-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE
     )
 
 

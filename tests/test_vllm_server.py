@@ -1107,7 +1107,7 @@ def numbers(out: Path) -> list[dict[str, Any]]:
 @needs_vllm
 @pytest.mark.slow
 class TestRealServer:
-    """In this order, and in one process (`--dist loadfile`): the last test ends the server."""
+    """In this order: the last test ends the server."""
 
     def test_its_rollout_is_that_of_the_engine_in_process(self, real, monkeypatch):
         from minirl_edu.rollout import vllm

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -41,8 +40,8 @@ from minirl_edu.experiments.spec import (
     read_run,
 )
 from minirl_edu.run_folder import FolderInUse
+from tests.forked import Forked
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = (
     "train.global_steps=3",
     "train.mini_batch_prompts=2",
@@ -319,16 +318,15 @@ sys.exit(run_all(two_long_jobs(out), out, workers=1, command="minirl reproduce a
 
 
 def two_long_jobs(out: Path) -> list[Job]:
-    return [job(out, "minirl", "train.global_steps=40", seed=seed) for seed in (0, 1)]
+    return [job(out, "minirl", "train.global_steps=24", "eval.every=0", seed=seed) for seed in (0, 1)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(tmp_path, how):
     first, second = two_long_jobs(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+    (tmp_path / "parent.py").write_text(SCRIPT)
+    process = Forked(tmp_path / "parent.py", [tmp_path])
     wait_for(lambda: steps_in(second) >= 2 or process.poll() is not None, "the second run")
     workers = workers_of(psutil.Process(process.pid))
     with pytest.raises(FolderInUse, match=rf"in use by process {process.pid} on "):
@@ -338,7 +336,7 @@ def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(
     assert len(workers) == 1
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert gone and not alive
-    assert read_run(first.path).metrics["grad_step"][-1] == 40
+    assert read_run(first.path).metrics["grad_step"][-1] == 24
     assert not second.path.exists()
     if how == signal.SIGINT:
         assert process.returncode == 130

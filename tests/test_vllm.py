@@ -98,9 +98,27 @@ def assert_equal(a: Rollout, b: Rollout) -> None:
 # ------------------------------------------------------------------------------------------------ parity, contract
 
 
+# In an order in which neighbours share their engine: see `engine`.
+
+
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["moe", "dense"])
+def test_samples_follow_the_distribution_and_differ_within_a_group():
+    model, size = lively("dense"), 2000
+    asked = prompts(1, lengths=(6, 6))
+    rollout = engine("dense").generate(asked, group_size=size, sampling=Sampling(1, 0.7), seed=0)
+    with torch.no_grad():
+        wanted = torch.softmax(model(torch.tensor(asked)).logits[0, -1] / 0.7, -1)
+    seen = torch.bincount(rollout.tokens[:, -1], minlength=len(wanted)) / size
+    # Total variation of 2,000 draws over 18 tokens: about sqrt(18 / 2000) / 2.5 = 0.04. Greedy, or T = 1, is far off.
+    assert (seen - wanted).abs().sum() / 2 < 0.08
+    cooler = torch.softmax(wanted.log() * 0.7, -1)
+    assert (seen - cooler).abs().sum() / 2 > 0.08
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["dense", "moe"])
 def test_the_fp32_engine_is_the_training_engine(architecture: str):
     model, subject = lively(architecture), engine(architecture)
     assert isinstance(subject, RolloutEngine)
@@ -122,21 +140,6 @@ def test_the_fp32_engine_is_the_training_engine(architecture: str):
 
 @needs_vllm
 @pytest.mark.slow
-def test_samples_follow_the_distribution_and_differ_within_a_group():
-    model, size = lively("dense"), 2000
-    asked = prompts(1, lengths=(6, 6))
-    rollout = engine("dense").generate(asked, group_size=size, sampling=Sampling(1, 0.7), seed=0)
-    with torch.no_grad():
-        wanted = torch.softmax(model(torch.tensor(asked)).logits[0, -1] / 0.7, -1)
-    seen = torch.bincount(rollout.tokens[:, -1], minlength=len(wanted)) / size
-    # Total variation of 2,000 draws over 18 tokens: about sqrt(18 / 2000) / 2.5 = 0.04. Greedy, or T = 1, is far off.
-    assert (seen - wanted).abs().sum() / 2 < 0.08
-    cooler = torch.softmax(wanted.log() * 0.7, -1)
-    assert (seen - cooler).abs().sum() / 2 > 0.08
-
-
-@needs_vllm
-@pytest.mark.slow
 def test_sync_takes_weights_version_and_end_tokens_and_drops_the_prefix_cache():
     subject, new = engine(), lively("moe", seed=1)
     before = ask(subject)
@@ -153,35 +156,53 @@ def test_sync_takes_weights_version_and_end_tokens_and_drops_the_prefix_cache():
 
 @needs_vllm
 @pytest.mark.slow
-def test_routes_survive_prefix_caching_chunked_prefill_and_preemption(trusted: None, monkeypatch: pytest.MonkeyPatch):
-    # 11 blocks of 32 tokens for 24 sequences of up to 50, in steps of at most 48 tokens.
-    blocks, token_bytes = 11, 2 * 2 * 2 * 32 * 4
-    subject = engine(kv_cache_bytes=blocks * 32 * token_bytes, max_num_batched_tokens=48, max_num_seqs=24)
-    from vllm.v1.core.sched.scheduler import Scheduler
+def test_a_faulty_response_of_vllm_is_refused_or_kept_with_its_mark(monkeypatch: pytest.MonkeyPatch):
+    subject, row = engine(), 9
+    undisturbed = ask(subject)
+    generate, rpc = subject._llm.generate, subject._rpc
+    last: list[str] = []
 
-    preempted, chunks, hits = [], [], []
-    preempt, schedule = Scheduler._preempt_request, Scheduler.schedule
+    def without_logprobs(*args: Any, **kwargs: Any) -> Any:
+        outputs = generate(*args, **kwargs)
+        outputs[row // 4].outputs[row % 4].logprobs.pop()
+        return outputs
 
-    def watched(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        output = schedule(self, *args, **kwargs)
-        for request in output.scheduled_new_reqs:
-            hits.append(request.num_computed_tokens)
-            chunks.append(output.num_scheduled_tokens[request.req_id] < len(request.prompt_token_ids or []) - hits[-1])
-        return output
+    def without_routes(method: str, *args: Any) -> Any:
+        taken = rpc(method, *args)
+        last[:] = [name for name in taken if request_key(name) == (args[0][row // 4], row % 4)]
+        return {name: routes for name, routes in taken.items() if name not in last}
 
-    def noted(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
-        preempted.append(request)
-        preempt(self, request, *args, **kwargs)
+    broken = (
+        (subject._llm, "generate", without_logprobs, "logp_rollout: nan"),
+        (subject, "_rpc", without_routes, "routes: none"),
+    )
+    for owner, name, fault, message in broken:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fault)
+            with pytest.raises(EngineError, match=rf"^{message} .*row {row}\b"):
+                ask(subject)
+            patch.setattr(subject, "keep_faulty", True)
+            rollout = ask(subject)
+        assert list(rollout.faults(num_experts=8)) == [row]
+        assert_equal(rollout.without({row // 4}), undisturbed.without({row // 4}))
+    assert last
+    assert_equal(ask(subject), undisturbed)
 
-    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
-    monkeypatch.setattr(Scheduler, "schedule", watched)
-    model = lively("moe")
-    for seed in (0, 1):
-        asked = prompts(6, lengths=(28, 70), seed=seed)
-        rollout = subject.generate(asked, group_size=4, sampling=Sampling(20), seed=seed)
-        assert rollout.routes is not None
-        assert_is(model, rollout)
-    assert preempted and any(chunks) and any(hits), (len(preempted), sum(chunks), sum(hits))
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_nan_leaves_nothing_behind_in_the_kv_cache():
+    """vLLM's attention on CPUs would read it again in the requests that get the same blocks, whatever the weights."""
+    subject, model = engine(), lively("moe")
+    undisturbed = ask(subject)
+    broken = lively("moe")
+    with torch.no_grad():
+        broken.get_parameter("model.embed_tokens.weight").fill_(math.nan)
+    subject.sync(broken, version=1)
+    with pytest.raises(EngineError, match=r"logp_rollout: nan at row 0, token 0 .*32 of 32 responses"):
+        ask(subject)
+    subject.sync(model, version=2)
+    assert_equal(ask(subject), undisturbed)
 
 
 @needs_vllm
@@ -216,6 +237,39 @@ def test_what_the_engine_refuses():
         VLLMEngine(routing_families.build("qwen3_moe", hidden_size=64))
     with pytest.raises(ValueError, match=r"hidden_size: 48 .*multiple of 32"):
         VLLMEngine(routing_families.build("qwen3_moe", hidden_size=48, head_dim=32))
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_routes_survive_prefix_caching_chunked_prefill_and_preemption(trusted: None, monkeypatch: pytest.MonkeyPatch):
+    # 11 blocks of 32 tokens for 24 sequences of up to 50, in steps of at most 48 tokens.
+    blocks, token_bytes = 11, 2 * 2 * 2 * 32 * 4
+    subject = engine(kv_cache_bytes=blocks * 32 * token_bytes, max_num_batched_tokens=48, max_num_seqs=24)
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    preempted, chunks, hits = [], [], []
+    preempt, schedule = Scheduler._preempt_request, Scheduler.schedule
+
+    def watched(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        output = schedule(self, *args, **kwargs)
+        for request in output.scheduled_new_reqs:
+            hits.append(request.num_computed_tokens)
+            chunks.append(output.num_scheduled_tokens[request.req_id] < len(request.prompt_token_ids or []) - hits[-1])
+        return output
+
+    def noted(self: Scheduler, request: Any, *args: Any, **kwargs: Any) -> None:
+        preempted.append(request)
+        preempt(self, request, *args, **kwargs)
+
+    monkeypatch.setattr(Scheduler, "_preempt_request", noted)
+    monkeypatch.setattr(Scheduler, "schedule", watched)
+    model = lively("moe")
+    for seed in (0, 1):
+        asked = prompts(6, lengths=(28, 70), seed=seed)
+        rollout = subject.generate(asked, group_size=4, sampling=Sampling(20), seed=seed)
+        assert rollout.routes is not None
+        assert_is(model, rollout)
+    assert preempted and any(chunks) and any(hits), (len(preempted), sum(chunks), sum(hits))
 
 
 # ------------------------------------------------------------------------------------------------ a fresh engine's
@@ -413,57 +467,6 @@ def test_log_probabilities_that_vllm_left_out_are_nan():
     rollout = module.assemble(responses, [[1, 2]], 0, version=0, device=torch.device("cpu"))
     assert rollout.logp_rollout[0].isnan().tolist() == [False, True, True]
     assert list(rollout.faults()) == [0] and rollout.logp_rollout[1].tolist() == [-2.0, 0.0, 0.0]
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_a_faulty_response_of_vllm_is_refused_or_kept_with_its_mark(trusted: None, monkeypatch: pytest.MonkeyPatch):
-    subject, row = engine(), 9
-    undisturbed = ask(subject)
-    generate, rpc = subject._llm.generate, subject._rpc
-    last: list[str] = []
-
-    def without_logprobs(*args: Any, **kwargs: Any) -> Any:
-        outputs = generate(*args, **kwargs)
-        outputs[row // 4].outputs[row % 4].logprobs.pop()
-        return outputs
-
-    def without_routes(method: str, *args: Any) -> Any:
-        taken = rpc(method, *args)
-        last[:] = [name for name in taken if request_key(name) == (args[0][row // 4], row % 4)]
-        return {name: routes for name, routes in taken.items() if name not in last}
-
-    broken = (
-        (subject._llm, "generate", without_logprobs, "logp_rollout: nan"),
-        (subject, "_rpc", without_routes, "routes: none"),
-    )
-    for owner, name, fault, message in broken:
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, fault)
-            with pytest.raises(EngineError, match=rf"^{message} .*row {row}\b"):
-                ask(subject)
-            patch.setattr(subject, "keep_faulty", True)
-            rollout = ask(subject)
-        assert list(rollout.faults(num_experts=8)) == [row]
-        assert_equal(rollout.without({row // 4}), undisturbed.without({row // 4}))
-    assert last
-    assert_equal(ask(subject), undisturbed)
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_a_nan_leaves_nothing_behind_in_the_kv_cache(trusted: None):
-    """vLLM's attention on CPUs would read it again in the requests that get the same blocks, whatever the weights."""
-    subject, model = engine(), lively("moe")
-    undisturbed = ask(subject)
-    broken = lively("moe")
-    with torch.no_grad():
-        broken.get_parameter("model.embed_tokens.weight").fill_(math.nan)
-    subject.sync(broken, version=1)
-    with pytest.raises(EngineError, match=r"logp_rollout: nan at row 0, token 0 .*32 of 32 responses"):
-        ask(subject)
-    subject.sync(model, version=2)
-    assert_equal(ask(subject), undisturbed)
 
 
 def test_the_ids_of_vllm_requests_are_read():

@@ -44,7 +44,8 @@ class Ranks:
     and theirs. Like it, this holds the store they meet at, and ends those that are left when one is lost."""
 
     def __init__(self, kind: str, script: Path, *arguments: object) -> None:
-        self.store = dist.distributed_c10d.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store = dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+        self.store = store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         parsed = launch_command_parser().parse_args(["--config_file", str(configuration(kind)), str(script)])
         parsed = _validate_launch_command(parsed)[0]
         shared = environment() | {

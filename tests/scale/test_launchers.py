@@ -23,7 +23,7 @@ from minirl_edu.config import Config, ModelConfig, RolloutConfig, load_config
 from minirl_edu.models import load_architecture, random_model
 from minirl_edu.plots import read_records
 from scale import serve, train
-from tests.scale.launch import ROOT, TRAIN, Launched, environment, launch
+from tests.scale.launch import ROOT, TRAIN, Launched, launch
 
 RECIPES = sorted((ROOT / "scale/recipes").glob("*.yaml"))
 ACCELERATE = sorted((ROOT / "scale/accelerate").glob("*.yaml"))
@@ -252,22 +252,6 @@ DRY_RUNS = {recipe.stem: (recipe, []) for recipe in RECIPES} | {
 }
 
 
-def dry_run(recipe: Path, out: Path, settings: list[str], *, launched: bool) -> list[str]:
-    """What it prints: under `accelerate launch`, which scale/train.py starts, or in two ranks as that starts them."""
-    options = ["--dry-run", "--config", recipe.stem, "--out", str(out)]  # found by its name
-    options += [part for setting in settings for part in ("--set", setting)]
-    if launched:
-        command = [sys.executable, str(TRAIN), *options]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
-        said = done.stdout
-    else:
-        shared = load_config(recipe, settings).model.expert_parallel > 1
-        done = launch("ddp" if shared else "fsdp2", TRAIN, *options)
-        said = done.output
-    assert done.returncode == 0, said
-    return said.splitlines()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "launched"),
@@ -277,11 +261,19 @@ def dry_run(recipe: Path, out: Path, settings: list[str], *, launched: bool) -> 
         *(pytest.param(name, True, marks=pytest.mark.nightly) for name in DRY_RUNS if name != "tiny_cpu"),
     ],
 )
-def test_a_recipe_runs_in_small_on_two_processes(tmp_path, name, launched):
+def test_a_recipe_runs_in_small_on_two_processes(tmp_path, capfd, name, launched):
+    """Under `accelerate launch`, which scale/train.py starts, or in two ranks as that would start them."""
     recipe, overrides = DRY_RUNS[name]
-    out = tmp_path / "run"
-    said = dry_run(recipe, out, overrides, launched=launched)
-    config = load_config(recipe, overrides)
+    config, out = load_config(recipe, overrides), tmp_path / "run"
+    options = ["--dry-run", "--config", recipe.stem, "--out", str(out)]  # found by its name
+    options += [part for setting in overrides for part in ("--set", setting)]
+    if launched:
+        assert train.main(options) == 0
+        said = capfd.readouterr().out.splitlines()
+    else:
+        done = launch("ddp" if config.model.expert_parallel > 1 else "fsdp2", TRAIN, *options)
+        assert done.returncode == 0, done.output
+        said = done.output.splitlines()
     assert load_config(out / "config.yaml") == train.shrink(config)
     records = [record for record in read_records(out / "metrics.jsonl") if "grad_norm" in record]
     assert len(records) == 2 * config.train.mini_batches

@@ -1205,6 +1205,7 @@ class TestRealServer:
         finally:
             engine.close()
 
+    @pytest.mark.nightly  # every day servers that pretend are restarted, above
     def test_a_run_survives_a_kill_in_the_middle_of_its_second_step(self, real, tmp_path, monkeypatch):
         monkeypatch.setenv(KEY_VARIABLE, KEY)
         undisturbed = train(real, tmp_path / "undisturbed")

@@ -338,8 +338,8 @@ def test_a_cache_without_room_for_one_response_does_not_fit():
     ("recipe", "gpus"),
     [
         ("qwen3_0p6b_1gpu", 1),
-        pytest.param("qwen3_30b_a3b_8gpu", 8, marks=pytest.mark.nightly),
-        pytest.param("gpt_oss_20b", 8, marks=pytest.mark.nightly),
+        ("qwen3_30b_a3b_8gpu", 8),
+        ("gpt_oss_20b", 8),
         ("qwen3_30b_a3b_64gpu", 64),
     ],
 )

@@ -318,7 +318,7 @@ sys.exit(run_all(two_long_jobs(out), out, workers=1, command="minirl reproduce a
 
 
 def two_long_jobs(out: Path) -> list[Job]:
-    return [job(out, "minirl", "train.global_steps=24", "eval.every=0", seed=seed) for seed in (0, 1)]
+    return [job(out, "minirl", "train.global_steps=40", seed=seed) for seed in (0, 1)]
 
 
 @pytest.mark.slow
@@ -336,7 +336,7 @@ def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(
     assert len(workers) == 1
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert gone and not alive
-    assert read_run(first.path).metrics["grad_step"][-1] == 24
+    assert read_run(first.path).metrics["grad_step"][-1] == 40
     assert not second.path.exists()
     if how == signal.SIGINT:
         assert process.returncode == 130

@@ -214,7 +214,14 @@ def test_the_quickstart_shows_what_its_text_says():
     assert int(re.findall(r"flips in this response: (\d+)", text)[0]) > 0
 
 
-@pytest.fixture(params=["forked", pytest.param("started", marks=pytest.mark.nightly)])
+RUNS = [
+    *((source, "forked") for source in SOURCES[:-1]),
+    (SOURCES[-1], "started"),
+    *(pytest.param(source, "started", marks=pytest.mark.nightly) for source in SOURCES[:-1]),
+]
+
+
+@pytest.fixture
 def kernels(request, monkeypatch):
     """Kernels are forked from a process that has their libraries loaded, or started as `make notebooks` starts them."""
 
@@ -237,7 +244,9 @@ def cpu_seconds(kernels: str) -> float:
 
 
 @pytest.mark.slow
-@each
+@pytest.mark.parametrize(
+    ("source", "kernels"), RUNS, indirect=["kernels"], ids=lambda value: getattr(value, "stem", value)
+)
 def test_a_lab_runs_in_under_a_minute(source, kernels, monkeypatch):
     """In the fast setting, with its exercises solved."""
     monkeypatch.setenv("MINIRL_LABS", "fast")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minirl_edu import plots
+from tests.conftest import outside
 
 KEYS = ["reward", "entropy", "kl_rollout_old", "log_ratio_mismatch", "log_ratio_staleness", "first_order_gap"]
 KEYS += ["k3_rollout_old", "routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
@@ -234,18 +235,6 @@ DECADES = {
     "all zero": lambda: np.zeros(161),
     "never positive": lambda: -RNG.uniform(1e-6, 1.0, 161),
 }
-
-
-def outside(figure: Figure) -> list[str]:
-    """The drawn lines that have a point that isn't finite or lies outside of their axes."""
-    found = []
-    for ax in figure.axes:
-        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
-        for drawn in ax.lines:
-            x, y = np.asarray(drawn.get_xdata(), dtype=float), np.asarray(drawn.get_ydata(), dtype=float)
-            if not ((left <= x) & (x <= right) & (bottom <= y) & (y <= top)).all():
-                found.append(f"{ax.get_title(loc='left')}: {drawn.get_gid()}")
-    return found
 
 
 @pytest.mark.parametrize("shape", DECADES)

@@ -664,9 +664,9 @@ Image(to_png(figure), width=850)
 # **What to see.** Left, orange and green: the fall at which each limit is reached, if it lasts. Right: most healthy
 # runs fall faster than that for a while, because they *learn*; whether there is an alarm depends on how long they go
 # on. So a tight limit on entropy measures learning. A wide one is nearly silent in healthy runs; in the many runs of
-# `lessons/results/EARLY_WARNING.md` it came before next to no fall of the score, while the reward came before most. That
-# is why the detector warns of falls of the reward and the score alone, and names entropy and KL beside them. No alarm
-# about a sudden change sees a fault that is there from the first step.
+# `lessons/results/EARLY_WARNING.md` it came before next to no fall of the score, while the reward came before most.
+# That is why the detector warns of falls of the reward and the score alone, and names entropy and KL beside them. No
+# alarm about a sudden change sees a fault that is there from the first step.
 #
 # **Second opinion.** One run is a lead. Do the readings hold for the other seeds?
 

@@ -274,7 +274,7 @@ class CollapseDetector:
             a |= {"best": now, "at": step}
         elif now < best - limit:
             a["low"] = now
-            return f"fell from {best:.2f} (at {a['at']}) to {now:.2f}"
+            return f"fell from {best:.2f} (step {a['at']}) to {now:.2f}"
         return None
 
     def _moved(self) -> str:

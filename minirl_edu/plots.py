@@ -222,8 +222,7 @@ def _fit(*axes: Axes, values: np.ndarray, log: bool = False, bottom: float | Non
     """One scale for these panels and limits that hold all `values`, the scale first: limits depend on it.
 
     `log`: a log axis where the values span two decades or more; zeros and negative noise get a linear strip below.
-    `bottom` is the lower limit of a linear axis. The interval of two or three seeds may be many times what they span,
-    so it has no say.
+    `bottom` is the lower limit of a linear axis.
     """
     if not values.size:
         return
@@ -246,7 +245,8 @@ def _draw(ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = 
     """One metric of every method: mean over seeds and its 95 % interval as far as *all* seeds got, single seeds beyond.
 
     `smooth` draws a running mean. `faint` names a second metric to draw faintly in the same colour, smoothed alike;
-    without one, a smoothed metric's raw values are. Returns all values drawn, for `_fit`.
+    without one, a smoothed metric's raw values are. Returns, for `_fit`, all values drawn and where most of the seeds
+    are.
     """
     drawn = [np.empty(0)]
     styles = method_styles(runs)
@@ -257,9 +257,9 @@ def _draw(ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = 
         steps, table = _align([_column(run, key, smooth=smooth) for run in seeds])
         if not steps.size:
             continue
-        drawn.append(table[np.isfinite(table)])
         shared = np.isfinite(table).all(0)
         mean, half = mean_interval(table[:, shared])
+        drawn += [mean, np.quantile(table[np.isfinite(table)], [0.02, 0.98])]  # a spike of one seed is in the mean
         gap = max(1, shared.sum() // markers)
         first = order * gap // len(runs)  # the markers of different methods do not hide each other
         ax.plot(
@@ -267,11 +267,13 @@ def _draw(ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = 
             markeredgecolor="white", markeredgewidth=0.5, zorder=3, **style,
         )  # fmt: skip
         if len(table) > 1:
+            # The interval of two or three seeds may be many times what they span, so the limits do not hold it.
             ax.fill_between(steps[shared], mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
             end = steps[shared].max() if shared.any() else -math.inf
             for own in table:
                 alone = (steps >= end) & np.isfinite(own)
                 ax.plot(steps[alone], own[alone], gid=f"seed:{key}:{label}", **thin)
+                drawn.append(own[alone])
         if faint or smooth:
             steps, table = _align([_column(run, faint or key, smooth=smooth and bool(faint)) for run in seeds])
             shared = np.isfinite(table).all(0)

@@ -213,7 +213,7 @@ def test_a_healthy_run_raises_no_alarm(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_fall_is_told_once_and_early_with_its_depth(seed):
     warnings = warnings_of(curve("reward", seed=seed))
-    told = [re.fullmatch(r"gradient step (\d+): (\w+) fell from (\S+) \(at (\d+)\) to (\S+)", w) for w in warnings]
+    told = [re.fullmatch(r"gradient step (\d+): (\w+) fell from (\S+) \(step (\d+)\) to (\S+)", w) for w in warnings]
     assert sorted(t[2] for t in told if t) == ["reward", "score"] and all(told), warnings
     for t in told:
         assert t and 150 < int(t[1]) <= 200 and int(t[4]) <= 160
@@ -243,11 +243,11 @@ def test_the_first_score_counts_and_every_fall_is_told():
     def scores(*values: float) -> list[dict[str, float]]:
         return [{"grad_step": 8 * i, "score": score} for i, score in enumerate(values)]
 
-    assert warnings_of(scores(0.46, 0.12, 0.03, 0.02)) == ["gradient step 8: score fell from 0.46 (at 0) to 0.12"]
-    assert warnings_of(scores(0.2, 0.0)) == ["gradient step 8: score fell from 0.20 (at 0) to 0.00"]
+    assert warnings_of(scores(0.46, 0.12, 0.03, 0.02)) == ["gradient step 8: score fell from 0.46 (step 0) to 0.12"]
+    assert warnings_of(scores(0.2, 0.0)) == ["gradient step 8: score fell from 0.20 (step 0) to 0.00"]
     assert warnings_of(scores(0.46, 0.12, 0.62, 0.98, 0.1)) == [
-        "gradient step 8: score fell from 0.46 (at 0) to 0.12",
-        "gradient step 32: score fell from 0.98 (at 24) to 0.10",
+        "gradient step 8: score fell from 0.46 (step 0) to 0.12",
+        "gradient step 32: score fell from 0.98 (step 24) to 0.10",
     ]
     assert warnings_of(scores(0.46, 0.4, 0.9, 0.7, 0.95)) == []
 

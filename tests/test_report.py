@@ -267,7 +267,7 @@ def test_the_demos_report_tells_the_fall_and_calls_the_healthy_run_healthy(tmp_p
     healthy, fallen = re.findall(r"<p><b>(.*?)</p>", page(runs, tmp_path))[-2:]
     assert healthy.startswith("MiniRL</b> went from 0.4") and "No collapse warnings." in healthy
     assert fallen.startswith("no clipping</b> fell from 0.4") and re.search(
-        r"the first at gradient step \d+: score fell from 0.4\d \(at 0\) to 0.\d\d", fallen
+        r"the first at gradient step \d+: score fell from 0.4\d \(step 0\) to 0.\d\d", fallen
     )
 
 

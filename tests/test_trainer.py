@@ -451,7 +451,7 @@ def test_a_fall_from_the_score_before_the_first_step_is_told(tmp_path):
     run.evaluate = lambda: {"score": next(scores), "score_rollout": 0.5}
     run.train()
     assert [line["warnings"] for line in metrics(tmp_path / "run") if "warnings" in line] == [
-        ["gradient step 2: score fell from 0.90 (at 0) to 0.10"]
+        ["gradient step 2: score fell from 0.90 (step 0) to 0.10"]
     ]
     run = trainer(tmp_path / "deployed")
     scores = iter([0.9, 0.1, 0.1])

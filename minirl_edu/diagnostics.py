@@ -9,6 +9,7 @@ Results stay on the device as scalar tensors until `fetch` brings them, all at o
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,27 +179,32 @@ def fetch(metrics: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]:
 
 
 class CollapseDetector:
-    """Early warning for a training run: takes the metrics of every gradient step, returns what has just gone wrong.
+    """Watches a training run: takes the metrics of every gradient step, returns a sentence for each fall of the reward
+    or the score that has just happened.
 
-    Two moving averages of a metric are compared: a fast one, where it is now (over about `FAST` updates), and a slow
-    one, its running baseline (`SLOW` updates). The alarms, at most one for each metric:
+    Of each metric two moving averages are kept: a fast one, where it is now (over about `FAST` updates; of the score,
+    which is rare, its last value), and a slow one, its running baseline (`SLOW` updates). The warnings:
 
-        entropy          fast < `entropy_drop` × slow: a sharp fall (a slow one, normal in RL, moves both averages)
-        kl_rollout_old   fast > `kl_rise` × slow, and fast > `kl_floor` nats: engine and trainer are drifting apart
-        reward           fast < the best fast value so far − `reward_drop`
-        score            the same, of the values themselves and from the start: evaluations are rare and large
-        any of these     NaN or infinite
+        reward, score   fast < the best fast value so far − max(min(`drop`, best / 2), noise)
+        any metric      NaN or infinite
 
-    Metrics missing from an update are skipped. The defaults were chosen on the calibration runs of the reproduction,
-    for few false alarms; `lessons/results/EARLY_WARNING.md` judges them on others. A policy that learns loses entropy
-    fast, so the limit for entropy has to be a low one.
+    Noise is three standard errors of the difference of two means of `problems` rewards. A fall is told once, from where
+    and to where; a metric that has risen again by as much can fall again. The score is judged from its second value on,
+    the reward after `warmup` updates.
+
+    Entropy and KL raise no warning of their own: a policy that learns loses entropy fast, and most KLs that rise do no
+    harm. When a fall is told, they are named if they have moved: an entropy below `entropy_drop` × its baseline, a KL
+    above `kl_rise` × its own and above `kl_floor`. Metrics missing from an update are skipped.
+
+    `lessons/results/EARLY_WARNING.md` judges how early the warnings about the reward come before the score falls.
 
     Args:
-        entropy_drop: fraction of the baseline below which entropy has collapsed.
+        drop: in units of the reward, which lies in [0, 1].
+        problems: held-out problems behind each score.
+        entropy_drop: fraction of the baseline below which the entropy has dropped sharply.
         kl_rise: multiple of the baseline above which the KL has taken off.
         kl_floor: nats per token; a KL below this is harmless however fast it grows.
-        reward_drop: in units of the reward.
-        warmup: updates of a metric before it is judged.
+        warmup: updates of the reward before it is judged.
     """
 
     FAST, SLOW = 10, 50
@@ -206,58 +212,79 @@ class CollapseDetector:
     def __init__(
         self,
         *,
+        drop: float = 0.25,
+        problems: int = 256,
         entropy_drop: float = 0.4,
         kl_rise: float = 3.0,
         kl_floor: float = 1e-3,
-        reward_drop: float = 0.25,
         warmup: int = 20,
     ):
+        self.drop, self.problems, self.warmup = drop, problems, warmup
         self.entropy_drop, self.kl_rise, self.kl_floor = entropy_drop, kl_rise, kl_floor
-        self.reward_drop, self.warmup = reward_drop, warmup
-        self._averages: dict[str, dict[str, float]] = {}  # metric -> count, fast, slow, best
-        self._raised: list[str] = []
+        # metric -> count, fast, slow; of reward and score also best, at (its step) and low (since the fall, or None)
+        self._averages: dict[str, dict[str, Any]] = {}
+        self._broken: list[str] = []  # metrics of which a value was not finite
 
     def update(self, metrics: Mapping[str, float | int]) -> list[str]:
-        """Take one step's metrics, `global_step` among them; return the warnings this step raises, usually none."""
-        warnings = []
+        """Take one step's metrics, `grad_step` among them; return the warnings this step raises, usually none."""
+        warnings, step = [], metrics.get("grad_step", "?")
         for name in ("entropy", "kl_rollout_old", "reward", "score"):
-            if name in metrics and (reason := self._reason(name, metrics[name])) and name not in self._raised:
-                self._raised.append(name)
-                warnings.append(f"step {metrics.get('global_step', '?')}: {name} {reason}")
+            if name not in metrics:
+                continue
+            if not math.isfinite(value := metrics[name]):
+                if name not in self._broken:
+                    self._broken.append(name)
+                    warnings.append(f"gradient step {step}: {name} is {value}")
+                continue
+            self._average(name, value)
+            if name in ("reward", "score") and (fall := self._fall(name, step)):
+                warnings.append(f"gradient step {step}: {name} {fall}{self._moved()}")
         return warnings
 
     def state_dict(self) -> dict:
         """What a resumed run needs, in JSON types (floats survive JSON exactly). The limits are not part of it."""
-        return {"averages": {name: dict(a) for name, a in self._averages.items()}, "raised": list(self._raised)}
+        return {"averages": {name: dict(a) for name, a in self._averages.items()}, "broken": list(self._broken)}
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on exactly where the detector that gave `state` stood."""
         self._averages = {name: dict(a) for name, a in state["averages"].items()}
-        self._raised = list(state["raised"])
+        self._broken = list(state["broken"])
 
-    def _reason(self, name: str, value: float) -> str | None:
-        if not math.isfinite(value):
-            return f"is {value}"
-        window, warmup = (1, 0) if name == "score" else (self.FAST, self.warmup)
-        a = self._averages.setdefault(name, {"count": 0, "fast": 0.0, "slow": 0.0, "best": value})
+    def _average(self, name: str, value: float) -> None:
+        a = self._averages.setdefault(name, {"count": 0, "fast": 0.0, "slow": 0.0})
         a["count"] += 1
         # A plain mean until the window is full, exponential from there: one odd first value must not set the baseline.
-        a["fast"] += (value - a["fast"]) / min(a["count"], window)
+        a["fast"] += (value - a["fast"]) / min(a["count"], 1 if name == "score" else self.FAST)
         a["slow"] += (value - a["slow"]) / min(a["count"], self.SLOW)
-        if a["count"] <= warmup:
-            a["best"] = a["fast"]
+
+    def _fall(self, name: str, step: float | int | str) -> str | None:
+        a = self._averages[name]
+        now = a["fast"]
+        if a["count"] <= (1 if name == "score" else max(1, self.warmup)):
+            a |= {"best": now, "at": step, "low": None}
             return None
-        a["best"] = max(a["best"], a["fast"])
-        fast, slow, best = a["fast"], a["slow"], a["best"]
-        if name == "entropy":
-            if fast < self.entropy_drop * slow:
-                return f"{fast:.3g} nats is below {self.entropy_drop:g} × its running baseline, {slow:.3g}"
-        elif name == "kl_rollout_old":
-            if fast > max(self.kl_rise * slow, self.kl_floor):
-                return f"{fast:.3g} nats is above {self.kl_rise:g} × its running baseline, {slow:.3g}"
-        elif fast < best - self.reward_drop:
-            return f"{fast:.3g} is more than {self.reward_drop:g} below its best, {best:.3g}"
+        best = a["best"]
+        variance = sum(p * (1 - p) for p in (min(1.0, max(0.0, value)) for value in (now, best)))
+        limit = max(min(self.drop, best / 2), 3 * math.sqrt(variance / self.problems))
+        if a["low"] is not None:
+            a["low"] = min(a["low"], now)
+            if now > a["low"] + limit:
+                a |= {"best": now, "at": step, "low": None}
+        elif now > best:
+            a |= {"best": now, "at": step}
+        elif now < best - limit:
+            a["low"] = now
+            return f"fell from {best:.2f} (step {a['at']}) to {now:.2f}"
         return None
+
+    def _moved(self) -> str:
+        """Which of entropy and KL are far from their baselines, in words."""
+        words = ""
+        if (a := self._averages.get("entropy")) and a["fast"] < self.entropy_drop * a["slow"]:
+            words += f"; entropy is down from {a['slow']:.3g} to {a['fast']:.3g} nats"
+        if (a := self._averages.get("kl_rollout_old")) and a["fast"] > max(self.kl_rise * a["slow"], self.kl_floor):
+            words += f"; the training–inference KL is up from {a['slow']:.3g} to {a['fast']:.3g} nats per token"
+        return words
 
 
 def _working(values: Tensor) -> Tensor:

@@ -220,29 +220,37 @@ def _legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
         text.set_parse_math(False)  # a label is text: "$5" is no formula
 
 
-def _set_scale(ax: Axes, values: np.ndarray) -> None:
-    """A log axis where the values span two decades or more; zeros and negative noise get a linear strip below."""
-    positive = values[values > 1e-5 * values.max()]  # far below everything else is the noise of a zero
-    if not positive.size or values.max() <= 0:
+def _fit(*axes: Axes, values: np.ndarray, log: bool = False, bottom: float | None = None) -> None:
+    """One scale for these panels and limits that hold all `values`, the scale first: limits depend on it.
+
+    `log`: a log axis where the values span two decades or more; zeros and negative noise get a linear strip below.
+    `bottom` is the lower limit of a linear axis.
+    """
+    if not values.size:
         return
-    low, high = np.quantile(positive, [0.02, 0.98])
-    floor = max(low, -values.min())
-    if high >= 100 * floor:
-        if values.min() > 0:
+    low, high = float(values.min()), float(values.max())
+    positive = values[values > 1e-5 * high]  # far below everything else is the noise of a zero
+    floor = max(float(np.quantile(positive, 0.02)), -low) if high > 0 else math.inf
+    for ax in axes:
+        if not (log and high > 0 and np.quantile(positive, 0.98) >= 100 * floor):
+            room = 0.05 * (high - low) or 0.05 * abs(low) or 0.05
+            ax.set_ylim(low - room if bottom is None else min(bottom, low), high + room)
+        elif low > 0:
             ax.set_yscale("log")
+            ax.set_ylim(low / 1.3, high * 1.3)
         else:
             ax.set_yscale("symlog", linthresh=10.0 ** math.ceil(math.log10(floor)))
+            ax.set_ylim(1.3 * low - 0.1 * floor, high * 1.3)
 
 
-def _draw(
-    ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = "", log: bool = False, markers: int = 8
-) -> np.ndarray:
+def _draw(ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = "", markers: int = 8) -> np.ndarray:
     """One metric of every method: mean over seeds and its 95 % interval as far as *all* seeds got, single seeds beyond.
 
-    `smooth` draws a running mean and the raw values faintly; `faint` names a second metric to draw faintly in the same
-    colour. Returns all values of the thick lines.
+    `smooth` draws a running mean. `faint` names a second metric to draw faintly in the same colour, smoothed alike;
+    without one, a smoothed metric's raw values are. Returns, for `_fit`, all values drawn and where most of the seeds
+    are.
     """
-    drawn, faintly = [np.empty(0)], [np.empty(0)]
+    drawn = [np.empty(0)]
     styles = method_styles(runs)
     for order, (label, seeds) in enumerate(runs.items()):
         seeds = _seeds(seeds)
@@ -251,9 +259,9 @@ def _draw(
         steps, table = _align([_column(run, key, smooth=smooth) for run in seeds])
         if not steps.size:
             continue
-        drawn.append(table[np.isfinite(table)])
         shared = np.isfinite(table).all(0)
         mean, half = mean_interval(table[:, shared])
+        drawn += [mean, np.quantile(table[np.isfinite(table)], [0.02, 0.98])]  # a spike of one seed is in the mean
         gap = max(1, shared.sum() // markers)
         first = order * gap // len(runs)  # the markers of different methods do not hide each other
         ax.plot(
@@ -261,28 +269,24 @@ def _draw(
             markeredgecolor="white", markeredgewidth=0.5, zorder=3, **style,
         )  # fmt: skip
         if len(table) > 1:
+            # The interval of two or three seeds may be many times what they span, so the limits do not hold it.
             ax.fill_between(steps[shared], mean - half, mean + half, color=style["color"], alpha=0.15, linewidth=0)
             end = steps[shared].max() if shared.any() else -math.inf
             for own in table:
-                ax.plot(steps[steps >= end], own[steps >= end], gid=f"seed:{key}:{label}", **thin)
-        for other in [key] * smooth + [faint] * bool(faint):
-            steps, table = _align([_column(run, other) for run in seeds])
+                alone = (steps >= end) & np.isfinite(own)
+                ax.plot(steps[alone], own[alone], gid=f"seed:{key}:{label}", **thin)
+                drawn.append(own[alone])
+        if faint or smooth:
+            steps, table = _align([_column(run, faint or key, smooth=smooth and bool(faint)) for run in seeds])
             shared = np.isfinite(table).all(0)
             if steps.size:
-                thin |= {"alpha": 0.5, "linewidth": 1.1} if other == faint else {}
-                faintly.append(table[:, shared].mean(0))
-                ax.plot(steps[shared], faintly[-1], gid=f"faint:{other}:{label}", **thin)
+                thin |= {"alpha": 0.5, "linewidth": 1.1} if faint else {}
+                drawn.append(table[:, shared].mean(0))
+                ax.plot(steps[shared], drawn[-1], gid=f"faint:{faint or key}:{label}", **thin)
     values = np.concatenate(drawn)
     if not values.size:
         ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", va="center", color=_SOFT, fontsize=12)
         ax.set(xticks=[], yticks=[])
-    elif log:
-        _set_scale(ax, values)
-    if ax.get_yscale() == "linear" and values.size:
-        # The interval of two or three seeds may be many times what they span: the axis shows the values.
-        everything = np.concatenate([values, *faintly])
-        room = 0.05 * float(np.ptp(everything)) or 0.05 * abs(float(everything[0])) or 0.05
-        ax.set_ylim(everything.min() - room, everything.max() + room)
     return values
 
 
@@ -292,20 +296,20 @@ def _draw(
 def four_curves(runs: Runs, *, columns: int = 2) -> Figure:
     """The paper's four panels: held-out score, training reward, token entropy, training–inference KL.
 
-    With several seeds per method: mean and 95 % t-interval. The faint score is the rollout engine's. Entropy and KL
-    (nats per token) are on a log axis where they span decades. `columns=1` stacks the panels for a narrow page.
-    Source: figures 1 to 4 of the paper.
+    With several seeds per method: mean and 95 % t-interval. The faint score is the rollout engine's. The KL is drawn
+    as `k3`, which has less noise, and faintly as `k1`, the paper's. Entropy and KL (nats per token) are on a log axis
+    where they span decades. `columns=1` stacks the panels for a narrow page. Source: figures 1 to 4 of the paper.
     """
     figure, axes = _panels(4, columns)
-    _draw(axes[0], runs, "score", faint="score_rollout", markers=12)
-    _draw(axes[1], runs, "reward", smooth=True)
-    _draw(axes[2], runs, "entropy", log=True)
-    _draw(axes[3], runs, "kl_rollout_old", smooth=True, log=True)
+    _fit(axes[0], values=_draw(axes[0], runs, "score", faint="score_rollout", markers=12))
+    _fit(axes[1], values=_draw(axes[1], runs, "reward", smooth=True))
+    _fit(axes[2], values=_draw(axes[2], runs, "entropy"), log=True)
+    _fit(axes[3], values=_draw(axes[3], runs, "k3_rollout_old", smooth=True, faint="kl_rollout_old"), log=True)
     two = any(_column(run, "score_rollout")[0].size for seeds in runs.values() for run in _seeds(seeds))
     _name(axes[0], "Held-out score", "score, 0 to 1", note="faint: through the rollout engine" if two else "")
     _name(axes[1], "Training reward", "mean reward", note="faint: each step")
     _name(axes[2], "Token entropy", "nats per token")
-    _name(axes[3], "Training–inference KL", "nats per token")
+    _name(axes[3], "Training–inference KL", "nats per token", note="bold: k3, faint: k1")
     _legend(figure, method_styles(runs))
     return figure
 
@@ -317,12 +321,10 @@ def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
     its mean absolute value in nats per token; then the mean of `|Π_t r_t − 1 − Σ_t (r_t − 1)|`, `r_t = π_θ/μ_old`.
     """
     figure, axes = _panels(3, columns, panel=(3.6, 3.1))
-    left = _draw(axes[0], runs, "log_ratio_mismatch", smooth=True)
-    right = _draw(axes[1], runs, "log_ratio_staleness", smooth=True)
-    if left.size and right.size:
-        axes[1].sharey(axes[0])
-        _set_scale(axes[0], np.concatenate([left, right]))
-    _draw(axes[2], runs, "first_order_gap", smooth=True, log=True)
+    factors = ("log_ratio_mismatch", "log_ratio_staleness")
+    values = [_draw(ax, runs, key, smooth=True) for ax, key in zip(axes, factors, strict=False)]
+    _fit(*axes[:2], values=np.concatenate(values), log=True)
+    _fit(axes[2], values=_draw(axes[2], runs, "first_order_gap", smooth=True), log=True)
     _name(axes[0], "Training–inference discrepancy", r"mean $|\log\,\pi_{old}/\mu_{old}|$, nats")
     _name(axes[1], "Policy staleness", r"mean $|\log\,\pi_\theta/\pi_{old}|$, nats")
     _name(axes[2], "First-order gap", r"mean $|\Pi r - 1 - \Sigma(r - 1)|$")
@@ -333,19 +335,20 @@ def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
 def routing_flips(runs: Runs) -> Figure:
     """Fraction of tokens whose set of experts differs between the two engines, per MoE layer."""
     figure, (ax,) = _panels(1, 1)
-    _draw(ax, runs, "routing_flip_rate", smooth=True)
-    ax.set_ylim(bottom=0)
+    _fit(ax, values=_draw(ax, runs, "routing_flip_rate", smooth=True), bottom=0)
     _name(ax, "Routing flips", "fraction of tokens, per layer")
     _legend(figure, method_styles(runs))
     return figure
 
 
 def clipping(runs: Runs, *, columns: int = 2) -> Figure:
-    """Fraction of tokens that the clip mask `M_t` of equation (7) drops, by the sign of the advantage."""
-    figure, axes = _panels(2, columns, sharey=True)
-    _draw(axes[0], runs, "clip_frac_pos", smooth=True)
-    _draw(axes[1], runs, "clip_frac_neg", smooth=True)
-    axes[0].set_ylim(bottom=0)
+    """Fraction of tokens that the clip mask `M_t` of equation (7) drops, by the sign of the advantage.
+
+    Of a run without clipping: the fraction that it would drop.
+    """
+    figure, axes = _panels(2, columns)
+    values = [_draw(ax, runs, f"clip_frac_{sign}", smooth=True) for ax, sign in zip(axes, ("pos", "neg"), strict=True)]
+    _fit(*axes, values=np.concatenate(values), bottom=0)
     _name(axes[0], "Clipped, advantage above 0", "fraction of tokens")
     _name(axes[1], "Clipped, advantage below 0", "fraction of tokens")
     _legend(figure, method_styles(runs))
@@ -669,9 +672,9 @@ def phase_diagrams(
 
 
 def early_warning(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], verdicts: Sequence[Any]) -> Figure:
-    """How well metrics foretell a fall of the score: ROC curves, and how early each predictor's alarms came.
+    """How well metrics warn before the score falls: ROC curves, and how early each predictor's alarms came.
 
-    `curves[name]` is false-alarm rates and shares of falls foretold over all thresholds; each of `verdicts` has a
+    `curves[name]` is false-alarm rates and shares of falls warned of over all thresholds; each of `verdicts` has a
     `predictor`, `foretold`, `falls`, `false_alarms`, `healthy` and `leads`, the gradient steps from alarm to fall (see
     `minirl_edu.experiments.early_warning`). A large mark on a curve is its predictor at its own threshold.
     """
@@ -698,7 +701,7 @@ def early_warning(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], verdicts:
     right.set_ylim(len(names) - 0.5, -0.5)
     right.set_xscale("log")
     right.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    _name(left, "Falls of the score foretold", "share of the falls", "false alarms: share of the healthy runs")
+    _name(left, "Falls of the score warned of", "share of the falls", "false alarms: share of the healthy runs")
     _name(right, "How early", "", "gradient steps from the alarm to the fall (large: median)")
     _legend(figure, styles)
     return figure

@@ -32,6 +32,7 @@ class _Run:
     config: dict[str, Any]  # dotted name -> value; empty where the run has no config.yaml
     environment: dict[str, Any]
     memory: dict[str, float]  # bytes per token of each part of the last rollout
+    samples: list[dict[str, Any]]  # lines of samples.jsonl, one an evaluation
 
     @property
     def problems(self) -> int:
@@ -68,6 +69,7 @@ def _read(folder: Path) -> _Run:
         config=_flatten(yaml.safe_load(config.read_text(encoding="utf-8"))) if config.is_file() else {},
         environment=json.loads(environment.read_text(encoding="utf-8")) if environment.is_file() else {},
         memory=next((record["bytes_per_token"] for record in reversed(records) if "bytes_per_token" in record), {}),
+        samples=plots.read_records(folder / "samples.jsonl") if (folder / "samples.jsonl").is_file() else [],
     )
 
 
@@ -156,7 +158,7 @@ def _end(run: _Run) -> str:
 
 def _story(label: str, run: _Run) -> str:
     """What happened to one run, as HTML."""
-    entropy, kl = run.ends("entropy"), run.ends("kl_rollout_old")
+    entropy, kl = run.ends("entropy"), run.ends("k3_rollout_old")
     sentences = [f"<b>{escape(label)}</b> {escape(_trend(run))}.", _end(run)]
     if not math.isnan(entropy[1] + kl[1]):
         sentences.append(
@@ -203,6 +205,41 @@ def _comparison(runs: Mapping[str, _Run]) -> str:
     )
 
 
+# ----------------------------------------------------------------------------------------------------------- samples
+
+
+def _shortened(text: str, room: int = 400) -> str:
+    """The text as HTML, without its middle where it is long."""
+    if len(text) > room:
+        cut = len(text) - room
+        text = f"{text[: room // 2]} … [{cut:,} characters left out] … {text[-room // 2 :]}"
+    return escape(text) or "<span class=soft>(nothing)</span>"
+
+
+def _samples(runs: Mapping[str, _Run]) -> str:
+    """The first held-out problems with the answers before training and at the end of each run, as an HTML table."""
+    runs = {label: run for label, run in runs.items() if run.samples}
+    answers: dict[str, dict[tuple[Any, ...], list[str]]] = {}  # problem -> step, response, reward -> whose they are
+    for lines in ([run.samples[:1] for run in runs.values()], [run.samples[1:][-1:] for run in runs.values()]):
+        for label, line in ((label, line) for label, own in zip(runs, lines, strict=True) for line in own):
+            for said in line["samples"]:
+                problem = _shortened(said["prompt"])
+                problem += f"<span class=soft> · right: {_shortened(said['answer'])}</span>" if said["answer"] else ""
+                step = line["grad_step"]
+                key = (step, said["response"], said["reward"], label if step else "")  # all start from one model
+                answers.setdefault(problem, {}).setdefault(key, []).append(label)
+    body = ""
+    for problem, given in answers.items():
+        body += f"<tbody><tr><th scope=rowgroup colspan=3>{problem}</th></tr>\n"
+        for (step, response, reward, label), labels in given.items():
+            start = "before training" if len(labels) == len(runs) else f"{', '.join(labels)}, before training"
+            who = escape(f"{label}, step {step}" if step else start)
+            body += f"<tr><td>{who}</td><td>{_shortened(response)}</td><td>{reward:.3g}</td></tr>\n"
+        body += "</tbody>"
+    head = "<tr><th scope=col>problem, and who answers</th><th scope=col>answer</th><th scope=col>reward</th></tr>"
+    return f"<table class=samples><thead>{head}</thead>{body}</table>" if body else ""
+
+
 # ------------------------------------------------------------------------------------------------------------- table
 
 
@@ -234,7 +271,7 @@ def _summary(runs: Mapping[str, _Run]) -> list[tuple[str, list[str]]]:
     for key, name in (
         ("reward", "Training reward, last"),
         ("entropy", "Token entropy, last (nats)"),
-        ("kl_rollout_old", "Training–inference KL, last (nats per token)"),
+        ("k3_rollout_old", "Training–inference KL, last (nats per token)"),
         ("routing_flip_rate", "Routing flips, last (fraction of tokens per layer)"),
         ("response_length", "Response length, last (tokens)"),
     ):
@@ -317,6 +354,10 @@ def _inline(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
+SAMPLES = """<p>The first held-out problems, with one answer each, drawn as in training. The verifier rewards a right
+answer with 1.</p>"""
+WARNINGS = """<p>A warning says when the reward (a mean over ten gradient steps) or the held-out score had fallen by a
+quarter of the scale, or to half of its best.</p>"""
 FOUR_CURVES = """<dl>
 <dt>Held-out score</dt><dd>Share of the problems never trained on that are solved, sampled by the training engine in
 full precision; faint, the same problems through the low-precision rollout engine, as a user of the deployed model
@@ -326,8 +367,9 @@ lines part.</dd>
 <i>Ill:</i> falls, or rises while the score does not.</dd>
 <dt>Token entropy</dt><dd>How undecided the policy is about the next token. <i>Healthy:</i> declines slowly.
 <i>Ill:</i> drops sharply (the policy has stopped exploring, often just before a collapse) or grows without end.</dd>
-<dt>Training–inference KL</dt><dd>How far the engine that samples is from the engine that trains, at the same weights.
-Estimated from samples, so it may dip below 0. <i>Healthy:</i> small and flat. <i>Ill:</i> keeps growing.</dd>
+<dt>Training–inference KL</dt><dd>How far the engine that samples is from the engine that trains, at the same weights,
+estimated from samples. Bold, k3, which is never below 0; faint, k1, the paper’s, which may dip below 0.
+<i>Healthy:</i> small and flat. <i>Ill:</i> keeps growing.</dd>
 </dl>"""
 RATIOS = """<p>A response is sampled by one engine (policy μ_old) and trained in another (policy π_θ). For each token,
 the ratio of the two probabilities is a product of two factors, equation (5) of the paper: <b>π_θ/μ_old = π_old/μ_old
@@ -339,7 +381,8 @@ whole responses. It holds while both factors stay near 1, so while these logarit
 <dl>
 <dt>Discrepancy and staleness</dt><dd>Mean size of either factor’s logarithm, on one scale: the larger is the one to
 work on. <i>Healthy:</i> small and flat. <i>Ill:</i> growing. A finer number format or routing replay lowers the
-first; fewer mini-batches per rollout, clipping or a smaller learning rate lowers the second.</dd>
+first; fewer mini-batches per rollout, clipping or a smaller learning rate lowers the second. Bold, a running mean;
+faint, each step.</dd>
 <dt>First-order gap</dt><dd>What the approximation drops: the weight Π r of a whole response, r = π_θ/μ_old, minus its
 first-order expansion 1 + Σ(r − 1), as a mean absolute value. <i>Healthy:</i> far below 1. <i>Ill:</i> near 1 or
 above.</dd>
@@ -348,9 +391,9 @@ FLIPS = """<dl><dt>Routing flips</dt><dd>In a Mixture of Experts, the share of t
 different experts at the same weights, per layer. Under R3 the training engine takes over the rollout’s experts, so it
 is 0. <i>Healthy:</i> flat. <i>Ill:</i> growing together with the KL.</dd></dl>"""
 CLIPPING = """<dl><dt>Clipped tokens</dt><dd>Share of the tokens left out of the gradient because π_θ/π_old has
-already moved far in the direction that the advantage asks for; without clipping, of those that it would leave out.
-Always 0 when each batch serves a single gradient step. <i>Healthy:</i> a few per cent at most. <i>Ill:</i> growing: the
-updates are too large for the number of mini-batches.</dd></dl>"""
+already moved far in the direction that the advantage asks for; of a run without clipping, the share that clipping would
+leave out. Always 0 when each batch serves a single gradient step. <i>Healthy:</i> a few per cent at most.
+<i>Ill:</i> growing: the updates are too large for the number of mini-batches.</dd></dl>"""
 
 STYLE = """
 :root { color-scheme: light dark;
@@ -372,6 +415,11 @@ th, td { padding: .32rem 0 .32rem 1.4rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; font-weight: 400; white-space: normal; min-width: 10rem;
   padding-left: 0; position: sticky; left: 0; background: var(--page); }
+.samples { width: 100%; max-width: 46rem; }
+.samples th, .samples td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
+.samples td:first-child { padding-left: 0; width: 34%; color: var(--soft); }
+.samples tbody th { font-weight: 600; padding-top: .9rem; border-bottom: 0; }
+.samples :is(th, td):last-child:not(:first-child) { text-align: right; width: 4rem; }
 picture { display: block; background: #fff; border: 1px solid var(--line); border-radius: 6px;
   padding: .6rem; margin: .8rem 0; }
 img { display: block; max-width: 100%; height: auto; }
@@ -386,10 +434,13 @@ summary { cursor: pointer; color: var(--link); }
 """
 
 
-def write_report(run_dirs: Mapping[str, Path] | Path, out: Path, *, title: str = "What happened in training") -> Path:
+def write_report(
+    run_dirs: Mapping[str, Path] | Path, out: Path, *, title: str = "What happened in training", about: str = ""
+) -> Path:
     """Write one self-contained HTML page to `out` and its figures as PNG to `figures/` beside it; return `out`.
 
     `run_dirs` is one run's folder, or a label per folder to compare runs; runs are compared at equal gradient steps.
+    `about` is a paragraph to begin with.
     Raises FileNotFoundError or ValueError with the path where a metrics.jsonl is missing, empty or broken.
     """
     if isinstance(run_dirs, Mapping):
@@ -406,14 +457,16 @@ def write_report(run_dirs: Mapping[str, Path] | Path, out: Path, *, title: str =
     warnings = [f"<b>{escape(label)}</b>, {escape(text)}" for label, run in runs.items() for text in run.warnings]
     sections = [
         f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(about)}</p>" if about else "",
         "<div class=headline>" + "".join(f"<p>{story}</p>\n" for story in stories if story) + "</div>",
+        *(["<h2>What the model says</h2>", SAMPLES, samples] if (samples := _samples(runs)) else []),
         "<h2>In numbers</h2>",
         _table(["", *runs], _summary(runs)),
         f"""<p class=soft>“Last” is the mean over the last {WINDOW} gradient steps. Start, best and final are over a
 run’s own length; the best of many noisy evaluations flatters a little. Differences of scores below two standard errors
 are called noise.</p>""",
         "<h2>Collapse warnings</h2>" if warnings else "",
-        "<ul>" + "".join(f"<li>{text}</li>" for text in warnings) + "</ul>" if warnings else "",
+        f"{WARNINGS}<ul>" + "".join(f"<li>{text}</li>" for text in warnings) + "</ul>" if warnings else "",
         "<h2>The four curves to watch</h2>",
         _picture(
             figures / "four_curves.png",

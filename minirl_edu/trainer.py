@@ -63,6 +63,9 @@ from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, take_part, untied_state
 from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
 
+SAMPLES = 3
+"""Held-out problems whose responses are kept at each evaluation."""
+
 
 class TrainingDiverged(RuntimeError):
     """A number that is not finite in a gradient step; the message names the step, the cause and the last checkpoint."""
@@ -71,7 +74,8 @@ class TrainingDiverged(RuntimeError):
 class MiniRLTrainer:
     """Trains `model` on `task` as `config` says, into the folder `out`.
 
-    The folder receives config.yaml, metrics.jsonl (one line per gradient step), environment.json and checkpoints/.
+    The folder receives config.yaml, metrics.jsonl (one line per gradient step), samples.jsonl (one line per evaluation:
+    the first problems, what the model answered and its reward), environment.json and checkpoints/.
     `model`, `task` and `engine` are built from the config unless given. `resume=True` goes on from the newest intact
     checkpoint, to the same metrics and weights, bit for bit, as an undisturbed run.
 
@@ -142,10 +146,11 @@ class MiniRLTrainer:
         if self.ranks.first and engine is None:  # from the model while it is whole
             self.engine = make_engine(model, config.rollout, seed=config.seed, routes=self.replay is not None)
         self._prepare(model)
-        self.detector = CollapseDetector()
+        self.detector = CollapseDetector(problems=config.eval.problems)
         self.step = 0  # global steps done
         self.grad_step = 0
         self._score: float | None = None  # the latest, for the progress bar
+        self._samples: list[dict[str, Any]] = []  # of the latest evaluation, for samples.jsonl
         self._failures = self._verifier_failures()
         if resume:
             self._restore()
@@ -219,9 +224,10 @@ class MiniRLTrainer:
 
     def _train(self) -> None:
         total = self.config.train.global_steps
-        untouched = self.ranks.any(self.ranks.first and not self._metrics_path.exists())
-        if self.step == 0 and self.config.eval.every and untouched:
-            self._write([{"global_step": 0, "grad_step": 0, **self.evaluate()}])
+        if self.step == 0 and self.config.eval.every:
+            start = {"global_step": 0, "grad_step": 0, **self.evaluate()}
+            self._watch([start])
+            self._write([start])
         with (
             _stop_request(self.ranks.first) as stop,
             tqdm(total=total, initial=self.step, unit="step", disable=not self.progress) as bar,
@@ -286,10 +292,17 @@ class MiniRLTrainer:
             "verifier_failures": self._new_verifier_failures(),
             "bytes_per_token": sampled.rollout.bytes_per_token(),
         }
-        for line in lines:
-            if warnings := self.detector.update({k: v for k, v in line.items() if isinstance(v, int | float)}):
-                line["warnings"] = warnings
+        self._watch(lines)
         return lines
+
+    def _watch(self, lines: list[dict[str, Any]]) -> None:
+        """Add the detector's warnings to the lines. Where the training engine is not scored, the rollout engine is."""
+        for line in lines:
+            numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
+            if "score_rollout" in numbers:
+                numbers.setdefault("score", numbers["score_rollout"])
+            if warnings := self.detector.update(numbers):
+                line["warnings"] = warnings
 
     def _sync(self) -> None:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
@@ -357,11 +370,22 @@ class MiniRLTrainer:
         scores: dict[str, float | None] = {"score": None, "score_rollout": None}
         if settings.through_trainer:
             exact = sample(model, prompts, group_size=1, sampling=self.sampling, seed=seed)
-            scores["score"] = self.rewards(problems, exact).mean().item()
+            scores["score"] = self._scored(problems, exact)
         if settings.through_rollout:
             deployed = self.engine.generate(prompts, group_size=1, sampling=self.sampling, seed=seed)
-            scores["score_rollout"] = self.rewards(problems, deployed).mean().item()
+            scores["score_rollout"] = self._scored(problems, deployed, keep=not settings.through_trainer)
         return scores
+
+    def _scored(self, problems: Sequence[Problem], rollout: Rollout, *, keep: bool = True) -> float:
+        """The mean reward; the first SAMPLES problems with their responses are kept for samples.jsonl."""
+        rewards = self.rewards(problems, rollout)
+        if keep:
+            texts = self.task.tokenizer.batch_decode(rollout.responses[:SAMPLES], skip_special_tokens=True)
+            self._samples = [
+                {"prompt": problem.prompt, "answer": problem.answer, "response": text, "reward": reward}
+                for problem, text, reward in zip(problems, texts, rewards.tolist(), strict=False)
+            ]
+        return rewards.mean().item()
 
     def _verifier_failures(self) -> int:
         """Answers so far, in this process, over which the task's verifier raised or ran out of time."""
@@ -546,8 +570,9 @@ class MiniRLTrainer:
             self.scheduler.load_state_dict(state["scheduler"])
             self.detector.load_state_dict(state["detector"])
             self.step, self.grad_step = state["global_step"], state["grad_step"]
-        if self.ranks.first and self._metrics_path.exists():
-            _cut_back(self._metrics_path, self.step)
+        for path in (self._metrics_path, self.out / "samples.jsonl") if self.ranks.first else ():
+            if path.exists():
+                _cut_back(path, self.step or -1)  # without a checkpoint the run begins again, with an evaluation
 
     def _open_folder(self, resume: bool) -> None:
         """Refuse a folder that holds a run, or another one than this, or that another process writes to."""
@@ -570,6 +595,10 @@ class MiniRLTrainer:
             return
         with self._metrics_path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
+        if lines and "score" in lines[-1]:
+            evaluated = {key: lines[-1][key] for key in ("global_step", "grad_step")} | {"samples": self._samples}
+            with (self.out / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(evaluated) + "\n")
         if self.config.output.trackers:
             for line in lines:
                 numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
@@ -674,7 +703,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Drop the metrics of global steps after `step`, and the last line of a killed run if it is cut short."""
+    """Drop the lines of global steps after `step`, and the last line of a killed run if it is cut short."""
     kept, lines = [], path.read_text(encoding="utf-8").splitlines(keepends=True)
     for line in lines:
         if not line.endswith("\n") or json.loads(line)["global_step"] > step:

@@ -12,8 +12,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import install_import_hook
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -43,3 +45,15 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<pad>")
+
+
+def outside(figure: Figure) -> list[str]:
+    """The drawn lines that have a point that isn't finite or lies outside of their axes."""
+    found = []
+    for ax in figure.axes:
+        (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
+        for drawn in ax.lines:
+            x, y = np.asarray(drawn.get_xdata(), dtype=float), np.asarray(drawn.get_ydata(), dtype=float)
+            if not ((left <= x) & (x <= right) & (bottom <= y) & (y <= top)).all():
+                found.append(f"{ax.get_title(loc='left')}: {drawn.get_gid()}")
+    return found

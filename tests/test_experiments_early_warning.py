@@ -39,8 +39,8 @@ def metrics(seed: int, **changes: tuple[int, float]) -> Metrics:
 
 
 def falling(seed: int) -> Watched:
-    """Entropy falls 20 steps before the score does; the gradient says nothing."""
-    return Watched(metrics(seed, entropy=(60, 0.05)), fell=80.0)
+    """Entropy and reward fall 20 steps before the score does; the gradient says nothing."""
+    return Watched(metrics(seed, entropy=(60, 0.05), reward=(60, 0.05)), fell=80.0)
 
 
 def healthy(seed: int) -> Watched:

@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from minirl_edu import plots
+from tests.conftest import outside
 
 KEYS = ["reward", "entropy", "kl_rollout_old", "log_ratio_mismatch", "log_ratio_staleness", "first_order_gap"]
-KEYS += ["routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
+KEYS += ["k3_rollout_old", "routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
 
 
 def metrics(steps: int = 20, *, mini_batches: int = 1, **columns) -> plots.Metrics:
@@ -205,12 +206,45 @@ def test_entropy_is_logarithmic_where_it_spans_decades(entropy, scale):
 
 def test_noise_around_zero_keeps_a_linear_kl_axis():
     kl = 1e-4 * np.random.default_rng(0).standard_normal(201)
-    assert plots.four_curves({"MiniRL": metrics(200, kl_rollout_old=kl)}).axes[3].get_yscale() == "linear"
+    run = metrics(200, kl_rollout_old=kl, k3_rollout_old=abs(kl))
+    assert plots.four_curves({"MiniRL": run}).axes[3].get_yscale() == "linear"
+
+
+def test_the_kl_is_k3_in_bold_and_k1_faint():
+    run = metrics(k3_rollout_old=np.full(21, 0.02), kl_rollout_old=np.full(21, 0.01))
+    figure = plots.four_curves({"MiniRL": run})
+    (bold,), (faint,) = (lines(figure, gid) for gid in ("k3_rollout_old:MiniRL", "faint:kl_rollout_old:MiniRL"))
+    assert bold.axes is faint.axes is figure.axes[3]
+    np.testing.assert_allclose(bold.get_ydata(), 0.02)
+    np.testing.assert_allclose(faint.get_ydata(), 0.01)
+    assert bold.get_linewidth() > faint.get_linewidth() and faint.get_alpha() == 0.5
 
 
 def test_the_two_factors_share_one_scale():
     figure = plots.ratio_decomposition({"R3": metrics(log_ratio_staleness=np.full(21, 3.0))})
     assert figure.axes[0].get_ylim() == figure.axes[1].get_ylim()
+
+
+RNG = np.random.default_rng(0)
+DECADES = {
+    "of one size": lambda: RNG.uniform(0.1, 0.2, 161),
+    "from large to small": lambda: np.geomspace(3.0, 1e-6, 161) * np.exp(RNG.normal(0, 1, 161)),
+    "with exact zeros": lambda: np.geomspace(3.0, 1e-6, 161) * (np.arange(161) % 8 > 0),
+    "with negative noise": lambda: np.geomspace(3.0, 1e-4, 161) + 1e-3 * RNG.standard_normal(161),
+    "with a spike": lambda: 1e-3 + 1e4 * (np.arange(161) == 80),
+    "all zero": lambda: np.zeros(161),
+    "never positive": lambda: -RNG.uniform(1e-6, 1.0, 161),
+}
+
+
+@pytest.mark.parametrize("shape", DECADES)
+def test_everything_that_is_drawn_lies_inside_its_axes(shape):
+    """In every panel, also where panels share their limits and one of them spans decades."""
+    for other in ("of one size", shape):
+        columns = {key: DECADES[shape if i % 2 else other]() for i, key in enumerate(KEYS)}
+        runs = {"MiniRL": metrics(160, mini_batches=8, **columns), "R3": [metrics(160), metrics(40, mini_batches=8)]}
+        draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.clipping)
+        assert [text for function in draw for text in outside(function(runs))] == []
 
 
 def test_a_metric_that_no_run_has_says_so():

@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from minirl_edu import plots
+from minirl_edu.cli import DEMO_VARIANTS
 from minirl_edu.config import Config
 from minirl_edu.report import PAPER, write_report
+from tests.conftest import outside
 
 EVERY = 10  # steps between evaluations
 
@@ -38,7 +40,7 @@ def run_folder(
     steps = EVERY * (len(scores or [0]) - 1) if steps is None else steps
     evaluations = {EVERY * i: score for i, score in enumerate(scores or [])}
     lines: list[dict] = [{"global_step": 0, "grad_step": 0}]
-    constants = {"reward": 0.5, "entropy": 0.25, "kl_rollout_old": 0.0125, "routing_flip_rate": None} | constants
+    constants = {"reward": 0.5, "entropy": 0.25, "k3_rollout_old": 0.0125, "routing_flip_rate": None} | constants
     lines += [
         {"global_step": step, "grad_step": step, **constants, "grad_norm": 1.0, "tokens": 300, "seconds": 0.5}
         for step in range(1, steps + 1)
@@ -194,6 +196,81 @@ def test_routing_has_a_section_only_where_experts_were_recorded(tmp_path):
     assert "<h2>Expert routing</h2>" in page(run_folder(tmp_path / "moe", [0.4, 0.5], routing_flip_rate=0.1), tmp_path)
 
 
+def speak(folder: Path, *evaluations: tuple[int, list[tuple[str, str, float]]]) -> Path:
+    """Write samples.jsonl: for each evaluation its gradient step and (problem, response, reward)."""
+    lines = [
+        {
+            "global_step": step,
+            "grad_step": step,
+            "samples": [{"prompt": p, "answer": "2", "response": r, "reward": reward} for p, r, reward in samples],
+        }
+        for step, samples in evaluations
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def spoken(html: str) -> list[list[str]]:
+    found = re.search(r"<table class=samples>(.*?)</table>", html, re.DOTALL)
+    rows = re.findall(r"<tr>(.*?)</tr>", found[1], re.DOTALL) if found else []
+    return [[text(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)] for row in rows]
+
+
+def test_the_model_speaks_before_and_after_training_in_every_run(tmp_path):
+    start = (0, [("1+1=", ",3", 0.0), ("1+2=", ",3", 1.0)])
+    middle = (10, [("1+1=", "not shown", 0.0), ("1+2=", "not shown", 0.0)])
+    runs = {
+        "MiniRL": (start, middle, (20, [("1+1=", ",2", 1.0), ("1+2=", ",3", 1.0)])),
+        "no clipping": (start, middle, (20, [("1+1=", "", 0.0), ("1+2=", ",,,<b>&", 0.0)])),
+    }
+    folders = {name: speak(run_folder(tmp_path / name, [0.4, 0.5, 0.6]), *lines) for name, lines in runs.items()}
+    assert spoken(page(folders, tmp_path))[1:] == [
+        ["1+1= · right: 2"],
+        ["before training", ",3", "0"],
+        ["MiniRL, step 20", ",2", "1"],
+        ["no clipping, step 20", "(nothing)", "0"],
+        ["1+2= · right: 2"],
+        ["before training", ",3", "1"],
+        ["MiniRL, step 20", ",3", "1"],
+        ["no clipping, step 20", ",,,<b>&", "0"],
+    ]
+
+
+def test_runs_that_start_differently_speak_for_themselves_and_long_answers_lose_their_middle(tmp_path):
+    long = "a" * 300 + "b" * 1000 + "c" * 300
+    runs = {name: run_folder(tmp_path / name, [0.4], steps=0) for name in ("a", "b")}
+    speak(runs["a"], (0, [("1+1=", long, 0.25)]))
+    speak(runs["b"], (0, [("1+1=", ",2", 1.0)]))
+    rows = spoken(page(runs, tmp_path))[2:]
+    assert [row[0] for row in rows] == ["a, before training", "b, before training"]
+    assert rows[0][1] == "a" * 200 + " … [1,200 characters left out] … " + "c" * 200 and rows[0][2] == "0.25"
+    assert "What the model says" not in page(run_folder(tmp_path / "c", [0.4, 0.5]), tmp_path)
+
+
+DEMO = Path(__file__).parent / "data" / "demo"
+
+
+def test_every_figure_of_the_demos_report_shows_all_its_data(tmp_path, monkeypatch):
+    """The metrics of a real demo (seed 0): every line lies inside its axes, in the wide and in the narrow layout."""
+    drawn = []
+    monkeypatch.setattr(plots, "to_png", lambda figure, **_: drawn.append(figure) or b"\x89PNG")
+    html = page({name: DEMO / name.replace(" ", "-") for name in DEMO_VARIANTS}, tmp_path)
+    assert len(drawn) == html.count("data:image/png") == 7  # four figures, three of them in two layouts
+    panels = [ax for figure in drawn for ax in figure.axes]
+    assert len(panels) == 2 * 4 + 2 * 3 + 1 + 2 * 2
+    assert all(len(ax.lines) >= 2 * len(DEMO_VARIANTS) for ax in panels if ax.get_title(loc="left") != "Token entropy")
+    assert [text for figure in drawn for text in outside(figure)] == []
+
+
+def test_the_demos_report_tells_the_fall_and_calls_the_healthy_run_healthy(tmp_path):
+    runs = {name: DEMO / name.replace(" ", "-") for name in DEMO_VARIANTS}
+    healthy, fallen = re.findall(r"<p><b>(.*?)</p>", page(runs, tmp_path))[-2:]
+    assert healthy.startswith("MiniRL</b> went from 0.4") and "No collapse warnings." in healthy
+    assert fallen.startswith("no clipping</b> fell from 0.4") and re.search(
+        r"the first at gradient step \d+: score fell from 0.4\d \(step 0\) to 0.\d\d", fallen
+    )
+
+
 def test_the_page_asks_for_nothing_outside_itself(tmp_path):
     html = page(run_folder(tmp_path / "a", [0.4, 0.5], routing_flip_rate=0.1), tmp_path)
     sources = re.findall(r'(?:src|srcset|data|poster|action)="([^"]*)"', html)
@@ -272,7 +349,15 @@ def test_a_long_run_with_many_methods_stays_small(tmp_path, monkeypatch):
     monkeypatch.undo()  # draw
     noise = random.Random(0)
     runs = {f"idea {i}": run_folder(tmp_path / str(i), None, steps=0) for i in range(6)}
-    keys = ["reward", "entropy", "kl_rollout_old", "log_ratio_mismatch", "log_ratio_staleness", "first_order_gap"]
+    keys = [
+        "reward",
+        "entropy",
+        "kl_rollout_old",
+        "k3_rollout_old",
+        "log_ratio_mismatch",
+        "log_ratio_staleness",
+        "first_order_gap",
+    ]
     keys += ["routing_flip_rate", "clip_frac_pos", "clip_frac_neg", "score", "score_rollout"]
     for folder in runs.values():
         lines = [{"global_step": n, "grad_step": n} | {key: noise.random() for key in keys} for n in range(300)]

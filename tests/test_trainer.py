@@ -422,22 +422,60 @@ def test_resume_from_any_checkpoint_continues_to_the_same_bits(tmp_path):
         "rollout.rounding=stochastic",
         "train.lr_schedule=linear",
     ]
-    trainer(tmp_path / "whole", *overrides).train()
-    for stop in (1, 2):
+    whole = trainer(tmp_path / "whole", *overrides)
+    whole.train()
+    for stop in (0, 1, 2):  # 0: nothing was saved yet, only the evaluation before the first step was written
         out = tmp_path / f"stopped-{stop}"
         first = trainer(out, *overrides)
-        for _ in range(stop):
-            first._write(first.global_step())
-            first.save()
+        run_step = first.global_step
+        first.global_step = lambda: run_step() if first.step < stop else signal.raise_signal(signal.SIGKILL)  # noqa: B023
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(signal, "raise_signal", sys.exit)
+            first.train()
         with (out / "metrics.jsonl").open("a") as file:
             file.write('{"global_step": 99, "grad_st')  # cut off in the middle of a write
         lines_before = (out / "metrics.jsonl").read_text()
-        resumed = trainer(out, *overrides, resume=True, model=tiny_moe(18, seed=5, eos_token_id=17, pad_token_id=16))
-        assert resumed.step == stop and lines_before.startswith((out / "metrics.jsonl").read_text())
+        seed = 5 if stop else 0  # whatever the model, the checkpoint's weights count
+        resumed = trainer(out, *overrides, resume=True, model=tiny_moe(18, seed=seed, eos_token_id=17, pad_token_id=16))
+        kept = out / "metrics.jsonl"
+        assert resumed.step == stop and lines_before.startswith(kept.read_text() if stop else "")
         resumed.train()
-        evaluated_at_zero = [line for line in metrics(tmp_path / "whole") if line["grad_step"]]
-        assert timeless(metrics(out)) == timeless(evaluated_at_zero)
+        assert timeless(metrics(out)) == timeless(metrics(tmp_path / "whole"))
+        assert (out / "samples.jsonl").read_text() == (tmp_path / "whole" / "samples.jsonl").read_text()
+        assert resumed.detector.state_dict() == whole.detector.state_dict()
         assert equal(weights(out), weights(tmp_path / "whole"))
+
+
+def test_a_fall_from_the_score_before_the_first_step_is_told(tmp_path):
+    run = trainer(tmp_path / "run")
+    scores = iter([0.9, 0.1, 0.1])
+    run.evaluate = lambda: {"score": next(scores), "score_rollout": 0.5}
+    run.train()
+    assert [line["warnings"] for line in metrics(tmp_path / "run") if "warnings" in line] == [
+        ["gradient step 2: score fell from 0.90 (step 0) to 0.10"]
+    ]
+    run = trainer(tmp_path / "deployed")
+    scores = iter([0.9, 0.1, 0.1])
+    run.evaluate = lambda: {"score": None, "score_rollout": next(scores)}
+    run.train()
+    assert sum("warnings" in line for line in metrics(tmp_path / "deployed")) == 1
+
+
+@pytest.mark.parametrize("through_trainer", [True, False])
+def test_each_evaluation_leaves_the_first_answers_with_their_rewards(tmp_path, through_trainer):
+    out = tmp_path / "run"
+    run = trainer(out, f"eval.through_trainer={through_trainer}")
+    del run.rewards  # the task's own
+    run.task.reward = lambda problem, response: len(response) / 16
+    run.train()
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [(line["global_step"], line["grad_step"]) for line in lines] == [(0, 0), (2, 2), (3, 3)]
+    problems = run.task.evaluation(16)
+    for line in lines:
+        assert [said["prompt"] for said in line["samples"]] == [problem.prompt for problem in problems[:3]]
+        assert [said["answer"] for said in line["samples"]] == [problem.answer for problem in problems[:3]]
+        for said in line["samples"]:
+            assert said["reward"] == pytest.approx(len(said["response"]) / 16)
 
 
 def start(out: Path, *arguments: str) -> Forked:

@@ -1,4 +1,4 @@
-"""Early warning: how long before a run's score falls does a metric say so, and how often does it cry wolf?
+"""Early warning: how long before a run's score falls does a metric say so, and how many healthy runs does it flag?
 
 A predictor watches one metric of a run as `CollapseDetector` does, by two moving averages of its gradient steps: a fast
 one, where the metric is now, and a slow one, its running baseline. Its *level* is how far they have parted in the
@@ -7,7 +7,7 @@ direction that means trouble, in nats:
     level_t = ± log(fast_t / slow_t)
 
 and it raises the alarm at the first gradient step whose level exceeds a threshold. The threshold is chosen on some runs
-(the largest share of falls foretold at a bounded rate of false alarms) and judged on others. A fall is foretold by an
+(the largest share of falls warned of at a bounded rate of false alarms) and judged on others. A fall is warned of by an
 alarm before it; an alarm in a run whose score never fell is a false one.
 """
 
@@ -42,7 +42,7 @@ PREDICTORS = {
 """The single metrics that are compared. Floors are in each metric's own unit (entropy and KL: nats per token)."""
 
 DETECTOR = "CollapseDetector"
-"""The predictor that is not tuned here: any alarm of the library's detector about entropy, KL or reward."""
+"""The predictor that is not tuned here: a warning of the library's detector about the reward."""
 
 
 class Watched(NamedTuple):
@@ -62,7 +62,7 @@ class Verdict(NamedTuple):
     false_alarms: int
     healthy: int
     leads: list[float]
-    """Gradient steps from the alarm to the fall, one for each fall foretold."""
+    """Gradient steps from the alarm to the fall, one for each fall warned of."""
 
 
 def averages(values: np.ndarray, window: int) -> np.ndarray:
@@ -98,10 +98,10 @@ def alarm(metrics: Metrics, level: np.ndarray, threshold: float) -> float | None
 
 
 def detector_alarm(metrics: Metrics) -> float | None:
-    """The gradient step of `CollapseDetector`'s first alarm about entropy, KL or reward, or None."""
-    detector, names = CollapseDetector(), ("entropy", "kl_rollout_old", "reward")
-    for row, step in enumerate(metrics["grad_step"]):
-        if detector.update({name: metrics[name][row] for name in names if math.isfinite(metrics[name][row])}):
+    """The gradient step of `CollapseDetector`'s first warning about the reward, or None."""
+    detector = CollapseDetector()
+    for step, reward in zip(metrics["grad_step"], metrics["reward"], strict=True):
+        if math.isfinite(reward) and detector.update({"reward": reward}):
             return float(step)
     return None
 
@@ -116,7 +116,7 @@ def peak(run: Watched, level: np.ndarray) -> float:
 def roc(
     peaks_of_falls: Sequence[float], peaks_of_healthy: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Thresholds, false-alarm rates and shares of falls foretold, from the strictest threshold to the loosest.
+    """Thresholds, false-alarm rates and shares of falls warned of, from the strictest threshold to the loosest.
 
     Thresholds stand halfway between neighbouring peaks.
     Raises ValueError without runs of both kinds.
@@ -131,7 +131,7 @@ def roc(
 
 
 def curve(runs: Sequence[Watched], predictor: Predictor) -> tuple[np.ndarray, np.ndarray]:
-    """The predictor's ROC curve on these runs: false-alarm rates and shares of falls foretold. Raises as `roc`."""
+    """The predictor's ROC curve on these runs: false-alarm rates and shares of falls warned of. Raises as `roc`."""
     peaks = [(run.fell is not None, peak(run, levels(run.metrics, predictor))) for run in runs]
     _, false_alarms, foretold = roc(*([level for fell, level in peaks if fell == kind] for kind in (True, False)))
     return false_alarms, foretold
@@ -146,7 +146,7 @@ def area(false_alarms: np.ndarray, foretold: np.ndarray) -> float:
 
 
 def choose_threshold(runs: Sequence[Watched], predictor: Predictor, *, false_alarm_rate: float) -> float:
-    """The threshold that foretells most falls of these runs with a rate of false alarms of at most `false_alarm_rate`;
+    """The threshold that warns of most falls of these runs with a rate of false alarms of at most `false_alarm_rate`;
     of several, the strictest.
 
     Raises ValueError without runs of both kinds.
@@ -185,7 +185,7 @@ def markdown(verdicts: Sequence[Verdict], areas: Mapping[str, float]) -> str:
         curve = f"{areas[verdict.predictor]:.2f}" if verdict.predictor in areas else ""
         rows.append((verdict.predictor, threshold, foretold, false_alarms, lead, curve))
     heads = (
-        "predictor", "threshold, nats", "falls foretold", "false alarms, of healthy runs",
+        "predictor", "threshold, nats", "falls warned of", "false alarms, of healthy runs",
         "gradient steps before the fall: median (quartiles)", "area under the ROC curve",
     )  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))

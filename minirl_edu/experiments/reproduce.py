@@ -3,7 +3,7 @@
 OUT/runs/<tier>/<setting>/<variant>/seed<k>.csv     every run
 OUT/figures/<figure>.png, .svg                      in the paper's layout, or as a phase diagram
 OUT/CLAIMS.md                                       every claim, those whose runs are missing as "not run"
-OUT/EARLY_WARNING.md                                after grids: which metrics foretell a fall of the score
+OUT/EARLY_WARNING.md                                after grids: which metrics warn before the score falls
 OUT/SYSTEMATIC.md                                   where the spec asks: what part of each engine's error comes back
 """
 
@@ -37,14 +37,14 @@ responses. The mean square of log μ − log π over syncs and tokens splits int
 {table}
 """
 
-EARLY_WARNING = """# Which metric foretells that the score will fall?
+EARLY_WARNING = """# Which metric warns before the score falls?
 
 {held_out} runs of the phase diagrams judge it. The thresholds were chosen on {tuning} other runs, those of the
-calibration, for the most falls foretold at a false-alarm rate of at most 5 %. A predictor compares a metric's fast and
-slow moving average; its level is the logarithm of their ratio. A fall is foretold by an alarm before the evaluation
+calibration, for the most falls warned of at a false-alarm rate of at most 5 %. A predictor compares a metric's fast and
+slow moving average; its level is the logarithm of their ratio. A fall is warned of by an alarm before the evaluation
 from which the score stayed low; an alarm in a run that never fell is a false one. No alarm is possible in the first 20
-gradient steps. `CollapseDetector` is the library's, at its defaults, which were chosen on the calibration's runs too,
-without its alarms about the score itself.
+gradient steps. `CollapseDetector` is the library's, at its defaults, which were chosen on the calibration's runs too:
+its warnings about the reward, without those about the score itself.
 
     {command}
 
@@ -180,7 +180,7 @@ def draw(spec: Spec, name: str, results: Results) -> Drawing:
 
 def draw_grid(spec: Spec, grid: Grid, results: Results) -> Drawing:
     """The grid's phase diagrams, a panel per variant: final score, share of the runs that collapsed, share in which
-    `CollapseDetector` raised an alarm about entropy, KL or reward."""
+    `CollapseDetector` warned about the reward."""
     shape = (len(grid.up[1]), len(grid.across[1]))
     panels = {}
     for variant in grid.variants:

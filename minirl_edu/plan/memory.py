@@ -155,7 +155,7 @@ def _period(model: ModelStats) -> int:
 
 def _first_layers(model: ModelStats, count: int) -> PreTrainedConfig:
     """The config of a model with the first `count` layers."""
-    fields = model.config.to_dict() | {"num_hidden_layers": count}
+    fields: dict[str, Any] = model.config.to_dict() | {"num_hidden_layers": count}
     if fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][:count]
     return type(model.config).from_dict(fields)
@@ -288,6 +288,9 @@ def trainer_memory(s: Setting) -> list[Item]:
 
 
 def pass_memory(s: Setting, batch: MicroBatch, *, train: bool) -> PassMemory:
+    """What a pass over `batch` takes in the setting's number formats. Raises ConfigError for an attention
+    implementation that the model lacks.
+    """
     settings, bf16 = s.config.model, s.mixed_precision == "bf16"
     dtype = settings.dtype
     if (train and s.sharded and bf16) or (not train and s.engine < s.loaded):

@@ -162,6 +162,7 @@ def remedies(
 
 
 def fullest(plan: Plan) -> Number:
+    """Bytes of the fullest GPU of any place."""
     return max(map(plan.peak, PLACES))
 
 

@@ -204,6 +204,7 @@ class Setting:
 
     @property
     def sharded(self) -> bool:
+        """Whether weights, gradients and Adam's state are spread over the GPUs."""
         return self.sharding == "fsdp2"
 
     @property
@@ -223,6 +224,7 @@ class Setting:
 
     @property
     def engine_place(self) -> str:
+        """Where the rollout engine is: one of `memory.PLACES`."""
         return "server" if self.placement == "separate" else "trainer"
 
 
@@ -230,6 +232,7 @@ _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def complete(config: Config, cluster: Cluster, prompt_tokens: int | None, response_tokens: Number | None) -> Setting:
+    """The arguments of `plan`, with everything that they leave open filled in. Raises ConfigError as `plan` does."""
     hardware, gpus, engine = cluster.hardware, cluster.gpus, config.rollout.engine
     on_cpu, server, options = hardware.name == "cpu", engine == "vllm_server", config.rollout.options
     ep = config.model.expert_parallel
@@ -300,6 +303,7 @@ def on_the_hub(config: Config) -> bool:
 
 
 def task_of(config: Config) -> Task:
+    """The task that the config names, with the model's tokenizer. Raises ConfigError where either is not at hand."""
     settings, model, tokenizer = config.task, config.model, None
     try:
         if settings.name in TASKS and settings.name != ChainTask.name:

@@ -107,6 +107,7 @@ def model_stats(config: PreTrainedConfig, *, trust_remote_code: bool = False) ->
 
 
 def layer_types(config: PreTrainedConfig) -> list[str]:
+    """The kind of each decoder layer, such as `full_attention`."""
     return list(getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers)
 
 
@@ -150,6 +151,7 @@ def parse_bytes(text: str) -> float:
 
 
 def size_text(size: Number) -> str:
+    """Bytes as people write them: `80 GB`, powers of ten."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
@@ -157,6 +159,7 @@ def size_text(size: Number) -> str:
 
 
 def duration_text(seconds: Number) -> str:
+    """Seconds as people write them: `6.6 min`."""
     for unit, scale in (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

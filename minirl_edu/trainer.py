@@ -61,7 +61,7 @@ from minirl_edu.routing import RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.run_folder import FolderLock, lock_folder
 from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, take_part, untied_state
-from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task
+from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task, verified_rewards
 
 SAMPLES = 3
 """Held-out problems whose responses are kept at each evaluation."""
@@ -151,7 +151,7 @@ class MiniRLTrainer:
         self.grad_step = 0
         self._score: float | None = None  # the latest, for the progress bar
         self._samples: list[dict[str, Any]] = []  # of the latest evaluation, for samples.jsonl
-        self._failures = self._verifier_failures()
+        self._verifier_counts = self._count_verifier()
         if resume:
             self._restore()
         self._sync()
@@ -289,7 +289,7 @@ class MiniRLTrainer:
         assert sampled is not None
         lines[0] |= {
             "dropped_groups": len(problems) - sum(sampled.groups),
-            "verifier_failures": self._new_verifier_failures(),
+            **self._new_verifier_counts(),
             "bytes_per_token": sampled.rollout.bytes_per_token(),
         }
         self._watch(lines)
@@ -343,9 +343,8 @@ class MiniRLTrainer:
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
         texts = self.task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
-        return torch.tensor(
-            [self.task.reward(problems[row // rollout.group_size], text) for row, text in enumerate(texts)]
-        )
+        asked = [problems[row // rollout.group_size] for row in range(len(texts))]
+        return torch.tensor(verified_rewards(self.task, asked, texts))
 
     def evaluate(self) -> dict[str, float | None]:
         """Mean reward on held-out problems: one sample each, at the training temperature, the same seed every time.
@@ -387,13 +386,14 @@ class MiniRLTrainer:
             ]
         return rewards.mean().item()
 
-    def _verifier_failures(self) -> int:
-        """Answers so far, in this process, over which the task's verifier raised or ran out of time."""
-        return getattr(getattr(self.task, "verifier", None), "failures", 0)
+    def _count_verifier(self) -> dict[str, int]:
+        """What the task's verifier could not score so far, in this process: see `VerifierPool`."""
+        verifier = getattr(self.task, "verifier", None)
+        return {f"verifier_{name}": getattr(verifier, name, 0) for name in ("failures", "restarts")}
 
-    def _new_verifier_failures(self) -> int:
-        before, self._failures = self._failures, self._verifier_failures()
-        return self._failures - before
+    def _new_verifier_counts(self) -> dict[str, int]:
+        before, self._verifier_counts = self._verifier_counts, self._count_verifier()
+        return {name: count - before[name] for name, count in self._verifier_counts.items()}
 
     # ------------------------------------------------------------------------------------------- π_old and π_θ
 

@@ -22,7 +22,7 @@ from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
 from minirl_edu.rollout import HFEngine, Rollout, Sampling
-from minirl_edu.tasks import Problem
+from minirl_edu.tasks import ChainTask, Problem
 from minirl_edu.trainer import LENGTHLESS, MiniRLTrainer, TrainingDiverged
 from tests.conftest import byte_tokenizer
 from tests.families import tiny
@@ -386,6 +386,26 @@ def test_reward_goes_up_on_something_learnable(tmp_path):
     run.train()
     rewards = [line["reward"] for line in metrics(tmp_path / "run")]
     assert sum(rewards[:3]) / 3 < 0.3 and sum(rewards[-3:]) / 3 > 0.8, rewards
+
+
+class Whole(ChainTask):
+    """Rewards with integers those responses that begin with an even token."""
+
+    def reward(self, problem: Problem, response: str) -> float:
+        return int(response[:1] in set("02468*= "))
+
+
+def test_a_task_may_reward_with_integers_and_not_with_nothing(tmp_path):
+    run = trainer(tmp_path / "run", "train.global_steps=1", task=Whole(max_operands=4, hard_operands=4))
+    del run.rewards  # the task's own
+    run.train()
+    last = metrics(tmp_path / "run")[-1]
+    assert 0 < last["reward"] < 1 and (last["verifier_failures"], last["verifier_restarts"]) == (0, 0)
+    run = trainer(tmp_path / "other", task=Whole(max_operands=4, hard_operands=4))
+    del run.rewards
+    run.task.reward = lambda problem, response: None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=r"task 'chain': the reward None of a response is no number in \[0, 1\]"):
+        run.train()
 
 
 @pytest.mark.parametrize("architecture", [tiny_moe, tiny_dense])

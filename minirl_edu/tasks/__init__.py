@@ -5,12 +5,23 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minirl_edu.tasks.base import Demonstrable, Problem, Task
+from minirl_edu.tasks.base import BatchVerified, Demonstrable, Problem, Task, verified_rewards
 from minirl_edu.tasks.chain import ChainTask
 from minirl_edu.tasks.math_jsonl import MathTask
 from minirl_edu.tasks.reasoning_gym import ReasoningGymTask
 
-__all__ = ["TASKS", "ChainTask", "Demonstrable", "MathTask", "Problem", "ReasoningGymTask", "Task", "make_task"]
+__all__ = [
+    "TASKS",
+    "BatchVerified",
+    "ChainTask",
+    "Demonstrable",
+    "MathTask",
+    "Problem",
+    "ReasoningGymTask",
+    "Task",
+    "make_task",
+    "verified_rewards",
+]
 
 TASKS: dict[str, type] = {task.name: task for task in (ChainTask, ReasoningGymTask, MathTask)}
 """Every task by name."""

@@ -1,29 +1,32 @@
 """Verifiers of untrusted answers, and the process they run in.
 
 An answer comes from a model that is rewarded for whatever the verifier accepts, so it is data: it may make a symbolic
-verifier run for ever or ask for all the memory, and it must never be executed. `VerifierProcess` therefore runs a
-verifier in a process of its own, which a watchdog inside it ends at the time limit. No signals are involved, so it
-works from any thread; nothing is forked, so it works beside CUDA; the caller's main module is not imported again, so
-scripts need no `if __name__ == "__main__"`.
+verifier run for ever or ask for all the memory, and it must never be executed. `VerifierPool` therefore runs a verifier
+in processes of its own, each with a watchdog inside it that ends it at the time limit, so that one slow answer holds up
+no other. No signals are involved, so it works from any thread; nothing is forked, so it works beside CUDA; the caller's
+main module is not imported again, so scripts need no `if __name__ == "__main__"`. (Python's own pools, and loky and
+pebble on top of them, fork or import it again, or have no time limit for each answer.)
 
-Cost: a plain Python process that imports only the verifier's library, started with the first answer and again after
-every answer that overran (about 0.4 s for math-verify, 1 s for reasoning_gym), and under 0.1 ms of exchange per answer.
+Cost: plain Python processes that import only the verifier's library, started as answers come and again after every
+answer that overran (about 0.4 s for math-verify, 1 s for reasoning_gym), and under 0.1 ms of exchange per answer.
 
-This file is also the process's program, which is why it imports nothing else of this package.
+This file is also the processes' program, which is why it imports nothing else of this package.
 """
 
 import ast
 import faulthandler
 import json
+import math
 import os
+import queue
 import runpy
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, BinaryIO
 
@@ -31,50 +34,124 @@ MEMORY_LIMIT = 4 * 2**30
 """Address space of a verifier's process in bytes, where the operating system can limit it."""
 
 
-class VerifierProcess:
-    """A verifier in a process of its own, called like the verifier itself.
+class VerifierPool:
+    """A verifier in processes of its own, which score several answers at once.
 
     `factory` names a function that makes the verifier, with the given `arguments`: one in this file, or
     `FILE.py:FUNCTION`. It runs once per process, before the clock starts, and is the place for slow imports.
-    `time_limit` is in seconds per call. `failures` counts the calls that scored 0.0 because the verifier raised,
-    overran or died; the first one warns.
+    `time_limit` is in seconds per answer, of wall-clock time. `size` is the largest number of processes, by default one
+    per CPU and at most 16; they start as answers come. What is sent to them must be plain data (`plain`).
 
-    The first call raises RuntimeError if the factory does.
+    `failures` counts the answers that scored 0.0 because the verifier raised, overran or died, and `restarts` those
+    among them that ended their process; the first failure warns.
+
+    The first answer raises RuntimeError if the factory does.
     """
 
-    def __init__(self, factory: str, *arguments: Any, time_limit: float):
+    def __init__(self, factory: str, *arguments: Any, time_limit: float, size: int | None = None):
         if not time_limit > 0:
             raise ValueError(f"time_limit={time_limit} must be a positive number of seconds")
-        self.failures = 0
-        self._setup = (factory, arguments, time_limit)
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        self.failures = self.restarts = 0
+        self._factory = factory
+        processes = [_Process(factory, arguments, time_limit) for _ in range(size or min(_cpus(), 16))]
+        self._threads = ThreadPoolExecutor(len(processes), thread_name_prefix="verifier")
+        self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()  # the last one used is the first to be used again
+        for process in processes:
+            self._idle.put(process)
+
+    def submit(self, *arguments: Any) -> "Future[Reply]":
+        """Have `arguments` scored as soon as a process is free; `collect` turns the reply into a score."""
+        return self._threads.submit(self._ask, arguments)
+
+    def collect(self, replies: "Sequence[Future[Reply]]") -> list[float]:
+        """The scores of submitted answers, in the order of `replies`, when all are there; counts the failures."""
+        scores = []
+        try:
+            for future in replies:
+                reply = future.result()
+                if "error" in reply:
+                    self.failures += 1
+                    self.restarts += bool(reply.get("ended"))
+                    if self.failures == 1:
+                        message = (
+                            f"verifier {self._factory}: {reply['error']}; scored 0, later failures are only counted"
+                        )
+                        warnings.warn(message, RuntimeWarning, stacklevel=3)
+                scores.append(float(reply.get("score", 0.0)))
+        except BaseException:
+            for future in replies:
+                future.cancel()
+            raise
+        return scores
 
     def __call__(self, *arguments: Any) -> float:
-        """The verifier's score of `arguments`; one call at a time, whatever the number of threads."""
-        with self._lock:
-            try:
-                if self._process is None:
-                    self._start()
-                reply = self._ask(arguments)
-            except BaseException:  # interrupted half-way: the next call must not read this call's score
-                self._stop()
-                raise
-            if reply is None:
-                self._stop()
-                reply = {"error": f"took longer than {self._setup[2]:g} s, or crashed"}
-        if "error" in reply:
-            self.failures += 1
-            if self.failures == 1:
-                message = f"verifier {self._setup[0]}: {reply['error']}; scored 0, later failures are only counted"
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
-            return 0.0
-        return float(reply["score"])
+        """The verifier's score of one answer."""
+        return self.collect([self.submit(*arguments)])[0]
 
     def close(self) -> None:
-        """End the process; a later call starts another."""
-        with self._lock:
-            self._stop()
+        """End the processes that score nothing at the moment; a later answer starts them again."""
+        with suppress(queue.Empty):
+            idle = []
+            while True:
+                idle.append(self._idle.get_nowait())
+                idle[-1].stop()
+        for process in idle:
+            self._idle.put(process)
+
+    def _ask(self, arguments: tuple) -> "Reply":
+        process = self._idle.get()
+        try:
+            return process.ask(arguments)
+        finally:
+            self._idle.put(process)
+
+
+def plain(value: Any, name: str) -> Any:
+    """`value` as plain data (what `ast.literal_eval` reads of its `repr`), NumPy's numbers and strings made Python's.
+
+    Raises ValueError for anything else, naming it with `name` in front.
+    """
+    if isinstance(value, dict):
+        return {plain(key, f"{name}, a key"): plain(each, f"{name}[{key!r}]") for key, each in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(plain(each, f"{name}[{i}]") for i, each in enumerate(value))
+    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if value is None or type(value) in (str, bytes, bool, int) or (type(value) is float and math.isfinite(value)):
+        return value
+    raise ValueError(f"{name} is {value!r} ({type(value).__name__}), which cannot be sent to a verifier's process")
+
+
+Reply = dict[str, Any]
+"""What a verifier's process says of an answer: {"score": …}, or {"error": …}, with "ended" if the process is gone."""
+
+
+class _Process:
+    """One process with a verifier in it, started with the first answer and again after one that ended it."""
+
+    def __init__(self, factory: str, arguments: tuple, time_limit: float):
+        self._setup = (factory, arguments, time_limit)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, arguments: tuple) -> Reply:
+        try:
+            if self._process is not None and self._process.poll() is not None:
+                self.stop()  # killed from outside, which is not this answer's fault
+            if self._process is None:
+                self._start()
+            reply = self._exchange(arguments)
+        except BaseException:  # interrupted half-way: the next answer must not get this one's score
+            self.stop()
+            raise
+        if reply is None:
+            self.stop()
+            return {"error": f"took longer than {self._setup[2]:g} s, or crashed", "ended": True}
+        return reply
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._finalizer()
+            self._process = None
 
     def _start(self) -> None:
         # -P: this folder holds a reasoning_gym.py, which must not hide the package of that name.
@@ -83,16 +160,11 @@ class VerifierProcess:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         self._finalizer = weakref.finalize(self, _end, self._process)
-        ready = self._ask(self._setup) or {"error": "its process died"}
+        ready = self._exchange(self._setup) or {"error": "its process died"}
         if "error" in ready:
             raise RuntimeError(f"verifier {self._setup[0]} could not start: {ready['error']}")
 
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._finalizer()
-            self._process = None
-
-    def _ask(self, request: tuple) -> dict[str, Any] | None:
+    def _exchange(self, request: tuple) -> Reply | None:
         """The reply to `request`, or None if the process died over it."""
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
@@ -103,18 +175,9 @@ class VerifierProcess:
         return json.loads(line) if line else None
 
 
-def math_equivalence() -> Callable[[str, str], float]:
-    """A verifier of mathematical equality: math-verify on the response's `\\boxed{}` or else its last expression."""
-    from math_verify import parse, verify
-
-    def equivalence(response: str, answer: str) -> float:
-        # The library's own time limits use SIGALRM; 0 turns them off.
-        gold = parse(answer if "\\boxed" in answer or "$" in answer else f"\\boxed{{{answer}}}", parsing_timeout=0)
-        if not gold:
-            raise ValueError(f"math-verify cannot read the reference answer {answer!r}")
-        return float(verify(gold, parse(response, parsing_timeout=0), timeout_seconds=0))
-
-    return equivalence
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Verifiers of reasoning_gym (0.1.25) that pass the answer to eval(), to look for a Python list, or to sympy's
@@ -198,12 +261,11 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
         return
     reply(ready=True)
     for request in requests:
-        arguments = ast.literal_eval(request.decode())
         # The watchdog is a C thread: it ends the process even inside one long operation on big integers, and also
         # when the caller is gone.
         faulthandler.dump_traceback_later(time_limit, exit=True)
         try:
-            message = {"score": float(verifier(*arguments))}
+            message = {"score": float(verifier(*ast.literal_eval(request.decode())))}
         except Exception as error:
             message = {"error": f"{type(error).__name__}: {str(error)[:500]}"}
         faulthandler.cancel_dump_traceback_later()

@@ -235,9 +235,9 @@ def test_a_poisoned_row_is_refused_by_file_and_line(reader, tmp_path):
     problems(tmp_path / "train.jsonl", ["2"] * 20)
     problems(tmp_path / "test.jsonl", ["2"])
     lines = (tmp_path / "train.jsonl").read_text().splitlines()
-    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:12], lines[12].replace('"2"', "2"), *lines[13:]]))
+    (tmp_path / "train.jsonl").write_text("\n".join([*lines[:12], lines[12].replace('"2"', "[2]"), *lines[13:]]))
     printed = train(tmp_path / "run", *on_text(reader, tmp_path), expect=2)
-    assert f"{tmp_path / 'train.jsonl'}:13: 'answer' must be a text that is not empty, found 2" in printed
+    assert f"{tmp_path / 'train.jsonl'}:13: 'answer' must be a number, or a text" in printed and "[2]" in printed
     assert "Traceback" not in printed
     assert not (tmp_path / "run").exists()  # the corrected command may use the same folder
 

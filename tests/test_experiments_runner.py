@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from minirl_edu.archives import archive_of, files_in, pack
 from minirl_edu.config import Config, ConfigError, load_config
 from minirl_edu.experiments import runner
 from minirl_edu.experiments.runner import (
@@ -37,7 +38,10 @@ from minirl_edu.experiments.spec import (
     Spec,
     Tier,
     Variant,
+    parse_run,
     read_run,
+    read_runs,
+    write_run,
 )
 from minirl_edu.run_folder import FolderInUse
 from tests.forked import Forked
@@ -66,9 +70,19 @@ def train(job: Job) -> RunResult:
     return read_run(job.path)
 
 
-def numbers(job: Job) -> list[str]:
+def content(job: Job) -> bytes:
+    """The run's CSV, packed or not."""
+    return files_in(job.folder)[f"{job.key[2]}/{job.path.name}"]
+
+
+def stored(job: Job) -> RunResult:
+    """The run, packed or not."""
+    return parse_run(content(job), job.path)
+
+
+def numbers(job: Job) -> list[bytes]:
     """The file without its first line, which holds the seconds."""
-    return job.path.read_text().splitlines()[1:]
+    return content(job).splitlines()[1:]
 
 
 def wait_for(condition, what: str, seconds: float = 120) -> None:
@@ -245,13 +259,13 @@ def test_a_killed_worker_is_replaced_and_every_run_is_made(campaign):
 
 def test_numbers_do_not_depend_on_workers_order_or_accidents(campaign, tmp_path):
     for run in [*campaign.good[2:], campaign.long]:
-        alone = replace(run, path=tmp_path / run.key[2] / run.path.name)
+        alone = replace(run, path=tmp_path / "small" / run.key[2] / run.path.name)
         train(alone)
         assert numbers(run) == numbers(alone), run.name
 
 
 def test_a_diverged_run_is_a_result(campaign):
-    result = read_run(campaign.hot.path)
+    result = stored(campaign.hot)
     assert result.diverged is not None
     score = result.metrics["score"][0]
     assert f"small/hot seed 0: score {score:.2f} → {score:.2f}, diverged ({result.diverged})" in campaign.output
@@ -260,7 +274,7 @@ def test_a_diverged_run_is_a_result(campaign):
 def test_a_run_that_raises_is_reported_with_its_log_and_how_to_go_on(campaign):
     ((run, reason),) = campaign.outcome.failed
     assert run == campaign.broken and "ConfigError" in reason and "colour" in reason
-    assert "Traceback" in run.log.read_text() and not run.path.exists()
+    assert "Traceback" in run.log.read_text() and f"broken/{run.path.name}" not in files_in(run.folder)
     assert "1 of 6 runs failed:" in campaign.output and str(run.log) in campaign.output
     assert campaign.output.rstrip().endswith("minirl reproduce again")
     assert campaign.outcome.status == 1
@@ -268,14 +282,15 @@ def test_a_run_that_raises_is_reported_with_its_log_and_how_to_go_on(campaign):
 
 def test_a_file_of_another_config_is_kept_aside_and_made_again(campaign):
     assert campaign.stale.path.with_suffix(".old.csv").read_bytes() == campaign.before
-    assert read_run(campaign.stale.path).digest == config_digest(campaign.stale.config)
+    assert stored(campaign.stale).digest == config_digest(campaign.stale.config)
     assert "1 of 6 runs are of another config: made again, the old kept (seed0.old.csv)" in campaign.output
 
 
 def test_only_results_logs_of_failures_and_the_environment_are_left(campaign):
-    files = {str(path.relative_to(campaign.out / "runs/fast/small")) for path in campaign.out.glob("runs/*/*/**/*.*")}
-    csv = {f"{run.key[2]}/{run.path.name}" for run in [*campaign.good, campaign.hot]}
-    assert files == csv | {"stale/seed0.old.csv", "broken/seed0.log"}
+    runs = campaign.out / "runs" / "fast"
+    files = {path.relative_to(runs).as_posix() for path in runs.rglob("*") if path.is_file()}
+    assert files == {"small.tar.bz2", "small/stale/seed0.old.csv", "small/broken/seed0.log"}
+    assert set(files_in(runs / "small")) == {f"{run.key[2]}/{run.path.name}" for run in [*campaign.good, campaign.hot]}
     facts = json.loads((campaign.out / "environment.json").read_text())
     assert facts["workers"] == 2 and facts["torch_threads"] == 1 and facts["omp_num_threads"] == "1"
 
@@ -283,17 +298,18 @@ def test_only_results_logs_of_failures_and_the_environment_are_left(campaign):
 def test_each_finished_run_is_a_line_when_nobody_watches(campaign):
     lines = [line for line in campaign.output.splitlines() if line.startswith("[")]
     assert [line[:5] for line in lines] == [f"[{i}/6]" for i in range(1, 7)]
-    scores = read_run(campaign.long.path).metrics["score"]
+    scores = stored(campaign.long).metrics["score"]
     (line,) = [line for line in lines if "small/long seed 0" in line]
     assert f"score {scores[0]:.2f} → {scores[-1]:.2f}, " in line and " s" in line
     assert all("left" in line for line in lines[:-2] if "failed" not in line)
 
 
 def test_finished_runs_are_skipped_by_the_same_command(campaign, capsys):
-    made = [run.path.stat().st_mtime_ns for run in campaign.good]
+    archive = archive_of(campaign.long.folder)
+    made = archive.stat().st_mtime_ns
     outcome = run_all([*campaign.good, campaign.hot], campaign.out)
     assert outcome.skipped == [*campaign.good, campaign.hot] and outcome.status == 0
-    assert not outcome.finished and [run.path.stat().st_mtime_ns for run in campaign.good] == made
+    assert not outcome.finished and archive.stat().st_mtime_ns == made
     assert capsys.readouterr().out == ""
 
 
@@ -302,6 +318,46 @@ def test_results_of_another_config_are_not_handed_out(campaign):
     results = finished_runs([other, *campaign.good[1:], campaign.broken])
     assert set(results) == {("small", "stale"), ("small", "r3"), ("small", "minirl")}
     assert [result.seed for result in results["small", "minirl"]] == [1]
+
+
+@pytest.fixture
+def archived(tmp_path) -> Job:
+    """A run in an archive, not trained: three rows without measurements."""
+    run = job(tmp_path, "minirl")
+    steps = [{"global_step": step, "grad_step": step} for step in range(3)]
+    write_run(run.path, steps, header={**run_header(run.config), "seconds": 1.0, "diverged": None})
+    pack(run.folder)
+    return run
+
+
+def test_a_packed_run_of_another_config_is_kept_aside_once(archived, tmp_path, monkeypatch):
+    """The command is stopped twice before the new run is there."""
+
+    def stopped(team):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner._Team, "work", stopped)
+    before = content(archived)
+    other = job(tmp_path, "minirl", "train.lr=1e-2")
+    for _ in range(2):
+        assert run_all([other], tmp_path).status == 130
+    assert [path.name for path in archived.path.parent.iterdir()] == ["seed0.old.csv"]
+    assert archived.path.with_suffix(".old.csv").read_bytes() == before
+    assert content(archived) == before  # until the new run replaces it
+
+
+def test_a_packed_setting_is_extended_by_a_seed(archived, tmp_path):
+    more = job(tmp_path, "minirl", seed=1)
+    outcome = run_all([archived, more], tmp_path, workers=1)
+    assert (outcome.skipped, outcome.finished) == ([archived], [more])
+    assert list(read_runs(archived.folder)["minirl"]) == [0, 1] and not archived.folder.exists()
+
+
+def test_a_broken_archive_stops_the_command_and_stays(archived, tmp_path):
+    archive_of(archived.folder).write_bytes(b"nonsense")
+    with pytest.raises(OSError, match=r"small.tar.bz2 cannot be read"):
+        run_all([archived], tmp_path)
+    assert archive_of(archived.folder).read_bytes() == b"nonsense"
 
 
 # ----------------------------------------------------------------------------------------------- the end of the parent
@@ -336,15 +392,18 @@ def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(
     assert len(workers) == 1
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert gone and not alive
-    assert read_run(first.path).metrics["grad_step"][-1] == 40
-    assert not second.path.exists()
+    assert stored(first).metrics["grad_step"][-1] == 40
+    assert list(files_in(first.folder)) == ["minirl/seed0.csv"]
+    assert archive_of(first.folder).exists() == (how == signal.SIGINT)  # killed, it leaves what the next one packs
     if how == signal.SIGINT:
         assert process.returncode == 130
         assert "stopped: 1 of 2 runs are done and stay; to go on: minirl reproduce again" in output
-        assert os.listdir(second.path.parent) == ["seed0.csv"]
+        assert not second.folder.exists()
     else:
         assert steps_in(second) >= 2  # what the killed run left behind is in nobody's way
         assert train(second).metrics["grad_step"][-1] == 40 and steps_in(second) == 0
+        assert run_all([first, second], tmp_path).skipped == [first, second]
+        assert len(files_in(first.folder)) == 2 and not first.folder.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- progress

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
+from minirl_edu.archives import pack
 from minirl_edu.config import Config, ConfigError
-from minirl_edu.experiments.spec import COLUMNS, Criterion, load_spec, read_run, write_run
+from minirl_edu.experiments.spec import COLUMNS, Criterion, load_spec, read_run, read_runs, write_run
 
 SMALL = {
     "base": {"train.lr": 1e-3, "train.group_size": 4, "task.options": {"min_operands": 2}},
@@ -354,6 +355,26 @@ def test_another_file_is_not_taken_for_a_run(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"seed0.csv is not a run's CSV file .*; delete it and run again"):
         read_run(path)
+
+
+def test_the_runs_of_a_setting_are_read_from_files_and_from_the_archive(tmp_path):
+    folder, record = tmp_path / "n2", {"global_step": 0, "grad_step": 0}
+
+    def write(variant: str, seed: int, score: float) -> None:
+        header = HEADER | {"config": {"seed": seed}}
+        write_run(folder / variant / f"seed{seed}.csv", [record | {"score": score}], header=header)
+
+    for variant, seed in (("r3", 10), ("r3", 9), ("minirl", 9)):
+        write(variant, seed, 0.5)
+    pack(folder)
+    write("r3", 9, 0.75)
+    runs = read_runs(folder)
+    assert {variant: list(own) for variant, own in runs.items()} == {"minirl": [9], "r3": [9, 10]}
+    assert [run.metrics["score"].tolist() for run in runs["r3"].values()] == [[0.75], [0.5]]
+    assert read_runs(tmp_path / "n4") == {}
+    (folder / "r3" / "seed9.csv").write_text("# {}")
+    with pytest.raises(ValueError, match=r"n2/r3/seed9.csv is not a run's CSV file"):
+        read_runs(folder)
 
 
 def test_half_a_row_is_not_taken_for_a_run(tmp_path):

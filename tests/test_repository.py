@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
+    0: "advantages archives diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
     1: "config models tasks",
     2: "rollout",
     3: "logprobs",

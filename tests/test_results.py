@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from minirl_edu.archives import files_in
 from minirl_edu.experiments.claims import judge
 from minirl_edu.experiments.reproduce import early_warning_page
 from minirl_edu.experiments.runner import finished_runs, jobs_for
-from minirl_edu.experiments.spec import Spec, load_spec, read_run
+from minirl_edu.experiments.spec import Spec, load_spec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lessons" / "results"
@@ -23,15 +24,18 @@ def spec() -> Spec:
 @pytest.mark.slow
 def test_every_stored_run_is_one_of_the_specs_and_made_with_its_config(spec: Spec):
     jobs = {job.path: job for job in jobs_for(spec, list(spec.figures), RESULTS, tier=TIER, seeds=SEEDS)}
-    stored = sorted((RESULTS / "runs").rglob("*.csv"))
+    archives = sorted((RESULTS / "runs").rglob("*.tar.bz2"))
+    folders = [archive.with_name(archive.name.removesuffix(".tar.bz2")) for archive in archives]
+    stored = {folder / name for folder in folders for name in files_in(folder)}
     assert stored and not [path for path in stored if path not in jobs]
     found = finished_runs([jobs[path] for path in stored])  # leaves out those of another config
     assert sum(map(len, found.values())) == len(stored)
-    assert all(read_run(path).metrics["grad_step"][-1] > 0 for path in stored)
+    assert all(run.metrics["grad_step"][-1] > 0 for runs in found.values() for run in runs)
 
 
-def test_the_stored_results_are_small():
-    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.is_file()) < 20e6
+def test_every_stored_run_is_in_its_archive_and_the_results_are_small():
+    assert not [path for path in RESULTS.rglob("*.csv") if ".old" not in path.name]
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.suffix != ".svg" and path.is_file()) < 7e6
 
 
 @pytest.mark.slow

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from minirl_edu.experiments.spec import COLUMNS, read_run
+from minirl_edu.experiments.spec import COLUMNS, read_runs
 
 RUNS = Path(__file__).resolve().parents[1] / "results" / "runs" / "full"
 GROUPS = {
-    "on-policy (N = 1), MiniRL": "on_policy/minirl",
-    "N = 8, MiniRL": "n8/minirl",
-    "N = 8, R3": "n8/r3",
-    "N = 4, R3, no clipping": "n4/r3_no_clip",
+    "on-policy (N = 1), MiniRL": ("on_policy", "minirl"),
+    "N = 8, MiniRL": ("n8", "minirl"),
+    "N = 8, R3": ("n8", "r3"),
+    "N = 4, R3, no clipping": ("n4", "r3_no_clip"),
 }
 LEFT_OUT = ("global_step", "grad_step", "lr")
 
@@ -31,7 +31,7 @@ def cell(values: np.ndarray) -> str:
 
 def table() -> str:
     """The table, in Markdown: a row for each metric, a column for each group of runs."""
-    runs = {name: [read_run(path) for path in sorted((RUNS / at).glob("seed*.csv"))] for name, at in GROUPS.items()}
+    runs = {name: list(read_runs(RUNS / setting)[variant].values()) for name, (setting, variant) in GROUPS.items()}
     heads = [f"{name} ({len(group)} seeds)" for name, group in runs.items()]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for column in COLUMNS:

@@ -2,7 +2,8 @@
 
     python -m minirl_edu.exercises.mystery --out lessons/results/mystery
 
-records all of them, one after another; finished ones are kept. Each run is `MiniRLTrainer` in one and the same setting.
+records all of them, one after another, and packs them into `mystery.tar.bz2` beside that folder (see `archives`);
+finished ones are kept. Each run is `MiniRLTrainer` in one and the same setting.
 The faults are planted from outside, around its engine or in one of its methods, as a careless change would.
 """
 
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minirl_edu import __version__
+from minirl_edu.archives import files_in, pack
 from minirl_edu.batches import Batcher, MiniBatch
 from minirl_edu.config import Config, load_config
 from minirl_edu.models import load_model
@@ -86,11 +88,9 @@ def faulty_trainer(name: str, out: str | Path, *, seed: int, overrides: Sequence
 def rerun(name: str, out: str | Path, *, seed: int) -> Path:
     """Train run `name` with this seed and write its chart to `out`/`name`/seed`seed`.csv; returns that path.
 
-    A chart that is there already is kept. It appears whole or not at all: a run that was interrupted starts again.
+    It appears whole or not at all: a run that was interrupted starts again.
     """
     path = Path(out) / name / f"seed{seed}.csv"
-    if path.exists():
-        return path
     with tempfile.TemporaryDirectory() as folder:
         trainer = faulty_trainer(name, folder, seed=seed)
         try:
@@ -112,18 +112,22 @@ def rerun(name: str, out: str | Path, *, seed: int) -> Path:
     return path
 
 
-def read_chart(path: str | Path) -> dict[str, np.ndarray]:
-    """The columns of a chart that `rerun` wrote, float64, a row per gradient step; NaN where nothing was measured.
+def read_charts(out: str | Path) -> dict[str, dict[int, dict[str, np.ndarray]]]:
+    """The charts that `main` recorded, by run and seed: float64 columns, a row per gradient step; NaN where nothing was
+    measured.
 
-    Raises ValueError for a file with other columns.
+    Raises ValueError for a file with other columns, OSError for a broken archive.
     """
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        file.readline()
-        names, *rows = csv.reader(file)
-    if tuple(names) != COLUMNS:
-        raise ValueError(f"{path}: its columns are {names}; delete it and record it again")
-    table = np.array([[float(cell or math.nan) for cell in row] for row in rows], dtype=np.float64)
-    return dict(zip(COLUMNS, table.T, strict=True))
+    charts: dict[str, dict[int, dict[str, np.ndarray]]] = {}
+    for file, content in files_in(out).items():
+        header, _, text = content.decode("utf-8").partition("\n")
+        names, *rows = csv.reader(text.splitlines())
+        if tuple(names) != COLUMNS:
+            raise ValueError(f"{Path(out) / file}: its columns are {names}; delete it and record it again")
+        table = np.array([[float(cell or math.nan) for cell in row] for row in rows], dtype=np.float64)
+        seed = json.loads(header.removeprefix("#"))["seed"]
+        charts.setdefault(file.partition("/")[0], {})[seed] = dict(zip(COLUMNS, table.T, strict=True))
+    return charts
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,11 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, … of each run (default 3)")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    there = files_in(arguments.out)
     wanted = [(name, seed) for seed in range(arguments.seeds) for name in (HEALTHY, *FAULTS)]
+    wanted = [(name, seed) for name, seed in wanted if f"{name}/seed{seed}.csv" not in there]
     with tqdm(wanted, unit="run") as bar:
         for name, seed in bar:
             bar.set_postfix_str(f"{name}, seed {seed}")
             rerun(name, arguments.out, seed=seed)
+    pack(arguments.out)
     return 0
 
 

@@ -1,6 +1,6 @@
 """One command: run what the figures need, draw them, judge the claims.
 
-OUT/runs/<tier>/<setting>/<variant>/seed<k>.csv     every run
+OUT/runs/<tier>/<setting>.tar.bz2                   every run: a CSV for each variant and seed
 OUT/figures/<figure>.png, .svg                      in the paper's layout, or as a phase diagram
 OUT/CLAIMS.md                                       every claim, those whose runs are missing as "not run"
 OUT/EARLY_WARNING.md                                after grids: which metrics warn before the score falls
@@ -164,7 +164,7 @@ def _error_parts(spec: Spec, name: str, out: Path, *, tier: str, seeds: int) -> 
 def _save(drawing: Drawing, out: Path, name: str) -> None:
     (out / "figures").mkdir(exist_ok=True)
     drawing.savefig(out / "figures" / f"{name}.svg")
-    (out / "figures" / f"{name}.png").write_bytes(plots.to_png(drawing))
+    (out / "figures" / f"{name}.png").write_bytes(plots.to_png(drawing, scale=1.5))
 
 
 def draw(spec: Spec, name: str, results: Results) -> Drawing:

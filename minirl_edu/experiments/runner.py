@@ -1,6 +1,7 @@
 """Trains the runs of the figures in worker processes: one thread each, a job after the other, resumable.
 
     jobs ─> run_all ─> workers, a process per core ─> run_one ─> OUT/runs/<tier>/<setting>/<variant>/seed<k>.csv
+                   └─> at the end, whatever ended it: the files of each setting in OUT/runs/<tier>/<setting>.tar.bz2
 
 A run's file appears complete or not at all, and says which config it was made with. So the same command goes on where
 the last one was stopped, whatever stopped it, and a run that was made with another config is never taken for this one.
@@ -32,9 +33,10 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from minirl_edu.archives import files_in, pack
 from minirl_edu.config import Config, ConfigError, OutputConfig
 from minirl_edu.doctor import environment
-from minirl_edu.experiments.spec import Run, RunResult, Spec, read_run, write_run
+from minirl_edu.experiments.spec import Run, RunResult, Spec, parse_run, read_run, write_run
 from minirl_edu.plots import read_records
 from minirl_edu.run_folder import lock_folder
 
@@ -50,7 +52,7 @@ _POSIX = os.name == "posix"
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `key` is (tier, setting, variant, seed), `path` the CSV that it leaves."""
+    """One run: `key` is (tier, setting, variant, seed), `path` the CSV that it leaves, until `run_all` packs it."""
 
     key: tuple[str, str, str, int]
     config: Config
@@ -61,6 +63,11 @@ class Job:
         """What people read, such as `on_policy/minirl seed 3`."""
         _, setting, variant, seed = self.key
         return f"{setting}/{variant} seed {seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the setting's CSVs lie, and beside which its archive (see `archives`)."""
+        return self.path.parents[1]
 
     @property
     def responses_per_step(self) -> int:
@@ -102,7 +109,7 @@ class Outcome:
 
 
 def run_path(out: Path | str, tier: str, setting: str, variant: str, seed: int) -> Path:
-    """Where a run's CSV lies under `out`."""
+    """Where a run's CSV lies under `out` until it is packed."""
     return Path(out) / "runs" / tier / setting / variant / f"seed{seed}.csv"
 
 
@@ -118,11 +125,12 @@ def jobs_for(spec: Spec, figures: Sequence[str], out: Path | str, *, tier: str, 
 def finished_runs(jobs: Sequence[Job]) -> dict[Run, list[RunResult]]:
     """The results that are there, by (setting, variant) and in the order of the jobs.
 
-    Jobs without a CSV, or with one that was made with another config, are left out.
+    Jobs without a CSV, or with one that was made with another config, are left out. Raises OSError for a broken
+    archive.
     """
     results: dict[Run, list[RunResult]] = {}
-    for job in jobs:
-        if (result := _result(job)) is not None:
+    for job, content in zip(jobs, _contents(jobs), strict=True):
+        if (result := _result(job, content)) is not None:
             results.setdefault(job.key[1:3], []).append(result)
     return results
 
@@ -244,53 +252,81 @@ def run_all(
 ) -> Outcome:
     """Train every job whose CSV is not there yet, the longest first, in `workers` processes (None: one per core).
 
-    A CSV that was made with another config is renamed to `….old.csv` and the run made again. A job whose worker dies
+    Each run's CSV is written when the run ends; at the end, also an early one, each setting's go into its archive. A
+    process that is killed leaves them as they are, for the next to go on from and to pack.
+
+    A CSV that was made with another config is kept as `….old.csv` and the run made again. A job whose worker dies
     (killed, out of memory) is tried once more; one that raises is recorded, with a log beside its CSV; the others go
     on. On Ctrl-C the workers are stopped at once and what is finished stays. `out`, under which the CSVs lie, gets
     environment.json: where the latest runs were made.
 
     `progress` shows a bar on a terminal, else prints a line per finished run. `command` is what to type to go on, for
-    the messages. Raises ConfigError for `workers` below 1, FolderInUse where another process is at work in `out`.
+    the messages. Raises ConfigError for `workers` below 1, FolderInUse where another process is at work in `out`,
+    OSError for a broken archive.
     """
     if workers is not None and workers < 1:
         raise ConfigError(f"--workers = {workers}: use 1 or more")
     started = time.perf_counter()
     with lock_folder(out):  # two processes in one would train the same runs in the same places
-        outcome = Outcome(skipped=[job for job in jobs if _result(job) is not None])
+        contents = dict(zip((job.path for job in jobs), _contents(jobs), strict=True))
+        outcome = Outcome(skipped=[job for job in jobs if _result(job, contents[job.path]) is not None])
         done = {job.path for job in outcome.skipped}
         pending = [job for job in jobs if job.path not in done]
-        aside = [_set_aside(job.path) for job in pending if job.path.exists()]
+        aside = [_set_aside(job.path, old) for job in pending if (old := contents[job.path]) is not None]
         if aside:
             print(f"{len(aside)} of {len(jobs)} runs are of another config: made again, the old kept ({aside[0].name})")
-        if pending:
-            cores = workers or environment()["cores"]
-            team = _Team(pending, Path(out), min(cores, len(pending)), outcome, _Progress(pending, len(jobs), progress))
-            try:
-                team.work()
-            except KeyboardInterrupt:
-                outcome.interrupted = True
-            finally:
-                team.stop()
+        try:
+            if pending:
+                cores = workers or environment()["cores"]
+                shown = _Progress(pending, len(jobs), progress)
+                team = _Team(pending, Path(out), min(cores, len(pending)), outcome, shown)
+                try:
+                    team.work()
+                except KeyboardInterrupt:
+                    outcome.interrupted = True
+                finally:
+                    team.stop()
+        finally:
+            for folder in dict.fromkeys(job.folder for job in jobs):
+                pack(folder)
     outcome.seconds = time.perf_counter() - started
     _summarise(outcome, len(jobs), command)
     return outcome
 
 
-def _result(job: Job) -> RunResult | None:
+def _contents(jobs: Sequence[Job]) -> list[bytes | None]:
+    """What each job's CSV holds, packed or not; None where there is none."""
+    files = {folder: files_in(folder) for folder in dict.fromkeys(job.folder for job in jobs)}
+    return [files[job.folder].get(job.path.relative_to(job.folder).as_posix()) for job in jobs]
+
+
+def _result(job: Job, content: bytes | None) -> RunResult | None:
+    if content is None:
+        return None
     try:
-        result = read_run(job.path)
-    except (FileNotFoundError, ValueError):  # ValueError: not a file of ours
+        result = parse_run(content, job.path)
+    except ValueError:  # not a file of ours
         return None
     return result if result.digest == config_digest(job.config) else None
 
 
-def _set_aside(path: Path) -> Path:
-    """Rename a CSV that does not belong here to the first free of `seed3.old.csv`, `seed3.2.old.csv`, …"""
+def _set_aside(path: Path, content: bytes) -> Path:
+    """Keep a CSV that does not belong here as the first free of `seed3.old.csv`, `seed3.2.old.csv`, …; returns which.
+
+    In an archive it stays until the new run replaces it, so a command that was stopped finds it there once more: it is
+    kept once.
+    """
     number, target = 1, path.with_suffix(".old.csv")
-    while target.exists():
+    while target.exists() and target.read_bytes() != content:
         number += 1
         target = path.with_suffix(f".{number}.old.csv")
-    return path.rename(target)
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.part")
+        part.write_bytes(content)
+        part.replace(target)
+    path.unlink(missing_ok=True)
+    return target
 
 
 def _summarise(outcome: Outcome, total: int, command: str) -> None:

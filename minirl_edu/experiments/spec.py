@@ -1,5 +1,7 @@
 """What is to be run and judged, from `paper.yaml`; and the CSV file that each run leaves.
 
+`read_runs` reads all runs of a setting, whether they lie in files or in the setting's archive (`archives.py`).
+
 A spec is data: every name and every number in it is checked when it is read, and each run's overrides make a `Config`,
 so a spelling mistake is an error before the first gradient step.
 """
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from minirl_edu.archives import files_in
 from minirl_edu.config import Config, ConfigError, read_yaml
 from minirl_edu.plots import Metrics
 
@@ -573,11 +576,26 @@ def write_run(path: str | Path, records: Sequence[Mapping[str, Any]], *, header:
 
 def read_run(path: str | Path) -> RunResult:
     """Read what `write_run` wrote. Raises FileNotFoundError, or ValueError for a file that is not a run's."""
-    path = Path(path)
-    with path.open(encoding="utf-8", newline="") as file:
-        first, rows = file.readline(), list(csv.reader(file))
+    return parse_run(Path(path).read_bytes(), path)
+
+
+def read_runs(folder: str | Path) -> dict[str, dict[int, RunResult]]:
+    """All runs of a setting, by variant and seed in ascending order. `folder` is `OUT/runs/<tier>/<setting>`.
+
+    Empty where there are none. Raises ValueError for a file that is not a run's, OSError for a broken archive.
+    """
+    runs: dict[str, dict[int, RunResult]] = {}
+    for name, content in files_in(folder).items():
+        run = parse_run(content, Path(folder) / name)
+        runs.setdefault(name.partition("/")[0], {})[run.seed] = run
+    return runs
+
+
+def parse_run(content: bytes, path: str | Path) -> RunResult:
+    """A run from the bytes of its CSV file. Raises ValueError, which names `path`, if they are not a run's."""
     try:
-        header = json.loads(first.removeprefix("#"))
+        first, _, rest = content.decode("utf-8").partition("\n")
+        rows, header = list(csv.reader(rest.splitlines())), json.loads(first.removeprefix("#"))
         if tuple(rows[0]) != COLUMNS:
             raise ValueError(f"its columns are {rows[0]}")
         table = np.array([[float(cell or math.nan) for cell in row] for row in rows[1:]], dtype=np.float64)

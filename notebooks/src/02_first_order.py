@@ -42,7 +42,7 @@ from minirl_edu.exact import (
     token_ratios,
 )
 from minirl_edu.exercises import check, checkout, pick
-from minirl_edu.experiments.spec import read_run
+from minirl_edu.experiments.spec import read_runs
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.objectives import minirl_loss
@@ -695,8 +695,9 @@ SETTINGS = {"on_policy": "on-policy", "n2": "N = 2", "n4": "N = 4", "n8": "N = 8
 runs = checkout() / "lessons" / "results" / "runs" / "full"
 median = {}
 for setting in SETTINGS:
+    stored = read_runs(runs / setting)
     for variant in METHODS:
-        seeds = [read_run(path).metrics["first_order_gap"] for path in sorted((runs / setting / variant).glob("*.csv"))]
+        seeds = [run.metrics["first_order_gap"] for run in stored.get(variant, {}).values()]
         if len(seeds) >= 3:
             median[setting, variant] = np.array([np.nanmedian(gaps) for gaps in seeds])
 

@@ -34,7 +34,7 @@ from transformers.utils import logging
 from minirl_edu import exact
 from minirl_edu.diagnostics import kl_k1, kl_k3, mean_interval, token_ess
 from minirl_edu.exercises import check, checkout
-from minirl_edu.experiments.spec import load_spec, read_run
+from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import paired_difference, summary
 from minirl_edu.experiments.systematic import error_parts
 from minirl_edu.logprobs import lay_out, response_logprobs
@@ -680,9 +680,10 @@ DEFINITIONS = load_spec().definitions
 
 def stored(setting, *variants):
     """The stored runs of the variants, for the seeds that all of them have, by variant."""
-    folders = [RUNS / setting / variant for variant in variants]
-    seeds = set.intersection(*({path.name for path in folder.glob("seed*.csv")} for folder in folders))
-    return [[read_run(folder / name) for name in sorted(seeds)] for folder in folders]
+    found = read_runs(RUNS / setting)
+    runs = [found.get(variant, {}) for variant in variants]
+    seeds = sorted(set.intersection(*map(set, runs)))
+    return [[own[seed] for seed in seeds] for own in runs]
 
 
 with_is, without_is = stored("on_policy", "minirl", "no_is")

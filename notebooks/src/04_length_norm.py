@@ -34,7 +34,7 @@ from minirl_edu import exact
 from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages
 from minirl_edu.diagnostics import mean_interval
 from minirl_edu.exercises import check, checkout
-from minirl_edu.experiments.spec import load_spec, read_run
+from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import paired_difference, summary
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -746,9 +746,10 @@ DEFINITIONS = load_spec().definitions
 
 def stored(setting, **variants):
     """The stored runs by label, for the seeds that all of the variants have; empty lists where one is missing."""
-    folders = {label: RUNS / setting / variant for label, variant in variants.items()}
-    seeds = set.intersection(*({path.name for path in folder.glob("seed*.csv")} for folder in folders.values()))
-    return {label: [read_run(folder / name) for name in sorted(seeds)] for label, folder in folders.items()}
+    found = read_runs(RUNS / setting)
+    runs = {label: found.get(variant, {}) for label, variant in variants.items()}
+    seeds = sorted(set.intersection(*map(set, runs.values())))
+    return {label: [own[seed] for seed in seeds] for label, own in runs.items()}
 
 
 def compare_runs(runs, reference):

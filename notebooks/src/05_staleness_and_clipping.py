@@ -33,7 +33,7 @@ from transformers.utils import logging
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.diagnostics import clip_fractions
 from minirl_edu.exercises import check, checkout, pick
-from minirl_edu.experiments.spec import load_spec, read_run
+from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import summary
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -605,7 +605,7 @@ definitions = load_spec().definitions
 
 def runs_of(setting, variant):
     """All finished seeds of a variant; an empty list where there are none yet."""
-    return [read_run(path) for path in sorted((RUNS / setting / variant).glob("seed*.csv"))]
+    return list(read_runs(RUNS / setting).get(variant, {}).values())
 
 
 def by_place(runs, key, n, skip=20):

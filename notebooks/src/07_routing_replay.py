@@ -36,7 +36,7 @@ from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.diagnostics import kl_k3, mean_interval
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.exercises import check, checkout, pick
-from minirl_edu.experiments.spec import load_spec, read_run
+from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import mean_effect, paired_difference
 from minirl_edu.experiments.statistics import summary as summary_of_run
 from minirl_edu.gap import Setting, Workload, prompts_for, random_model, random_prompts, run_setting, summary
@@ -624,7 +624,7 @@ check("07.6", replayed_backward)
 # %% [markdown]
 # ## 7 · What our runs found
 #
-# The paper's figures, on the small model, over up to eight seeds (`minirl reproduce`; every run is a file in
+# The paper's figures, on the small model, over up to eight seeds (`minirl reproduce`; every run is stored in
 # `lessons/results`). The rollout engine is int4 with stochastic rounding.
 
 # %%
@@ -633,12 +633,11 @@ DEFINITIONS = load_spec().definitions
 LABELS = {"minirl": "MiniRL", "r2": "R2", "r3": "R3", "dense": "dense"}
 PLACES = {"on_policy": "N = 1", "n2": "N = 2", "n4": "N = 4", "n8": "N = 8"}
 runs = {
-    (setting, variant): {run.seed: run for run in map(read_run, sorted((RUNS / setting / variant).glob("seed*.csv")))}
-    for setting in PLACES
+    (setting, variant): found[variant]
+    for setting, found in ((setting, read_runs(RUNS / setting)) for setting in PLACES)
     for variant in LABELS
-    if (RUNS / setting / variant).is_dir()
+    if variant in found
 }
-runs = {key: found for key, found in runs.items() if found}
 numbers = {key: {seed: summary_of_run(run, DEFINITIONS) for seed, run in found.items()} for key, found in runs.items()}
 
 

@@ -37,7 +37,7 @@ from minirl_edu.config import load_config
 from minirl_edu.diagnostics import kl_k1, kl_k3, masked_mean
 from minirl_edu.exercises import check, checkout, pick
 from minirl_edu.exercises.unit08 import ToyLoop
-from minirl_edu.experiments.spec import load_spec, read_run
+from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import equivalent, paired_difference, summary, t_quantile
 from minirl_edu.logprobs import can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -674,8 +674,7 @@ RUNS = checkout() / "lessons" / "results" / "runs" / "full"
 
 def stored(setting, variant):
     """The stored runs of one variant, by seed."""
-    paths = sorted((RUNS / setting / variant).glob("seed*.csv"))
-    return {result.seed: result for result in map(read_run, paths)}
+    return read_runs(RUNS / setting).get(variant, {})
 
 
 fig1 = {variant: stored(setting, variant) for setting, variant in spec.figures["fig1"].runs}

@@ -34,7 +34,7 @@ from transformers.utils import logging
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.cold_start import new_model
 from minirl_edu.exercises import check, checkout, pick
-from minirl_edu.experiments.spec import load_spec, read_run
+from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import equivalent, mean_effect, summary
 from minirl_edu.models import load_model, model_path
 from minirl_edu.plots import four_curves, method_styles, to_png
@@ -538,7 +538,8 @@ show_table(["pupil", "problems", "score", f"mixed groups of {GROUP}", "mean size
 RUNS = checkout() / "lessons" / "results" / "runs" / "full" / "cold_starts"
 COMMAND = "minirl reproduce fig5 --tier full --seeds 8 --out lessons/results"
 spec = load_spec()
-found = {style: [read_run(path) for path in sorted((RUNS / style).glob("seed*.csv"))] for style in STYLES}
+stored = read_runs(RUNS)
+found = {style: list(stored.get(style, {}).values()) for style in STYLES}
 curves = {f"cold start: {style}": [run.metrics for run in runs] for style, runs in found.items() if runs}
 
 if curves:

@@ -35,8 +35,8 @@ from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.diagnostics import CollapseDetector, clip_fractions, kl_k3
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.exercises import check, checkout
-from minirl_edu.exercises.mystery import FAULTS, HEALTHY, read_chart
-from minirl_edu.experiments.spec import read_run
+from minirl_edu.exercises.mystery import FAULTS, HEALTHY, read_charts
+from minirl_edu.experiments.spec import read_runs
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.plots import to_png
@@ -58,16 +58,15 @@ def show_table(header, rows):
 # ## 1 · A healthy chart
 #
 # All runs here share one setting: the `chain` task, a 4-bit engine, R3, four mini-batches per rollout. There is a chart
-# for each run and seed. `read_chart` returns its columns, under the names that the trainer writes to `metrics.jsonl`.
+# for each run and seed. `read_charts` returns their columns, under the trainer's names in `metrics.jsonl`.
 
 # %%
-FOLDER = checkout() / "lessons" / "results" / "mystery"
 RUNS = sorted(FAULTS)
-stored = [{path.name for path in (FOLDER / name).glob("seed*.csv")} for name in [*RUNS, HEALTHY]]
-files = sorted(set.intersection(*stored))  # seeds that were recorded for all
-charts = {name: [read_chart(FOLDER / name / file) for file in files] for name in [*RUNS, HEALTHY]}
+stored = read_charts(checkout() / "lessons" / "results" / "mystery")
+seeds = sorted(set.intersection(*(set(stored[name]) for name in [*RUNS, HEALTHY])))  # that were recorded for all
+charts = {name: [stored[name][seed] for seed in seeds] for name in [*RUNS, HEALTHY]}
 print("runs        ", *charts)
-print("seeds       ", len(files), "each")
+print("seeds       ", len(seeds), "each")
 print("grad. steps ", int(charts[HEALTHY][0]["grad_step"][-1]))
 
 # %%
@@ -620,8 +619,8 @@ def first_alarm(run, raised):
 
 healthy_runs = []
 for setting in ("on_policy", "n2", "n4", "n8"):
-    for path in sorted((checkout() / "lessons" / "results" / "runs" / "full" / setting).glob("*/seed*.csv")):
-        result = read_run(path)
+    variants = read_runs(checkout() / "lessons" / "results" / "runs" / "full" / setting).values()
+    for result in (run for seeds_of_one in variants for run in seeds_of_one.values()):
         scores = result.metrics["score"][np.isfinite(result.metrics["score"])]
         if result.diverged is None and scores[-3:].mean() >= 0.7 * scores.max():
             healthy_runs.append(result.metrics)

@@ -1,13 +1,14 @@
 """Each mystery run has the fault it is said to have, and the stored charts show it."""
 
-import csv
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from minirl_edu.archives import archive_of, files_in
 from minirl_edu.exercises.mystery import (
     COLUMNS,
     FAULTS,
@@ -16,8 +17,7 @@ from minirl_edu.exercises.mystery import (
     SAMPLED_AT,
     faulty_trainer,
     main,
-    read_chart,
-    rerun,
+    read_charts,
 )
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.routing import RoutingReplay
@@ -129,20 +129,25 @@ def test_an_unknown_name_is_refused(tmp_path):
         faulty_trainer("G", tmp_path, seed=0)
 
 
-def test_a_chart_that_is_there_is_kept_and_reads_back(tmp_path):
-    path = tmp_path / HEALTHY / "seed0.csv"
-    path.parent.mkdir()
-    row = [str(i) for i in range(len(COLUMNS) - 1)]
-    path.write_text(f"# {{}}\n{','.join(COLUMNS)}\n{','.join([*row, ''])}\n", encoding="utf-8")
-    before = path.read_text(encoding="utf-8")
-    assert rerun(HEALTHY, tmp_path, seed=0) == path
-    assert path.read_text(encoding="utf-8") == before
-    chart = read_chart(path)
+def test_charts_that_are_there_are_kept_and_read_back(tmp_path, monkeypatch):
+    out, row = tmp_path / "charts", [str(i) for i in range(len(COLUMNS) - 1)]
+    text = f"{','.join(COLUMNS)}\n{','.join([*row, ''])}\n"
+    for name in (HEALTHY, *FAULTS):
+        (out / name).mkdir(parents=True)
+        (out / name / "seed0.csv").write_text(f'# {{"seed": 0}}\n{text}', encoding="utf-8")
+    monkeypatch.setattr("minirl_edu.exercises.mystery.rerun", None)  # it has nothing to do
+    for _ in range(2):  # the second time out of the archive
+        assert main(["--out", str(out), "--seeds", "1"]) == 0
+        assert not out.exists()
+    charts = read_charts(out)
+    assert set(charts) == {HEALTHY, *FAULTS} and list(charts["A"]) == [0]
+    chart = charts["A"][0]
     assert list(chart) == list(COLUMNS)
     assert chart["grad_step"].tolist() == [1.0] and np.isnan(chart[COLUMNS[-1]]).all()
-    path.write_text("# {}\na,b\n1,2\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="its columns are"):
-        read_chart(path)
+    (out / "A").mkdir(parents=True)
+    (out / "A" / "seed0.csv").write_text("# {}\na,b\n1,2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"A/seed0.csv: its columns are"):
+        read_charts(out)
 
 
 @pytest.mark.slow
@@ -151,10 +156,10 @@ def test_a_short_recording_is_complete_and_the_same_every_time(tmp_path, monkeyp
     monkeypatch.setattr("minirl_edu.exercises.mystery.FAULTS", {"A": FAULTS["A"]})
     for out in (tmp_path / "one", tmp_path / "two"):
         assert main(["--out", str(out), "--seeds", "1"]) == 0
-    names = sorted(str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*.csv"))
-    assert names == ["A/seed0.csv", "healthy/seed0.csv"]
-    assert [(tmp_path / "one" / n).read_bytes() for n in names] == [(tmp_path / "two" / n).read_bytes() for n in names]
-    chart = read_chart(tmp_path / "one" / "A" / "seed0.csv")
+    assert list(files_in(tmp_path / "one")) == ["A/seed0.csv", "healthy/seed0.csv"]
+    assert files_in(tmp_path / "one") == files_in(tmp_path / "two")
+    assert sorted(os.listdir(tmp_path)) == ["one.tar.bz2", "two.tar.bz2"]
+    chart = read_charts(tmp_path / "one")["A"][0]
     assert chart["grad_step"].tolist() == [0, 1, 2, 3, 4]
     assert np.isfinite(chart["score"]).tolist() == [True, False, True, False, True]
 
@@ -164,20 +169,19 @@ def test_a_short_recording_is_complete_and_the_same_every_time(tmp_path, monkeyp
 
 def stored(fault):
     """The charts of all seeds of a run."""
-    return [read_chart(path) for path in sorted((STORED / str(LETTER.get(fault, fault))).glob("seed*.csv"))]
+    return list(read_charts(STORED)[LETTER.get(fault, fault)].values())
 
 
 def test_all_charts_are_stored_small_and_of_the_same_length():
-    paths = sorted(STORED.rglob("*.csv"))
-    seeds = {name: sorted(p.name for p in paths if p.parent.name == name) for name in (*FAULTS, HEALTHY)}
+    files = files_in(STORED)
+    seeds = {name: [file.split("/")[1] for file in files if file.split("/")[0] == name] for name in (*FAULTS, HEALTHY)}
     assert seeds["A"] and all(names == seeds["A"] for names in seeds.values())
-    assert sum(path.stat().st_size for path in paths) < 1e6
-    for path in paths:
-        with path.open(encoding="utf-8", newline="") as file:
-            header = json.loads(file.readline().removeprefix("#"))
-            rows = list(csv.reader(file))
-        assert f"seed{header['seed']}.csv" == path.name
-        assert header["diverged"] or rows[-1][:2] == ["30", "120"]
+    assert archive_of(STORED).stat().st_size < 1e5
+    for file, content in files.items():
+        first, *lines = content.decode("utf-8").splitlines()
+        header = json.loads(first.removeprefix("#"))
+        assert file.endswith(f"/seed{header['seed']}.csv")
+        assert header["diverged"] or lines[-1].startswith("30,120,")
 
 
 @pytest.mark.parametrize("fault", [*FAULTS.values(), HEALTHY])

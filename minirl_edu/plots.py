@@ -171,7 +171,7 @@ class _Figure(Figure):
         return to_png(self), {"width": round(width * 100), "height": round(height * 100)}
 
 
-def to_png(figure: Figure, *, scale: int = 2) -> bytes:
+def to_png(figure: Figure, *, scale: float = 2) -> bytes:
     """The figure as PNG, at `scale` × 100 pixels per inch, in 128 colours: a third of the bytes, equal to the eye."""
     dpi, canvas = figure.get_dpi(), FigureCanvasAgg(figure)
     figure.set_dpi(100 * scale)

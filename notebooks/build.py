@@ -1,7 +1,8 @@
 """Generate and execute the notebooks: `python notebooks/build.py`, or `--check` that they belong to the sources.
 
-Every `src/NN_name.py` (jupytext's percent format) becomes two notebooks, run from top to bottom in a fresh kernel of
-this interpreter, with their outputs: `NN_name.ipynb`, in which the exercises are open, and `solutions/NN_name.ipynb`.
+Every `src/NN_name.py` (jupytext's percent format) becomes `NN_name.ipynb`, in which the exercises are open, run from
+top to bottom in a fresh kernel of this interpreter, with its outputs; and `solutions/NN_name.md`, a page of text with
+the solved cell of each exercise. Figures are kept at 1.5 dots per pixel of their width on the page, in 64 colours.
 Nothing that differs from machine to machine is kept: no times, no versions, no dead widgets. A path of this machine or
 a word on stderr in an output is an error, not something to hide.
 
@@ -11,7 +12,9 @@ left out of the student's notebook: `raise NotImplementedError` takes its place,
 """
 
 import argparse
+import base64
 import hashlib
+import io
 import math
 import os
 import re
@@ -19,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -31,11 +35,13 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
+from PIL import Image
 from traitlets import Type, default
 
 from minirl_edu.exercises import find, heading, hint_ladder
 
 FOLDER = Path(__file__).resolve().parent
+DENSITY, COLOURS = 1.5, 64
 WIDGET = "application/vnd.jupyter.widget-view+json"
 SOLUTION = re.compile(r"^([ ]*)# solution(?:: ([^\n]*))?\n(.*?)^[ ]*# end\n?", re.MULTILINE | re.DOTALL)
 
@@ -43,20 +49,17 @@ SOLUTION = re.compile(r"^([ ]*)# solution(?:: ([^\n]*))?\n(.*?)^[ ]*# end\n?", r
 def generate(source: Path, *, solution: bool = False) -> NotebookNode:
     """The notebook of a source, not executed: the same source always gives the same cells with the same ids.
 
-    `solution`: with the exercises solved, instead of left open.
+    `solution`: with the exercises solved, instead of left open; it is executed by tests and not kept.
     """
-    parsed = jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+    parsed = _parsed(source)
     note = f"*Generated from `notebooks/src/{source.name}`: edit that, then run `make notebooks`."
-    if any(SOLUTION.search(f"{cell.source}\n") for cell in parsed.cells):
-        other = f"{'..' if solution else 'solutions'}/{source.stem}.ipynb"
-        note += f" {'With open exercises' if solution else 'With solutions'}: [{other}]({other})."
+    if solutions(source):
+        note += f" Solutions: [solutions/{source.stem}.md](solutions/{source.stem}.md)."
     for cell in parsed.cells:
         if cell.cell_type == "code":
             cell.source = SOLUTION.sub(_solved if solution else _open, f"{cell.source}\n").rstrip("\n")
         elif cell.source.startswith("{exercise}"):
             cell.source = _exercise(cell.source)
-        if solution and cell.cell_type == "markdown":
-            cell.source = cell.source.replace("](../", "](../../")  # it lies one folder deeper
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_markdown_cell(f"{note}*"), *parsed.cells],
         metadata={
@@ -73,11 +76,36 @@ def generate(source: Path, *, solution: bool = False) -> NotebookNode:
     return notebook
 
 
+def solutions(source: Path) -> str:
+    """The page with a source's solutions: of each exercise what is asked, and its cell, solved. Empty without any."""
+    cells, page = _parsed(source).cells, []
+    for asked, cell in pairwise(cells):
+        if cell.cell_type == "code" and SOLUTION.search(f"{cell.source}\n"):
+            question = _question(asked.source).removeprefix("#").replace("](../", "](../../")  # it lies a folder deeper
+            code = SOLUTION.sub(_solved, f"{cell.source}\n").rstrip("\n")
+            page.append(f"{question}\n\n```python\n{code}\n```\n")
+    if not page:
+        return ""
+    title = next(line for cell in cells for line in cell.source.splitlines() if line.startswith("# "))
+    lab = f"../{source.stem}.ipynb"
+    note = f"*Solutions of [the lab]({lab}), generated from `notebooks/src/{source.name}`.*"
+    return "\n".join([f"{title}: solutions\n", f"{note}\n", *page])
+
+
+def _parsed(source: Path) -> NotebookNode:
+    return jupytext.reads(source.read_text(encoding="utf-8"), fmt="py:percent")
+
+
+def _question(text: str) -> str:
+    """Heading of an exercise, and what is asked."""
+    first, _, rest = text.partition("\n")
+    return f"{heading(find(first.removeprefix('{exercise}').strip()))}\n\n{rest.strip()}"
+
+
 def _exercise(text: str) -> str:
     """The cell of an exercise: heading, what is asked, hints."""
-    first, _, rest = text.partition("\n")
-    exercise = find(first.removeprefix("{exercise}").strip())
-    return f"{heading(exercise)}\n\n{rest.strip()}\n\n{hint_ladder(exercise)}"
+    exercise = find(text.partition("\n")[0].removeprefix("{exercise}").strip())
+    return f"{_question(text)}\n\n{hint_ladder(exercise)}"
 
 
 def _solved(match: re.Match[str]) -> str:
@@ -138,6 +166,35 @@ def execute(notebook: NotebookNode, *, timeout: int = 600) -> None:
         cell.metadata = NotebookNode()
         if cell.cell_type == "code":  # a widget without its kernel is a dead picture
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+    shrink_figures(notebook)
+
+
+def shrink_figures(notebook: NotebookNode) -> None:
+    """Redraw the PNGs of the outputs in place: 1.5 dots per pixel of the width they are shown with, in 64 colours.
+
+    Half the bytes, equal to the eye. A figure without a width keeps its dots.
+    """
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if "image/png" not in output.get("data", {}):
+            continue
+        before = base64.b64decode(output.data["image/png"])
+        width = output.metadata.get("image/png", {}).get("width")
+        after = _shrunk(before, None if width is None else round(DENSITY * width))
+        if len(after) < len(before):
+            output.data["image/png"] = base64.b64encode(after).decode("ascii")
+
+
+def _shrunk(png: bytes, width: int | None) -> bytes:
+    picture = Image.open(io.BytesIO(png))
+    image = Image.new("RGB", picture.size, "white")
+    image.paste(picture.convert("RGBA"), mask=picture.convert("RGBA").getchannel("A"))
+    if width is not None and width < image.width:
+        image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    # As plots.to_png does; the median cut, Pillow's default, blends the colour of a thin line into its neighbours'.
+    image = image.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 def blemishes(notebook: NotebookNode) -> list[str]:
@@ -156,36 +213,45 @@ def blemishes(notebook: NotebookNode) -> list[str]:
     return found
 
 
-def targets(source: Path, folder: Path = FOLDER) -> dict[Path, bool]:
-    """The notebooks of a source, and whether each has the solutions."""
-    return {folder / f"{source.stem}.ipynb": False, folder / "solutions" / f"{source.stem}.ipynb": True}
+def targets(source: Path, folder: Path = FOLDER) -> tuple[Path, Path]:
+    """Where the notebook of a source and the page with its solutions lie."""
+    return folder / f"{source.stem}.ipynb", folder / "solutions" / f"{source.stem}.md"
 
 
 def out_of_date(folder: Path = FOLDER) -> list[str]:
-    """Where the notebooks in `folder` are not those of the sources in `folder`/src; outputs are not compared."""
+    """Where the notebooks and solutions in `folder` are not those of the sources in `folder`/src.
+
+    Outputs are not compared.
+    """
     sources = sorted(folder.glob("src/*.py"))
-    wanted = {path: (source, solved) for source in sources for path, solved in targets(source, folder).items()}
-    there = sorted([*folder.glob("*.ipynb"), *folder.glob("solutions/*.ipynb")])
+    wanted = {path: source for source in sources for path in targets(source, folder)}
+    there = sorted([*folder.glob("*.ipynb"), *folder.glob("solutions/*")])
     found = [f"{path.relative_to(folder)} has no source" for path in there if path not in wanted]
-    for path, (source, solved) in wanted.items():
+    for path, source in wanted.items():
         if not path.exists():
             found.append(f"{path.relative_to(folder)} was not generated")
-        elif _cells(nbformat.read(path, as_version=4)) != _cells(generate(source, solution=solved)):
+        elif path.suffix == ".md":
+            if path.read_text(encoding="utf-8") != solutions(source):
+                found.append(f"{path.relative_to(folder)} is not that of src/{source.name}")
+        elif _cells(nbformat.read(path, as_version=4)) != _cells(generate(source)):
             found.append(f"{path.relative_to(folder)} is not that of src/{source.name}")
     return found
 
 
-def build(source: Path) -> list[Path]:
-    """Generate, execute and write both notebooks of a source. Raises RuntimeError if their outputs have blemishes."""
-    for path, solved in targets(source).items():
-        notebook = generate(source, solution=solved)
-        execute(notebook)
-        if found := blemishes(notebook):
-            raise RuntimeError("\n".join([f"{path.relative_to(FOLDER)} was not written:", *found]))
-        nbformat.validate(notebook)
-        path.parent.mkdir(exist_ok=True)
-        nbformat.write(notebook, path)
-    return list(targets(source))
+def build(source: Path) -> None:
+    """Generate, execute and write the notebook of a source, and write its solutions.
+
+    Raises RuntimeError if the notebook's outputs have blemishes.
+    """
+    path, page = targets(source)
+    notebook = generate(source)
+    execute(notebook)
+    if found := blemishes(notebook):
+        raise RuntimeError("\n".join([f"{path.relative_to(FOLDER)} was not written:", *found]))
+    nbformat.validate(notebook)
+    nbformat.write(notebook, path)
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(solutions(source), encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,7 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for source in sorted(FOLDER.glob("src/*.py")):
         if arguments.units and source.name[:2] not in arguments.units:
             continue
-        for path in build(source):
+        build(source)
+        for path in targets(source):
             print(f"notebooks/{path.relative_to(FOLDER)}: {path.stat().st_size / 1e6:.2f} MB")
     return 0
 

@@ -25,13 +25,13 @@ LANDING = SITE / "index.md"
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "lessons/README.md", "lessons/[0-9][0-9]_*.md"),
     *("lessons/site/*.md", "lessons/results/*.md", "notebooks/README.md", "notebooks/[0-9][0-9]_*.ipynb"),
-    *("notebooks/solutions/[0-9][0-9]_*.ipynb", "scale/README.md", "benchmarks/README.md"),
+    *("notebooks/solutions/[0-9][0-9]_*.md", "scale/README.md", "benchmarks/README.md"),
 )
 # What the side bar lists below a page: how its entries begin, and the files.
 CONTENTS = (
     ("lessons/README.md", "{unit} · {title}", "lessons/[0-9][0-9]_*.md"),
     ("notebooks/README.md", "{unit} · {title}", "notebooks/[0-9][0-9]_*.ipynb"),
-    ("notebooks/README.md", "{unit} · with solutions", "notebooks/solutions/[0-9][0-9]_*.ipynb"),
+    ("notebooks/README.md", "{unit} · solutions", "notebooks/solutions/[0-9][0-9]_*.md"),
 )
 LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"(^[ ]*(?:```|~~~).*?^[ ]*(?:```|~~~)[ ]*$|(?<!`)`[^`\n]+`(?!`))", re.MULTILINE | re.DOTALL)

@@ -1,9 +1,11 @@
 """The notebooks are those of their sources, run from top to bottom, and show nothing that a reader should not see."""
 
 import ast
+import base64
 import contextlib
 import functools
 import importlib.util
+import io
 import re
 import resource
 import shutil
@@ -11,7 +13,9 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 
 from minirl_edu.exercises import exercises
 from tests import forked
@@ -27,7 +31,7 @@ assert spec is not None and spec.loader is not None
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
-NOTEBOOKS = [path for source in SOURCES for path in build.targets(source)]
+NOTEBOOKS = [build.targets(source)[0] for source in SOURCES]
 
 each = pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(FOLDER)))
@@ -37,9 +41,9 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
-def printed(path: Path) -> str:
+def printed(notebook: nbformat.NotebookNode) -> str:
     """All text that a notebook's cells put out."""
-    outputs = [output for cell in read(path).cells for output in cell.get("outputs", [])]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "\n".join(output.get("text", "") + output.get("data", {}).get("text/markdown", "") for output in outputs)
 
 
@@ -90,12 +94,14 @@ def test_the_notebooks_are_those_of_their_sources():
     [
         (lambda folder: (folder / "src/00_quickstart.py").write_text("# %%\n1 + 1\n"), "is not that of src/"),
         (lambda folder: (folder / "00_quickstart.ipynb").unlink(), "was not generated"),
-        (lambda folder: (folder / "solutions/00_quickstart.ipynb").unlink(), "was not generated"),
+        (lambda folder: (folder / "solutions/00_quickstart.md").unlink(), "was not generated"),
+        (lambda folder: (folder / "solutions/00_quickstart.md").write_text("# Other"), "is not that of src/"),
+        (lambda folder: (folder / "solutions/00_other.ipynb").touch(), "has no source"),
         (lambda folder: (folder / "src/00_quickstart.py").unlink(), "has no source"),
     ],
 )
 def test_a_notebook_that_lags_behind_is_found(tmp_path, change, complaint):
-    for path in ("src/00_quickstart.py", "00_quickstart.ipynb", "solutions/00_quickstart.ipynb"):
+    for path in ("src/00_quickstart.py", "00_quickstart.ipynb", "solutions/00_quickstart.md"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         shutil.copy(FOLDER / path, tmp_path / path)
     assert build.out_of_date(tmp_path) == []
@@ -105,6 +111,11 @@ def test_a_notebook_that_lags_behind_is_found(tmp_path, change, complaint):
 
 
 SOURCE = """# %% [markdown]
+# # A lab
+#
+# Some text.
+
+# %% [markdown]
 # {exercise} 00.1
 # What is [twice](../lessons/00_x.md) x?
 
@@ -124,20 +135,55 @@ def test_the_student_gets_the_exercise_and_not_the_solution(tmp_path):
     source = tmp_path / "00_x.py"
     source.write_text(SOURCE)
     student, solved = (build.generate(source, solution=solution).cells for solution in (False, True))
-    assert student[1].source.startswith("### Exercise 00.1 · ") and "[twice](../lessons/00_x.md)" in student[1].source
-    assert solved[1].source == student[1].source.replace("(../", "(../../")  # it lies one folder deeper
-    assert "<details><summary>Hint 1 of " in student[1].source
-    assert student[2].source == "def twice(x):\n    raise NotImplementedError  # your turn\n\nanswer = ..."
-    assert solved[2].source == "def twice(x):\n    return 2 * x\n\nanswer = twice(1)"
-    assert "(solutions/00_x.ipynb)" in student[0].source and "(../00_x.ipynb)" in solved[0].source
+    assert student[2].source.startswith("### Exercise 00.1 · ") and "[twice](../lessons/00_x.md)" in student[2].source
+    assert solved[2].source == student[2].source
+    assert "<details><summary>Hint 1 of " in student[2].source
+    assert student[3].source == "def twice(x):\n    raise NotImplementedError  # your turn\n\nanswer = ..."
+    assert solved[3].source == "def twice(x):\n    return 2 * x\n\nanswer = twice(1)"
+    assert "(solutions/00_x.md)" in student[0].source
+
+
+def test_the_solutions_are_a_page_of_the_exercises_with_their_solved_cells(tmp_path):
+    source = tmp_path / "00_x.py"
+    source.write_text(SOURCE)
+    page = build.solutions(source)
+    assert page.startswith("# A lab: solutions\n") and "[the lab](../00_x.ipynb)" in page
+    assert "\n## Exercise 00.1 · " in page and "Hint" not in page
+    assert "What is [twice](../../lessons/00_x.md) x?" in page  # the page lies a folder deeper than the lab
+    assert page.endswith("```python\ndef twice(x):\n    return 2 * x\n\nanswer = twice(1)\n```\n")
+    source.write_text("# %%\n1 + 1\n")
+    assert build.solutions(source) == ""
+
+
+def figure_cell(size: tuple[int, int], width: int | None) -> nbformat.NotebookNode:
+    """A cell that shows coloured noise as PNG, `width` pixels wide on the page."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise, "RGBA").save(buffer, format="png")
+    data = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
+    metadata = {} if width is None else {"image/png": {"width": width}}
+    cell = nbformat.v4.new_code_cell("figure")
+    cell.outputs = [nbformat.v4.new_output("display_data", data=data, metadata=metadata)]
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("size", "width", "expected"),
+    [((400, 200), 200, (300, 150)), ((250, 100), 200, (250, 100)), ((400, 200), None, (400, 200))],
+)
+def test_figures_are_kept_at_the_sharpness_of_a_screen_and_in_few_colours(size, width, expected):
+    notebook = nbformat.v4.new_notebook(cells=[figure_cell(size, width)])
+    build.shrink_figures(notebook)
+    (output,) = notebook.cells[0].outputs
+    image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+    assert image.size == expected and image.mode == "P" and len(image.getcolors()) <= 64
 
 
 @each
-def test_the_solutions_are_right_and_the_students_notebook_waits_for_answers(source):
-    for path, solved in build.targets(source).items():
-        marks = re.findall(r"^([✓✗○]) (\d\d\.\d+): ", printed(path), re.MULTILINE)
-        assert [mark for mark, _ in marks] == (["✓"] if solved else ["○"]) * len(marks)
-        assert [number for _, number in marks] == list(exercises(source.name[:2]))
+def test_the_students_notebook_waits_for_every_answer(source):
+    numbers = exercises(source.name[:2])
+    assert marks_in(read(build.targets(source)[0])) == [("○", number) for number in numbers]
+    assert re.findall(r"^## Exercise (\S+)", build.solutions(source), re.MULTILINE) == list(numbers)
 
 
 @each_notebook
@@ -149,8 +195,13 @@ def test_a_notebook_has_its_outputs_and_no_blemish(path):
     assert build.blemishes(notebook) == []
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|Users|tmp)/", text)  # whoever built it, wherever
-    assert len(text) < 1.5e6
+    assert len(text) < 6e5
     assert f"src/{path.stem}.py" in notebook.cells[0].source
+
+
+def marks_in(notebook: nbformat.NotebookNode) -> list[tuple[str, str]]:
+    """What `check` printed, in order: right (✓), wrong (✗) or still open (○), and the number of the exercise."""
+    return re.findall(r"^([✓✗○]) (\d\d\.\d+): ", printed(notebook), re.MULTILINE)
 
 
 @each_notebook
@@ -196,7 +247,7 @@ def test_a_redefinition_would_be_found():
 
 def test_the_quickstart_shows_what_its_text_says():
     """The prose quotes no numbers, but it says which way they go; the outputs that are shipped must agree."""
-    text = printed(FOLDER / "00_quickstart.ipynb")
+    text = printed(read(FOLDER / "00_quickstart.ipynb"))
     before, after = map(float, re.findall(r"held-out score \| ([\d.]+) \| ([\d.]+)", text)[0])
     error = float(re.findall(r"standard error of ([\d.]+)", text)[0])
     assert after > before + 3 * error
@@ -247,7 +298,7 @@ def cpu_seconds(kernels: str) -> float:
 @pytest.mark.parametrize(
     ("source", "kernels"), RUNS, indirect=["kernels"], ids=lambda value: getattr(value, "stem", value)
 )
-def test_a_lab_runs_in_under_a_minute(source, kernels, monkeypatch):
+def test_a_lab_runs_in_under_a_minute_and_its_solutions_are_right(source, kernels, monkeypatch):
     """In the fast setting, with its exercises solved."""
     monkeypatch.setenv("MINIRL_LABS", "fast")
     notebook = build.generate(source, solution=True)
@@ -256,5 +307,6 @@ def test_a_lab_runs_in_under_a_minute(source, kernels, monkeypatch):
     # The kernel's own time: by the clock, a busy machine has been seen to take six times as long as a quiet one.
     seconds = cpu_seconds(kernels) - started
     assert build.blemishes(notebook) == []
+    assert marks_in(notebook) == [("✓", number) for number in exercises(source.name[:2])]
     assert seconds > 1  # it was counted at all
     assert seconds < 60

@@ -20,7 +20,7 @@ from playwright.sync_api import Page, expect
 from tests.site.browser import Complaints, executable, opened
 
 ROOT = Path(__file__).resolve().parents[2]
-LAB = "solutions/03_sampler_and_policy.ipynb"
+LAB = "03_sampler_and_policy.ipynb"
 MINUTE = 60_000
 PROMPTS = (
     "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent)"

@@ -149,12 +149,12 @@ def test_a_signature_is_that_of_the_source():
         ("lessons/01_a.md", "[folder](results/)", "folder"),
         ("lessons/01_a.md", "`f[a](../notebooks)`, [nowhere](x.md)", "`f[a](../notebooks)`, [nowhere](x.md)"),
         ("lessons/site/index.md", "![p](../results/f.png)", "![p](lessons/results/f.png)"),
-        ("notebooks/solutions/01_a.ipynb", "[lesson](../../lessons/01_a.md)", "[lesson](../../lessons/01_a.md)"),
+        ("notebooks/solutions/01_a.md", "[lesson](../../lessons/01_a.md)", "[lesson](../../lessons/01_a.md)"),
         ("README.md", "[start](lessons/site/index.md)", "[start](index.md)"),
     ],
 )
 def test_links_are_kept_rewritten_or_made_plain_text(tmp_path, origin, text, expected):
-    names = ("lessons/01_a.md", "lessons/site/index.md", "notebooks/01_a.ipynb", "notebooks/solutions/01_a.ipynb")
+    names = ("lessons/01_a.md", "lessons/site/index.md", "notebooks/01_a.ipynb", "notebooks/solutions/01_a.md")
     for name in (*names, "minirl_edu/lib.py", "minirl_edu/sub/__init__.py", "lessons/results/f.png", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -235,8 +235,8 @@ def test_a_page_shows_its_equations_and_figures(site, browser, kind):
     for unit in UNITS:
         labelled = re.findall(r"^\$\$ \(", (ROOT / "lessons" / f"{unit}.md").read_text(encoding="utf-8"), re.MULTILINE)
         assert seen[site / "lessons" / f"{unit}.html"]["equations"] > len(labelled) >= 3
-        for folder in (site / "notebooks", site / "notebooks" / "solutions"):
-            assert (folder / f"{unit}.html") not in seen or seen[folder / f"{unit}.html"]["images"] >= 3
+        notebook = site / "notebooks" / f"{unit}.html"
+        assert notebook not in seen or seen[notebook]["images"] >= 3
     assert site / f"{lab}.html" in seen
 
 

@@ -190,8 +190,12 @@ def _shrunk(png: bytes, width: int | None) -> bytes:
     image.paste(picture.convert("RGBA"), mask=picture.convert("RGBA").getchannel("A"))
     if width is not None and width < image.width:
         image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-    # As plots.to_png does; the median cut, Pillow's default, blends the colour of a thin line into its neighbours'.
+    # As plots.to_png does; the median cut, Pillow's default, blends the colour of a thin line into its neighbours'. It
+    # makes white a light grey, which shows on a white page.
     image = image.quantize(COLOURS, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    palette = image.getpalette() or []
+    colours = [palette[i : i + 3] for i in range(0, len(palette), 3)]
+    image.putpalette([value for colour in colours for value in ([255] * 3 if min(colour) > 250 else colour)])
     buffer = io.BytesIO()
     image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()

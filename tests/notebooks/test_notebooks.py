@@ -157,7 +157,9 @@ def test_the_solutions_are_a_page_of_the_exercises_with_their_solved_cells(tmp_p
 
 def figure_cell(size: tuple[int, int], width: int | None) -> nbformat.NotebookNode:
     """A cell that shows coloured noise as PNG, `width` pixels wide on the page."""
-    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 200, (size[1], size[0], 4), dtype=np.uint8)
+    noise[..., 3] = 255
+    noise[:, :20] = 0  # a transparent margin: white on the page
     buffer = io.BytesIO()
     Image.fromarray(noise, "RGBA").save(buffer, format="png")
     data = {"image/png": base64.b64encode(buffer.getvalue()).decode()}
@@ -177,6 +179,7 @@ def test_figures_are_kept_at_the_sharpness_of_a_screen_and_in_few_colours(size, 
     (output,) = notebook.cells[0].outputs
     image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
     assert image.size == expected and image.mode == "P" and len(image.getcolors()) <= 64
+    assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
 
 @each

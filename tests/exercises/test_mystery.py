@@ -169,7 +169,7 @@ def test_a_short_recording_is_complete_and_the_same_every_time(tmp_path, monkeyp
 
 def stored(fault):
     """The charts of all seeds of a run."""
-    return list(read_charts(STORED)[LETTER.get(fault, fault)].values())
+    return list(read_charts(STORED)[str(LETTER.get(fault, fault))].values())
 
 
 def test_all_charts_are_stored_small_and_of_the_same_length():

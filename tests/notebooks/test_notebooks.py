@@ -178,7 +178,7 @@ def test_figures_are_kept_at_the_sharpness_of_a_screen_and_in_few_colours(size, 
     build.shrink_figures(notebook)
     (output,) = notebook.cells[0].outputs
     image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
-    assert image.size == expected and image.mode == "P" and len(image.getcolors()) <= 64
+    assert image.size == expected and image.mode == "P" and len(image.getcolors() or range(999)) <= 64
     assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
 

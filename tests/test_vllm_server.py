@@ -1148,6 +1148,20 @@ class TestRealServer:
         assert rollout.routes is not None and expected.routes is not None
         assert rollout.routes.flip_rate(expected.routes, rollout.inputs).max() == 0
 
+    def test_suppressed_tokens_are_never_drawn_and_the_log_probabilities_know_it(self, real):
+        model = load_model("chain-steps")
+        suppressed = model.generation_config.suppress_tokens = [10, 14]  # `+` and `,`, with which responses begin
+        settings: Any = {"record_routes": True, "dtype": "float32", "start_timeout": 300.0}
+        engine = VLLMServerEngine(model, url=real.url, api_key=KEY, **settings)
+        try:
+            rollout = generate(engine)
+        finally:
+            engine.close()
+        assert not set(rollout.tokens[:, rollout.prompt_length :].flatten().tolist()) & set(suppressed)
+        with torch.no_grad():
+            logp = response_logprobs(model, lay_out(rollout, share_prompts=False), temperature=0.7).logp
+        assert (logp - rollout.logp_rollout).abs().max() <= CLOSE
+
     def test_no_route_but_health_answers_without_the_key(self, real):
         def get(path: str, key: str | None) -> tuple[int, bytes]:
             connection = http.client.HTTPConnection("127.0.0.1", real.port, timeout=30)

@@ -112,6 +112,7 @@ def _run(words: list[str], environment: dict[str, str], output: str, limit: int 
     from minirl_edu import plots
 
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
     gc.freeze()  # what is loaded is no garbage, and 0.3 s to look through
     os.environ.clear()
     os.environ.update(environment)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from minirl_edu.rollout.base import Rollout
-from minirl_edu.rollout.hf import evaluating
+from minirl_edu.rollout.hf import evaluating, suppressed_mask
 from minirl_edu.routing import Routes
 
 
@@ -201,7 +201,7 @@ many tokens. A batch with no more of them is computed at once, and its log-proba
 
 def response_logprobs(model: nn.Module, layout: Layout, *, temperature: float = 1.0) -> ResponseLogprobs:
     """log softmax(logits / T) of the response tokens, and the entropy of that distribution, in fp32 (of a float64
-    model, in float64).
+    model, in float64). The model's `suppressed_tokens` have probability 0.
 
     `model` is a transformers causal LM or a wrapper around one. Open `RoutingReplay.replay(layout.pack(routes))` or
     `.record()` around this call (and around `backward`) to force or keep the experts.
@@ -248,15 +248,21 @@ def _instead_of_logits(model: nn.Module, layout: Layout, temperature: float) -> 
         logits = transformer_forward(*args, **kwargs).logits
         if not isinstance(logits, _Postponed):  # few, or of a model that does not call its head
             states = logits.flatten(0, 1).index_select(0, layout.predictor)
-            return torch.complex(*_in_chunks(lambda part: part, states, layout.targets, temperature, logits.shape[-1]))
+            suppressed = suppressed_mask(transformer, logits.shape[-1], states.device)
+            return torch.complex(
+                *_in_chunks(lambda part: part, states, layout.targets, temperature, logits.shape[-1], suppressed)
+            )
         trace, (tokens, vocabulary) = logits.trace, (len(layout.targets), logits.shape[-1])
         states = trace.hidden.flatten(0, 1).index_select(0, layout.predictor)
+        suppressed = suppressed_mask(transformer, vocabulary, states.device)
         with trace.autocast:
             plain = plain_forward and type(head.weight) is nn.Parameter and trace.only_casts
             if plain and tokens * vocabulary > CHUNK:
                 # A chunk no wider than the hidden states is no larger than they are.
                 width = max(CHUNK // tokens, states.shape[-1])
-                both = _HeadLogprobs.apply(states, head.weight, head.bias, layout.targets, temperature, width)
+                both = _HeadLogprobs.apply(
+                    states, head.weight, head.bias, layout.targets, temperature, width, suppressed
+                )
             else:
                 meta = logits.meta
                 both = _in_chunks(
@@ -265,6 +271,7 @@ def _instead_of_logits(model: nn.Module, layout: Layout, temperature: float) -> 
                     layout.targets,
                     temperature,
                     vocabulary,
+                    suppressed,
                 )
         return torch.complex(*both)
 
@@ -360,12 +367,16 @@ def _in_chunks(
     targets: Int[Tensor, "n"],
     temperature: float,
     vocabulary: int,
+    suppressed: Bool[Tensor, "V"] | None,
 ) -> _Pair:
     """log π of the targets and the entropy, from `logits_of(states)` [n, V]: so many tokens at a time, in the backward
     again."""
 
     def both(states: Tensor, targets: Tensor) -> _Pair:
-        log_probs = torch.log_softmax(_in_full(logits_of(states)) / temperature, -1)
+        logits = _in_full(logits_of(states)) / temperature
+        if suppressed is not None:
+            logits = logits.masked_fill(suppressed, -math.inf)
+        log_probs = torch.log_softmax(logits, -1)
         with torch.no_grad():
             entropy = -log_probs.exp().mul_(log_probs.clamp(min=_LOWEST)).sum(-1)
         return log_probs.gather(1, targets[:, None])[:, 0], entropy
@@ -406,6 +417,7 @@ class _HeadLogprobs(torch.autograd.Function):
         targets: Int[Tensor, "n"],
         temperature: float,
         width: int,
+        suppressed: Bool[Tensor, "V"] | None,
     ) -> _Pair:
         """Returns (log π, entropy); one more pass over the vocabulary in the backward."""
         like = _in_full(hidden[:, 0])
@@ -415,6 +427,8 @@ class _HeadLogprobs(torch.autograd.Function):
             logits = nn.functional.linear(hidden, weight[start : start + width], _rows(bias, start, width))
             ctx.dtype = logits.dtype  # autocast's, inside its context; the backward runs outside
             z = _in_full(logits).div_(temperature)
+            if suppressed is not None:
+                z.masked_fill_(suppressed[start : start + width], -math.inf)
             index, here = _inside(targets, start, z)
             chosen = torch.where(here, z.gather(1, index)[:, 0], chosen)
             higher = torch.maximum(top, z.amax(1))
@@ -424,7 +438,7 @@ class _HeadLogprobs(torch.autograd.Function):
             total = total * fall.exp() + weights.sum(1)
             top = higher
         ctx.save_for_backward(hidden, weight, bias, targets, top + total.log())
-        ctx.temperature, ctx.width = temperature, width
+        ctx.temperature, ctx.width, ctx.suppressed = temperature, width, suppressed
         entropy = total.log() - moment / total
         ctx.mark_non_differentiable(entropy)
         return chosen - top - total.log(), entropy
@@ -444,6 +458,8 @@ class _HeadLogprobs(torch.autograd.Function):
             some = _rows(bias, start, ctx.width)
             logits = nn.functional.linear(states, part, None if some is None else some.to(ctx.dtype))
             z = _in_full(logits).div_(ctx.temperature)
+            if ctx.suppressed is not None:
+                z.masked_fill_(ctx.suppressed[rows], -math.inf)
             z.sub_(normaliser[:, None]).exp_().mul_(-scale)
             index, here = _inside(targets, start, z)
             grad_logits = z.scatter_add_(1, index, torch.where(here[:, None], scale, 0)).to(ctx.dtype)
@@ -453,7 +469,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 grad_weight[rows] = grad_logits.T @ states
             if grad_bias is not None:
                 grad_bias[rows] = grad_logits.sum(0)
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias, None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _rows(bias: Tensor | None, start: int, width: int) -> Tensor | None:

@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -252,6 +253,60 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         return AutoTokenizer.from_pretrained(path, padding_side="left", trust_remote_code=trust_remote_code, **source)
     except (OSError, ValueError) as error:
         raise ValueError(_not_found(name)) from error
+
+
+def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write into the model's generation config, which every engine and the trainer read, what `tokenizer` knows.
+
+    `eos_token_id` becomes the union of the tokenizer's, the config's and the generation config's: each of them ends a
+    response. `suppress_tokens` gets the ids that no text can come from, because the model has more rows than the
+    tokenizer has tokens: π and μ give them probability 0. An end token is never among them.
+
+    Raises ValueError if the model has no end token at all.
+    """
+    generation = model.generation_config = model.generation_config or GenerationConfig()
+    vocabulary = vocabulary_size(model)
+    sources = (tokenizer, generation, model.config, model.config.get_text_config())
+    named = [token for source in sources for token in _ids(source.eos_token_id)]
+    ends = [token for token in dict.fromkeys(named) if token < vocabulary]
+    if not ends:
+        seen = f", and {named} lie beyond the model's {vocabulary} rows" if named else ""
+        raise ValueError(
+            "model.name: no end token, so every response would run to the limit: neither the tokenizer (eos_token) nor "
+            f"config.json nor generation_config.json (eos_token_id) names one{seen}; set eos_token in the model's "
+            "tokenizer_config.json"
+        )
+    rows = set(range(vocabulary))
+    suppressed = (rows - set(tokenizer.get_vocab().values())) | (rows & set(generation.suppress_tokens or ()))
+    generation.eos_token_id = ends
+    generation.suppress_tokens = sorted(suppressed - set(ends)) or None
+
+
+def _ids(value: Any) -> list[int]:
+    """The ids of an `eos_token_id`: None, one, or a list."""
+    return [] if value is None else [value] if isinstance(value, int) else list(value)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """V, the number of logits: rows of the model's head, padding of the vocabulary included."""
+    return model.config.get_text_config().vocab_size
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Tokens that the model's positions reach, prompt and response together; None where nothing bounds them.
+
+    `max_position_embeddings` of its config, stretched by the factor of a RoPE that says so (linear, dynamic, yarn).
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one, or one per kind of layer
+        if one.get("rope_type") in ("linear", "dynamic", "yarn"):
+            original = one.get("original_max_position_embeddings") or config.max_position_embeddings
+            limit = max(limit, int(original * one.get("factor", 1)))
+    return limit
 
 
 def _source(name: str) -> tuple[str, dict[str, str]]:

@@ -46,13 +46,21 @@ def written(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
 
 def naive(model: PreTrainedModel, rollout: Rollout, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log π and entropy [B, T] of the response tokens, 0 where masked, with gradient where it is enabled."""
+    """log π and entropy [B, T] of the response tokens, 0 where masked, with gradient where it is enabled.
+
+    The softmax is taken over the tokens that are not suppressed: the others' logits are thrown away.
+    """
     logps, entropies = [], []
+    generation = model.generation_config
+    suppressed = set((generation.suppress_tokens if generation is not None else None) or ())
+    known = [token for token in range(model.config.vocab_size) if token not in suppressed]
     for tokens, mask, response in zip(rollout.tokens, rollout.attention_mask, rollout.response_mask, strict=True):
         real, length = tokens[mask], int(response.sum())
         logits = model(input_ids=real[None], use_cache=False).logits[0, -length - 1 : -1].float() / temperature
         missing = (0, len(response) - length)
-        logp = logits.log_softmax(-1)[range(length), real[-length:]]
+        if suppressed:
+            logits = logits[:, known]
+        logp = logits.log_softmax(-1)[range(length), [known.index(token) for token in real[-length:].tolist()]]
         logps.append(torch.nn.functional.pad(logp, missing))
         entropies.append(torch.nn.functional.pad(entropy_from_logits(logits), missing))
     return torch.stack(logps), torch.stack(entropies)

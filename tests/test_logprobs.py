@@ -384,25 +384,31 @@ def head_inputs(tokens: int, dtype: torch.dtype, *, bias: bool) -> tuple[Tensor,
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("width", [1, 7, 22, 23, 50])
-def test_the_head_in_chunks_is_the_head_at_once(width: int, tokens: int, bias: bool):
+@pytest.mark.parametrize("unknown", [(), (*range(9), 15, 22)], ids=["all words", "some words"])
+def test_the_head_in_chunks_is_the_head_at_once(width: int, tokens: int, bias: bool, unknown: tuple[int, ...]):
+    """`unknown` words, among them a whole first chunk of 7, have probability 0."""
     hidden, weight, of_words, targets = head_inputs(tokens, torch.float64, bias=bias)
     inputs = [x for x in (hidden, weight, of_words) if x is not None]
-    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, of_words, targets, 0.7, width)
-    log_probs = (nn.functional.linear(hidden, weight, of_words) / 0.7).log_softmax(-1)
+    known = [word for word in range(23) if word not in unknown]
+    mask = torch.tensor([word in unknown for word in range(23)]) if unknown else None
+    targets = torch.tensor(known)[targets % len(known)]
+    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, of_words, targets, 0.7, width, mask)
+    logits = nn.functional.linear(hidden, weight, of_words)[:, known] / 0.7
+    log_probs, targets = logits.log_softmax(-1), torch.tensor([known.index(word) for word in targets.tolist()])
     expected = log_probs[range(tokens), targets]
     # float64: the order of sums alone, at logits of size 10 about 1e-14.
     torch.testing.assert_close(logp, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(entropy, -(log_probs.exp() * log_probs).sum(-1), rtol=0, atol=1e-12)
-    for ours, theirs in zip(
-        torch.autograd.grad(weighted(logp), inputs), torch.autograd.grad(weighted(expected), inputs), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(weighted(scalar), inputs) for scalar in (logp, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for of_words in ours[1:]:  # weight and bias
+        assert not of_words[list(unknown)].any()
 
 
 def test_the_gradient_of_the_head_in_chunks_is_its_finite_difference():
     hidden, weight, bias, targets = head_inputs(4, torch.float64, bias=True)
     assert bias is not None
-    in_chunks = lambda *x: logprobs._HeadLogprobs.apply(*x, targets, 0.7, 7)[0]  # noqa: E731
+    in_chunks = lambda *x: logprobs._HeadLogprobs.apply(*x, targets, 0.7, 7, None)[0]  # noqa: E731
     assert torch.autograd.gradcheck(in_chunks, (hidden, weight, bias))
 
 
@@ -415,10 +421,10 @@ def test_a_forbidden_word_leaves_one_entropy_and_a_finite_gradient_in_every_path
 
     def in_chunks(size: int) -> tuple[Tensor, Tensor]:
         monkeypatch.setattr(logprobs, "CHUNK", size)
-        return logprobs._in_chunks(lambda h: torch.nn.functional.linear(h, weight, bias), hidden, targets, 1.0, 6)
+        return logprobs._in_chunks(lambda h: torch.nn.functional.linear(h, weight, bias), hidden, targets, 1.0, 6, None)
 
     found = [in_chunks(2**22), in_chunks(6)]
-    found += [logprobs._HeadLogprobs.apply(hidden, weight, bias, targets, 1.0, width) for width in (2, 6)]
+    found += [logprobs._HeadLogprobs.apply(hidden, weight, bias, targets, 1.0, width, None) for width in (2, 6)]
     gradients = [torch.autograd.grad(logp.sum(), (hidden, weight)) for logp, _ in found]
     for (logp, entropy), gradient in zip(found, gradients, strict=True):
         torch.testing.assert_close(entropy, expected)
@@ -431,7 +437,7 @@ def test_entropies_near_zero_and_logits_far_from_it_are_exact_in_chunks():
     weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     hidden = torch.cat([weight[3:4] * 25, weight[30:31] * 3, torch.zeros(1, 8)])
     targets = torch.tensor([3, 30, 5])
-    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7)
+    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7, None)
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
     # The first token is certain, the second nearly, the last uniform. 1 + ε is rounded to 2⁻²⁴ before its logarithm.
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-6, atol=2e-7)
@@ -443,7 +449,9 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(dtype: torch.dtype
     hidden, weight, _, targets = head_inputs(6, dtype, bias=False)
 
     def gradient(hidden: Tensor, weight: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7)[0].sum(), of)
+        return torch.autograd.grad(
+            logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7, None)[0].sum(), of
+        )
 
     of_hidden, of_weight = gradient(hidden, weight, hidden, weight)
     assert of_hidden.dtype == of_weight.dtype == dtype
@@ -476,6 +484,38 @@ def test_one_response_token_is_exact_in_chunks(paths: Counter, monkeypatch: pyte
     monkeypatch.setattr(logprobs, "CHUNK", 100)
     assert_naive(wide(), rollout=written([[1, 2, 300]], [[290]]))
     assert paths == {"by words": 1}
+
+
+PATHS = {"at once": {}, "by tokens": {"by tokens"}, "by words": {"by words"}}
+
+
+def on_path(path: str, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
+    """A wide model whose log-probabilities go by this path."""
+    model = wide(bias=True)
+    if path == "at once":
+        monkeypatch.setattr(logprobs, "CHUNK", 10**9)
+    elif path == "by tokens":
+        after_head(model, lambda logits: logits * 1)
+    return model
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_suppressed_words_have_probability_0(
+    path: str, temperature: float, paths: Counter, monkeypatch: pytest.MonkeyPatch
+):
+    model = on_path(path, monkeypatch)
+    drawn = set(WIDE.tokens.flatten().tolist())
+    unknown = [word for word in range(VOCABULARY) if word % 3 and word not in drawn]
+    with torch.no_grad():  # else hardly anybody would notice
+        model.get_output_embeddings().bias[unknown] += 3.0  # pyright: ignore[reportOptionalMemberAccess]
+    before = response_logprobs(model, lay_out(WIDE, share_prompts=False), temperature=temperature)
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = unknown
+    assert_naive(model, temperature=temperature)
+    output = response_logprobs(model, lay_out(WIDE, share_prompts=False), temperature=temperature)
+    assert (output.logp - before.logp).detach()[WIDE.response_mask].min() > 0.5
+    assert set(paths) == set(PATHS[path])
 
 
 @pytest.mark.parametrize("share_prompts", [False, True])

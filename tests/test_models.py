@@ -4,18 +4,21 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from minirl_edu.models import (
     COLD_STARTS,
     SMOLLM2,
+    adopt_tokenizer,
     cold_starts,
     load_model,
     load_tokenizer,
+    max_positions,
     model_path,
     tiny_dense,
     tiny_moe,
@@ -153,3 +156,74 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path):
     file.write_bytes(b"not a model")
     with pytest.raises(ValueError, match=re.escape(str(file))):
         load_model(str(file))
+
+
+@pytest.mark.parametrize(
+    ("of_config", "of_generation", "ends"),
+    [
+        (None, None, [17]),
+        (17, 17, [17]),
+        (3, None, [17, 3]),
+        (3, [4, 5], [17, 4, 5, 3]),
+        (99, [98], [17]),  # beyond the model's rows: never drawn
+        (40, None, [17, 40]),  # unknown to the tokenizer, but the model may say it
+    ],
+)
+def test_every_end_token_that_somebody_names_ends_a_response(of_config: Any, of_generation: Any, ends: list[int]):
+    model = tiny_dense(64, seed=0)
+    generation: Any = model.generation_config
+    model.config.eos_token_id, generation.eos_token_id = of_config, of_generation
+    adopt_tokenizer(model, chain_tokenizer())
+    assert generation.eos_token_id == ends
+    assert generation.suppress_tokens == [token for token in range(18, 64) if token not in ends]
+    adopt_tokenizer(model, chain_tokenizer())  # twice is once
+    assert sorted(generation.eos_token_id) == sorted(ends) and 18 in generation.suppress_tokens
+
+
+def test_a_vocabulary_without_padding_suppresses_nothing():
+    model = tiny_dense(18, seed=0)
+    adopt_tokenizer(model, chain_tokenizer())
+    assert model.generation_config is not None and model.generation_config.suppress_tokens is None
+
+
+def test_holes_in_the_vocabulary_are_suppressed_too_beside_what_the_model_suppresses_itself():
+    class Sparse:
+        eos_token_id = 5
+
+        def get_vocab(self) -> dict[str, int]:
+            return {"a": 0, "b": 2, "<eos>": 5}
+
+    model = tiny_dense(8, seed=0)
+    assert model.generation_config is not None
+    model.generation_config.suppress_tokens = [2]
+    adopt_tokenizer(model, Sparse())  # pyright: ignore[reportArgumentType]
+    assert model.generation_config.suppress_tokens == [1, 2, 3, 4, 6, 7]
+
+
+@pytest.mark.parametrize(("named", "said"), [(None, "names one; set"), (99, r"and \[99, .*beyond the model's 18 rows")])
+def test_a_model_without_an_end_token_is_refused(named: int | None, said: str):
+    tokenizer = chain_tokenizer()
+    tokenizer.eos_token = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ValueError, match=f"no end token.*{said}"):
+        adopt_tokenizer(tiny_dense(18, seed=0, eos_token_id=named), tokenizer)
+
+
+STRETCHED = {"factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "positions"),
+    [
+        ("gpt2", {"n_positions": 24}, 24),
+        ("llama", {"max_position_embeddings": 64}, 64),
+        ("llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "linear", **STRETCHED}}, 256),
+        ("qwen3", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn", **STRETCHED,
+                                                                      "original_max_position_embeddings": 32}}, 128),
+        ("gemma3_text", {"max_position_embeddings": 64}, 64),  # one RoPE for each kind of layer
+        ("bloom", {}, None),  # ALiBi
+        ("mamba", {}, None),
+    ],
+)  # fmt: skip
+def test_positions_are_what_the_config_says(family: str, options: dict, positions: int | None):
+    model: Any = SimpleNamespace(config=AutoConfig.for_model(family, **options))
+    assert max_positions(model) == positions

@@ -15,10 +15,11 @@ from minirl_edu.diagnostics import kl_k1, kl_k3
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.precision import Precision
 from minirl_edu.rollout import EngineError, HFEngine, Rollout, RolloutEngine, Sampling, hf, make_engine, sample
-from minirl_edu.rollout.hf import end_tokens
+from minirl_edu.rollout.hf import check_sampling, end_tokens
 from minirl_edu.routing import Routes, RoutingReplay
 from tests import routing_families
 from tests.conftest import EOS, PAD, prompts
+from tests.families import families, tiny
 from tests.oracle import CLOSE, lively, naive, naive_routes, written
 
 EQUAL, RAGGED = (6, 6), (3, 8)
@@ -99,6 +100,52 @@ def test_the_fp32_engine_is_the_training_engine_in_every_family(family: str):
             logp = response_logprobs(model, layout, temperature=0.7).logp
         assert (logp - rollout.logp_rollout).abs().max() <= close
         assert layout.unpack(tape.routes).flip_rate(rollout.routes, rollout.inputs).max() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of some families' configs
+def test_every_causal_family_of_transformers_is_sampled_exactly_or_refused_by_name():
+    """transformers' own list is walked, so that a new family is exact or refused, too."""
+    exact, refused = {}, {}
+    for family in families():
+        model = tiny(family)
+        try:
+            engine = HFEngine(model)
+        except ValueError as error:
+            assert type(model).__name__ in str(error)
+            refused[family] = str(error)
+            continue
+        worst = 0.0
+        for lengths in (EQUAL, RAGGED):
+            rollout = engine.generate(prompts(2, lengths=lengths), group_size=2, sampling=Sampling(4), seed=0)
+            with torch.no_grad():
+                logp = response_logprobs(model, lay_out(rollout, share_prompts=False)).logp
+            worst = max(worst, kl_k3(rollout.logp_rollout, logp, rollout.response_mask).item())
+        exact[family] = worst
+    # 4e-9 was seen with Mamba layers, whose sums are taken in chunks, 3e-12 without. A wrong cache: 1e-2 and more.
+    assert {family: k3 for family, k3 in exact.items() if k3 > 1e-6} == {}
+    assert len(exact) > 80, sorted(exact)
+    # What people train: Transformers, and hybrids of attention with Mamba, linear attention or convolutions.
+    hybrids = {"bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "nemotron_h", "qwen3_5_text", "zamba2"}
+    assert {"gpt2", "llama", "qwen3", "gemma3_text", "bloom", "opt", *hybrids} <= exact.keys()
+    stateful, encoders = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}, {"bert", "roberta", "electra"}
+    assert {"recurrent_gemma", "openai-gpt", *stateful, *encoders} <= refused.keys()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_of_a_model_leaves_it_as_it_was(architecture: str, dtype: torch.dtype):
+    model: Any = lively(architecture).train()
+    model.to(dtype)
+    before, state = model.generation_config, torch.get_rng_state()
+    check_sampling(model)
+    assert model.generation_config is before and model.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_bf16_does_not_hide_a_model_that_cannot_be_sampled():
+    model: Any = routing_families.build("bert")
+    with pytest.raises(ValueError, match="BertLMHeadModel gives other log-probabilities"):
+        check_sampling(model.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "left-padded"])
@@ -193,6 +240,23 @@ def test_sampling_stops_when_the_last_response_has_ended():
     rollout = draw(model)
     assert rollout.response_mask.shape == (24, 1) and len(forwards) == 1
     assert gap(model, rollout) <= CLOSE
+
+
+@both
+@pytest.mark.parametrize("lengths", [EQUAL, RAGGED], ids=["equal", "left-padded"])
+def test_suppressed_tokens_are_never_drawn_and_the_others_share_their_probability(
+    architecture: str, lengths: tuple[int, int]
+):
+    model = lively(architecture)
+    engine = HFEngine(model)
+    model.generation_config.suppress_tokens = [0, 3, 4, 11, 12, 13, 14, 15]  # pyright: ignore[reportOptionalMemberAccess]
+    engine.sync(model, version=1)
+    for temperature in (1.0, 0.7):
+        sampling = Sampling(LIMIT, temperature)
+        rollout = engine.generate(prompts(8, lengths=lengths), group_size=4, sampling=sampling, seed=0)
+        drawn = set(rollout.tokens[:, rollout.prompt_length :][rollout.response_mask].tolist())
+        assert drawn == {1, 2, 5, 6, 7, 8, 9, 10, PAD, EOS}
+        assert gap(model, rollout, temperature) <= CLOSE
 
 
 def test_end_tokens_come_from_the_generation_config_then_the_config():
@@ -533,7 +597,7 @@ def test_a_response_without_numbers_ends_the_run_or_is_kept_with_its_mark():
 
 
 def test_a_log_probability_that_is_none_is_an_error_of_the_engine(monkeypatch: pytest.MonkeyPatch):
-    sampled = hf.sample
+    sampled, strict, tolerant = hf.sample, HFEngine(lively("dense")), HFEngine(lively("dense"), keep_faulty=True)
 
     def spoilt(*args: Any, **kwargs: Any) -> Rollout:
         rollout = sampled(*args, **kwargs)
@@ -542,11 +606,11 @@ def test_a_log_probability_that_is_none_is_an_error_of_the_engine(monkeypatch: p
     monkeypatch.setattr(hf, "sample", spoilt)
     message = r"^logp_rollout: inf at row 9, token 0 .*; 1 of 64 responses .*; rollout\.on_fault: drop"
     with pytest.raises(EngineError, match=message):
-        ask(HFEngine(lively("dense")))
-    assert list(ask(HFEngine(lively("dense"), keep_faulty=True)).faults()) == [9]
+        ask(strict)
+    assert list(ask(tolerant).faults()) == [9]
     monkeypatch.setattr(hf, "sample", lambda *args, **kwargs: rebuilt(sampled(*args, **kwargs), prompt_length=1))
     with pytest.raises(EngineError, match=r"^tokens: "):  # no single response's fault
-        ask(HFEngine(lively("dense"), keep_faulty=True))
+        ask(tolerant)
 
 
 @pytest.mark.parametrize("policy", ["stop", "drop"])

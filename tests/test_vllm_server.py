@@ -73,6 +73,7 @@ class Fake:
     def restart(self) -> None:
         self.version, self.paused, self.routes, self.spoilt, self.asleep = "default", False, None, False, False
         self.weights: dict[str, torch.Tensor] = {}
+        self.suppressed: list[int] | None = None
 
     @property
     def url(self) -> str:
@@ -142,6 +143,9 @@ class Fake:
                     return 200, {"results": [None]}
                 if method == "minirl_digests":
                     return 200, {"results": [{"embedding": [len(self.weights)], "experts": [int(self.spoilt)]}]}
+                if method == "minirl_suppress":
+                    (self.suppressed,) = args
+                    return 200, {"results": [None]}
                 if method == "minirl_clear_kv_cache":
                     return 200, {"results": [None]}
                 if method == "minirl_record_routes":
@@ -264,14 +268,17 @@ def test_weights_reach_the_server_whole_and_before_their_version(fake, connect, 
         *("/weight_info", "/wake_up", "minirl_describe"),
         *("/inference/v1/generate", "minirl_digests", "/update_weight_version", "minirl_load_file"),
         *("minirl_load_checkpoint", "/reset_prefix_cache", "/inference/v1/generate", "minirl_digests"),
-        *("/pause?mode=abort", "minirl_load_file", "/reset_prefix_cache", "minirl_record_routes"),
+        *("/pause?mode=abort", "minirl_load_file", "/reset_prefix_cache", "minirl_suppress", "minirl_record_routes"),
         *("/update_weight_version", "/resume"),
     ]
     expected = dict(checkpoint_weights(model))
     assert fake.weights.keys() == expected.keys()
     assert all(torch.equal(fake.weights[name], expected[name]) for name in expected)
+    assert fake.suppressed == []  # an earlier client's are gone
     changed = tiny_moe(18, seed=9, eos_token_id=17, pad_token_id=16)
+    changed.generation_config.suppress_tokens = [4, 11]  # pyright: ignore[reportOptionalMemberAccess]
     engine.sync(changed, version=7)
+    assert fake.suppressed == [4, 11]
     assert torch.equal(fake.weights["model.embed_tokens.weight"], changed.state_dict()["model.embed_tokens.weight"])
     assert fake.version.startswith("7-")
     assert [path.suffix for path in (tmp_path / "weights").iterdir()] == [".safetensors"]  # the last one, whole

@@ -43,7 +43,10 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
                 products(model, router=precision.router)
         except ValueError as error:
             raise ConfigError(f"rollout.precision = {config.precision!r}: {error}") from error
-        return HFEngine(model, precision, seed=seed, record_routes=routes, keep_faulty=keep_faulty)
+        try:
+            return HFEngine(model, precision, seed=seed, record_routes=routes, keep_faulty=keep_faulty)
+        except ValueError as error:
+            raise ConfigError(f"rollout.engine = 'hf': {error}") from error
 
     if config.precision not in VLLM_DTYPES:
         raise ConfigError(

@@ -5,13 +5,17 @@ of the tokens it returns.
 """
 
 import copy
+import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from minirl_edu.models import vocabulary_size
 from minirl_edu.precision import Precision, round_activations, round_weights_
 from minirl_edu.rollout.base import Rollout, Sampling, accept
 from minirl_edu.routing import Routes, RoutingReplay
@@ -35,6 +39,22 @@ def end_tokens(model: PreTrainedModel) -> list[int]:
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     eos = model.config.eos_token_id if eos is None else eos
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def suppressed_tokens(model: PreTrainedModel) -> list[int]:
+    """The token ids that have probability 0, in sampling and in the trainer: `suppress_tokens` of the model's
+    generation config (see `minirl_edu.models.adopt_tokenizer`)."""
+    generation = model.generation_config
+    return list((generation.suppress_tokens if generation is not None else None) or ())
+
+
+def suppressed_mask(model: PreTrainedModel, vocabulary: int, device: torch.device) -> Bool[Tensor, "V"] | None:
+    """True at the `suppressed_tokens`, None if there is none."""
+    if not (tokens := suppressed_tokens(model)):
+        return None
+    mask = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    mask[tokens] = True
+    return mask
 
 
 @contextmanager
@@ -64,6 +84,7 @@ def sample(
 ) -> Rollout:
     """Sample `group_size` responses to each prompt from softmax(logits / temperature), with a KV cache.
 
+    `suppressed_tokens` have probability 0.
     The draw depends on `seed` alone, never on global random state. Log-probabilities are taken in fp32 from the very
     distribution sampled; routes are recorded if `replay` is given. Returns a `Rollout` whose T is the longest response
     drawn. Raises ValueError for empty prompts.
@@ -110,8 +131,12 @@ def sample(
         # `reorder_cache` takes any rows, in linear-attention layers too, which lack `batch_select_indices`.
         if group_size > 1:
             cache.reorder_cache(alive // group_size)  # pyright: ignore[reportArgumentType]
+        suppressed = suppressed_mask(model, logits.shape[-1], device)
         for step in range(limit):
-            logp = torch.log_softmax(logits.float() / sampling.temperature, -1)
+            logits = logits.float() / sampling.temperature
+            if suppressed is not None:
+                logits.masked_fill_(suppressed, -math.inf)
+            logp = torch.log_softmax(logits, -1)
             probabilities = logp.exp()
             broken = logp.isnan().any(-1) if keep_faulty else None
             if broken is not None:
@@ -148,6 +173,49 @@ def sample(
     )
 
 
+@torch.no_grad()
+def check_sampling(model: PreTrainedModel) -> None:
+    """Refuse a model from which `sample` draws wrongly: tried on a few tokens rather than inferred from its class.
+
+    The log-probabilities of three tokens drawn after prompts of two lengths have to be those of one forward over each
+    whole sequence, without padding and without a cache. That fails for models that keep their past elsewhere than in
+    `past_key_values` (Mamba, RWKV), and for those that see the tokens to come (BERT).
+
+    Raises ValueError naming the model's class.
+    """
+    name = type(model).__name__
+    remedy = "train a model that decodes with `past_key_values` and sees only what came before, as Qwen3 or Llama do"
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise ValueError(f"model: {name} takes no past_key_values, so it cannot be sampled step by step; {remedy}")
+    prompts = [[(7 * i + 1) % vocabulary_size(model) for i in range(length)] for length in (3, 5)]
+    kept = model.generation_config
+    model.generation_config = GenerationConfig()
+    model.generation_config.eos_token_id = []  # else the config's would end a response before the cache is used
+    try:
+        with evaluating(model):
+            rollout = sample(model, prompts, group_size=2, sampling=Sampling(3), seed=0)
+            whole = []
+            for prompt, rows in zip(prompts, rollout.tokens.split(2), strict=True):
+                logits = model(input_ids=rows[:, -len(prompt) - 3 : -1], use_cache=False).logits[:, -3:]
+                whole.append(logits.float().log_softmax(-1).gather(2, rows[:, -3:, None])[..., 0])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each family fails in its own way at what it does not support
+        raise ValueError(f"model: {name} cannot be sampled from ({type(error).__name__}: {error}); {remedy}") from error
+    finally:
+        model.generation_config = kept
+    logp = torch.cat(whole)
+    off, spread = (rollout.logp_rollout - logp).abs(), float(logp.std())
+    # fp32: 2e-3 of the spread was seen where sums are taken in another order (Mamba layers), 0.3 and more where one is
+    # wrong. In 16 bits single tokens differ by as much, where an expert flips, but not all of them.
+    worst, allowed = (off.max(), 3e-2) if model.dtype == torch.float32 else (off.mean(), 0.1)
+    if worst > allowed * spread + 1e-5:
+        raise ValueError(
+            f"model: {name} gives other log-probabilities step by step with past_key_values than in one forward, by "
+            f"{float(worst):.2g} nats; {remedy}"
+        )
+
+
 def _assemble(recorded: list[tuple[Tensor, Routes]], rows: int, group_size: int) -> Routes:
     """Routes [B, S] from those of the prefill (a row per prompt) and of each decoding step (a row per live one)."""
     (_, prefill), *steps = recorded
@@ -164,6 +232,8 @@ class HFEngine:
     (activations), from `seed`; "frozen" rounding with the same draws each time.
     `record_routes` keeps the experts of every token (Mixture-of-Experts models). `keep_faulty`: a response for which
     the model gives no numbers does not raise, but is in the rollout, marked (see `Rollout.faults`).
+
+    Raises ValueError for a model that cannot be sampled step by step: see `check_sampling`.
     """
 
     def __init__(
@@ -175,6 +245,7 @@ class HFEngine:
         record_routes: bool = False,
         keep_faulty: bool = False,
     ) -> None:
+        check_sampling(model)
         self.precision = precision or Precision()
         self.seed, self.keep_faulty = seed, keep_faulty
         self.model: PreTrainedModel | None = copy.deepcopy(model).requires_grad_(False).eval()
@@ -193,6 +264,7 @@ class HFEngine:
         for name, tensor in full_state(model):
             ours[name].copy_(tensor)
             del tensor  # before the next one is made
+        target.generation_config = copy.deepcopy(model.generation_config)  # end tokens, and those with probability 0
         round_weights_(target, self.precision, self._generator("weights", version))
         self.version = version
 

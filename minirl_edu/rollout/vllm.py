@@ -32,7 +32,7 @@ from minirl_edu.doctor import BREAK_VLLM_CPU, installed_version
 from minirl_edu.precision import Precision, quantise
 from minirl_edu.rollout import vllm_worker
 from minirl_edu.rollout.base import ON_FAULT, EngineError, Rollout, Sampling, accept
-from minirl_edu.rollout.hf import end_tokens, pad_left
+from minirl_edu.rollout.hf import end_tokens, pad_left, suppressed_tokens
 from minirl_edu.rollout.vllm_worker import decode_routes, request_key
 from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
@@ -91,8 +91,8 @@ class VLLMEngine:
     but `sync` refuses. The trial costs one more start.
 
     Log-probabilities are vLLM's processed ones: fp32, of the distribution sampled from. No top-p, top-k or penalty
-    applies, whatever the model's generation config says. vLLM's messages are hidden unless the environment sets
-    VLLM_LOGGING_LEVEL.
+    applies, whatever the model's generation config says, but its `suppress_tokens` have probability 0. vLLM's messages
+    are hidden unless the environment sets VLLM_LOGGING_LEVEL.
 
     Args:
         dtype: "float32", "bfloat16" or "float16", for weights and activations.
@@ -168,6 +168,7 @@ class VLLMEngine:
             settings["kv_cache_memory_bytes"] = kv_cache_bytes
         if taken := settings.keys() & options.keys():
             raise ValueError(f"options: {', '.join(sorted(taken))} is the engine's own to set")
+        self.max_model_len: int = settings["max_model_len"]
         self._start(model, settings | options)
         _open_engine = weakref.ref(self)
         if self._expert_format and not self._refusal:
@@ -227,6 +228,7 @@ class VLLMEngine:
         self._ends = end_tokens(model)
         self._pad = model.config.pad_token_id or 0
         self._device = model.device
+        self._rpc("minirl_suppress", suppressed_tokens(model))
 
     # ---------------------------------------------------------------------------------------------------- generate
 
@@ -240,7 +242,7 @@ class VLLMEngine:
         llm = self._open()
         from vllm import SamplingParams
 
-        check_room(prompts, sampling, llm.model_config.max_model_len, "make the engine with a larger one")
+        check_room(prompts, sampling, self.max_model_len, "make the engine with a larger one")
         params = [
             SamplingParams(**request_settings(sampling, group_size, derive_seed(seed, "rollout", i), self._ends))
             for i in range(len(prompts))

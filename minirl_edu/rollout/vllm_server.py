@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minirl_edu.rollout.base import ON_FAULT, EngineError, Rollout, Sampling, accept
-from minirl_edu.rollout.hf import end_tokens
+from minirl_edu.rollout.hf import end_tokens, suppressed_tokens
 from minirl_edu.rollout.vllm import (
     assemble,
     check_room,
@@ -158,7 +158,7 @@ class VLLMServerEngine:
         """
         self._open()
         remedy = f"start the server at {self.url} with a larger --max-model-len"
-        check_room(prompts, sampling, self._max_model_len, remedy)
+        check_room(prompts, sampling, self.max_model_len, remedy)
         bodies = [
             {
                 "token_ids": list(prompt),
@@ -294,6 +294,7 @@ class VLLMServerEngine:
         """
         self._open()
         self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
+        self._suppressed = suppressed_tokens(model)
         self._device, self._config = model.device, model.config.get_text_config()
         self._architecture = architecture_name(model)
         self._label = f"{version}-{self._name}"
@@ -374,7 +375,7 @@ class VLLMServerEngine:
     def _state(self) -> dict[str, Any]:
         """What tells two sets of weights in the server apart; see `VLLMEngine`."""
         vocab = self._config.vocab_size
-        length = min(_PROBE_TOKENS, self._max_model_len - 1)
+        length = min(_PROBE_TOKENS, self.max_model_len - 1)
         body = {
             "token_ids": [(7 * i * i + i + 7) % vocab for i in range(length)],
             "sampling_params": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
@@ -394,6 +395,7 @@ class VLLMServerEngine:
         else:
             self._send_by_nccl()
         self._reset_cache()
+        self._rpc("minirl_suppress", self._suppressed)
         if self._replay is not None and not self._returns_routes:
             layers = tuple(self._rpc("minirl_record_routes"))
             if layers != self._replay.layers:
@@ -405,7 +407,7 @@ class VLLMServerEngine:
     def _check_server(self) -> None:
         """Refuse a server whose answers would not be this model's rollouts."""
         server = self._rpc("minirl_describe")
-        self._max_model_len: int = server["max_model_len"]
+        self.max_model_len: int = server["max_model_len"]
         self._returns_routes: bool = server["returns_routes"]
         if self._architecture not in server["architectures"]:
             raise ValueError(f"model: {self.url} serves a {server['architectures'][0]}, not a {self._architecture}")

@@ -17,6 +17,7 @@ Importing this module without vLLM is possible, and useless.
 import base64
 import functools
 import hashlib
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -57,6 +58,23 @@ class WorkerExtension:
     def minirl_load_file(self, path: str) -> None:
         """Load a safetensors file in place of all weights."""
         self.minirl_load_weights(_read(path))
+
+    def minirl_suppress(self, tokens: list[int]) -> None:
+        """Give these token ids, in place of those of an earlier call, probability 0: in sampling and in every
+        log-probability."""
+        if not hasattr(self, "_minirl_suppressed"):
+            model = self.model_runner.get_model()
+            compute = model.compute_logits
+
+            def without(*args: Any, **kwargs: Any) -> Tensor | None:
+                logits = compute(*args, **kwargs)
+                if logits is not None and len(self._minirl_suppressed):  # None: another rank has them
+                    self._minirl_suppressed = self._minirl_suppressed.to(logits.device)
+                    logits.index_fill_(-1, self._minirl_suppressed, -math.inf)
+                return logits
+
+            model.compute_logits = without
+        self._minirl_suppressed = torch.tensor(tokens, dtype=torch.long)
 
     def minirl_digests(self) -> dict[str, list[int]]:
         """SHA-256 of the bytes of every parameter that vLLM holds."""

@@ -126,6 +126,11 @@ class RolloutConfig(_Section):
     importance weight brings back."""
     max_new_tokens: _Count | None = None
     """Tokens per response, the end token included. None: the task's own limit."""
+    max_prompt_tokens: _Count | None = None
+    """Longest prompt in use. None: what the model's positions, or vLLM's `max_model_len`, leave beside
+    `max_new_tokens`, which bounds it anyway."""
+    on_overlong: Literal["drop", "stop"] = "drop"
+    """What to do about a longer one: take another problem in its place and count it, or stop."""
     on_fault: Literal["stop", "drop"] = "stop"
     """What to do about a response that cannot be trained on (log-probabilities that are no numbers, routes that are
     missing or of the wrong length): stop, or drop its group and count it."""

@@ -47,6 +47,11 @@ def full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, detached; any other tensor is this rank's as a whole."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def full_state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of a model's state, tied weights once. All ranks have to iterate, in step."""
     for name, tensor in untied_state(model).items():

@@ -25,6 +25,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
@@ -52,15 +53,23 @@ from minirl_edu.config import Config, ConfigError, load_config, save_config
 from minirl_edu.diagnostics import CollapseDetector, fetch, masked_mean, policy_metrics
 from minirl_edu.doctor import environment
 from minirl_edu.logprobs import can_share_prompts, response_logprobs
-from minirl_edu.models import load_model, load_tokenizer, random_model, recompute_activations
+from minirl_edu.models import (
+    adopt_tokenizer,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    random_model,
+    recompute_activations,
+    vocabulary_size,
+)
 from minirl_edu.objectives import OBJECTIVES, PolicyLoss
 from minirl_edu.ranks import Ranks, make_accelerator, share_experts
-from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine, sample
-from minirl_edu.rollout.hf import evaluating
+from minirl_edu.rollout import EngineError, HFEngine, Rollout, RolloutEngine, Sampling, make_engine, sample
+from minirl_edu.rollout.hf import check_sampling, evaluating, suppressed_mask
 from minirl_edu.routing import RoutingReplay, Tape, UnsupportedRouter
 from minirl_edu.run_folder import FolderLock, lock_folder
 from minirl_edu.seeding import derive_seed
-from minirl_edu.streaming import full, full_state, is_sharded, like, reshard, take_part, untied_state
+from minirl_edu.streaming import full, full_state, is_sharded, like, local_part, reshard, take_part, untied_state
 from minirl_edu.tasks import TASKS, ChainTask, Problem, Task, make_task, verified_rewards
 
 SAMPLES = 3
@@ -76,7 +85,9 @@ class MiniRLTrainer:
 
     The folder receives config.yaml, metrics.jsonl (one line per gradient step), samples.jsonl (one line per evaluation:
     the first problems, what the model answered and its reward), environment.json and checkpoints/.
-    `model`, `task` and `engine` are built from the config unless given. `resume=True` goes on from the newest intact
+    `model`, `task` and `engine` are built from the config unless given; an engine that was built is closed when `train`
+    ends. The model gets the end tokens of the task's tokenizer, and gives no probability to ids that the tokenizer does
+    not know (`adopt_tokenizer`). `resume=True` goes on from the newest intact
     checkpoint, to the same metrics and weights, bit for bit, as an undisturbed run.
 
     Raises ConfigError for settings that do not fit together and FileExistsError if `out` already holds a run.
@@ -105,19 +116,19 @@ class MiniRLTrainer:
         self.ranks = Ranks(self.accelerator, silent=config.ranks.silent)
         self.progress = progress and self.ranks.first
         self._lock: FolderLock | None = None
+        self.engine: Any = engine  # rank 0's; elsewhere None
+        self._made_engine, self._closed = engine is None, False
+        self._unwritten: list[dict[str, Any]] = []  # lines of a global step that is evaluated
         with self.ranks.together():
             try:
-                self._build(model, task, engine, resume)
+                self._build(model, task, resume)
             except BaseException:
-                if self._lock is not None:
-                    self._lock.close()
+                self._close()
                 raise
 
-    def _build(
-        self, model: PreTrainedModel | None, task: Task | None, engine: RolloutEngine | None, resume: bool
-    ) -> None:
+    def _build(self, model: PreTrainedModel | None, task: Task | None, resume: bool) -> None:
         config = self.config
-        if self.ranks.size > 1 and config.rollout.engine == "vllm" and engine is None:
+        if self.ranks.size > 1 and config.rollout.engine == "vllm" and self._made_engine:
             raise ConfigError(
                 f"rollout.engine = 'vllm': it takes over torch.distributed, which the {self.ranks.size} processes of "
                 "this run need; use 'vllm_server' (scale/serve.py)"
@@ -126,6 +137,10 @@ class MiniRLTrainer:
             self._open_folder(resume)
         self.task = task or self._make_task()
         model = model if model is not None else self._load_model()
+        try:
+            adopt_tokenizer(model, self.task.tokenizer)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         self.replay = self._routing_replay(model)
         self.sampling = Sampling(config.rollout.max_new_tokens or self.task.max_new_tokens, config.rollout.temperature)
         self.objective = OBJECTIVES[config.algorithm.objective]
@@ -142,10 +157,11 @@ class MiniRLTrainer:
         )
         if self.ranks.first and config.rollout.engine == "hf":
             model.to(self.ranks.device)  # type: ignore[arg-type]
-        self.engine: Any = engine  # rank 0's; elsewhere None
-        if self.ranks.first and engine is None:  # from the model while it is whole
-            self.engine = make_engine(model, config.rollout, seed=config.seed, routes=self.replay is not None)
+        self._check_lengths(model)
+        if self.ranks.first:  # from the model while it is whole
+            self._build_engine(model)
         self._prepare(model)
+        self._warn_of_rounding()
         self.detector = CollapseDetector(problems=config.eval.problems)
         self.step = 0  # global steps done
         self.grad_step = 0
@@ -156,7 +172,70 @@ class MiniRLTrainer:
             self._restore()
         self._sync()
         if self.ranks.first:
+            self._problems()  # prompts that do not fit are found now, not in the first step
+            if config.eval.every:
+                asked, fitting = len(self.task.evaluation(config.eval.problems)), len(self._evaluation())
+                if fitting < asked:
+                    warnings.warn(
+                        f"eval.problems: the prompts of {asked - fitting} of {asked} held-out problems are longer than "
+                        f"{self._longest_prompt} tokens; the scores leave them out",
+                        stacklevel=3,
+                    )
             self._start_folder()  # last: what fails before leaves no run behind
+
+    def _check_lengths(self, model: PreTrainedModel) -> None:
+        """Refuse responses that leave no position for a prompt."""
+        self._positions = max_positions(model)
+        if self._positions is not None and self.sampling.max_new_tokens >= self._positions:
+            raise ConfigError(
+                f"rollout.max_new_tokens = {self.sampling.max_new_tokens}: the model has {self._positions} positions "
+                "for prompt and response together; lower it, or take a model with more"
+            )
+
+    def _build_engine(self, model: PreTrainedModel) -> None:
+        config = self.config
+        if self._made_engine:
+            self.engine = make_engine(model, config.rollout, seed=config.seed, routes=self.replay is not None)
+        if config.eval.every and config.eval.through_trainer and not isinstance(self.engine, HFEngine):
+            try:  # an HFEngine did it itself
+                check_sampling(model)
+            except ValueError as error:
+                raise ConfigError(f"eval.through_trainer: {error}; or set it to false") from error
+
+    def _need_engine(self) -> None:
+        if self._closed:
+            raise RuntimeError(
+                "this trainer closed the engine that it had made when train() ended; make a new MiniRLTrainer with "
+                "resume=True, or give it an engine of your own, which stays open"
+            )
+
+    def _close(self) -> None:
+        """Give back the engine, if the trainer made it, and the folder."""
+        if self._made_engine:
+            self._closed = True
+            if self.engine is not None:
+                self.engine.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def _warn_of_rounding(self) -> None:
+        """Say what share of weights in 16 bits a step can move: w + lr ≠ w only where lr is at least half a spacing
+        of w's number format. AdamW's steps are about lr at most."""
+        lr, moved, total = self.config.train.lr, 0, 0
+        for weight in self.model.parameters():
+            if weight.requires_grad and weight.dtype.itemsize == 2 and lr:
+                # The spacing at w is 2^⌊log₂ |w|⌋ · ε, so this many powers of two are small enough.
+                bound = 2.0 ** (math.floor(math.log2(2 * lr / torch.finfo(weight.dtype).eps)) + 1)
+                part = local_part(weight)
+                moved, total = moved + int((part.abs() < bound).sum()), total + part.numel()
+        moved, total = self.ranks.sum([float(moved), float(total)])
+        if self.ranks.first and total and moved / total < _ENOUGH:
+            warnings.warn(
+                f"model.dtype = {self.config.model.dtype!r}, train.lr = {lr:g}: in {1 - moved / total:.0%} of the "
+                "weights AdamW's step is less than half the distance to the next number, and is rounded away; set "
+                "model.dtype: float32 (and let accelerate compute in bf16: mixed_precision), or raise train.lr",
+                stacklevel=4,
+            )
 
     def _prepare(self, model: PreTrainedModel) -> None:
         """The model and its optimizer as accelerate's config says: one copy, one on each rank, or sharded."""
@@ -214,12 +293,16 @@ class MiniRLTrainer:
 
         Ctrl-C (or SIGTERM) finishes the global step, saves and returns; a second one stops at once. Raises
         TrainingDiverged at the first number that is not finite, and RankFailed if another process of the run is lost.
+
+        The end also closes the engine that this trainer made, so that another can be opened. For more steps make a new
+        trainer with `resume=True`; `evaluate` still works with `eval.through_rollout` off.
         """
-        with self.ranks.together():
-            self._train()
-            self.ranks.close()
-        if self._lock is not None:
-            self._lock.close()
+        try:
+            with self.ranks.together():
+                self._train()
+                self.ranks.close()
+        finally:
+            self._close()
         return self.out
 
     def _train(self) -> None:
@@ -253,11 +336,9 @@ class MiniRLTrainer:
 
     def global_step(self) -> list[dict[str, Any]]:
         """One global step; returns the metrics of its gradient steps (on rank 0, elsewhere none)."""
+        self._need_engine()
         settings, started = self.config.train, time.perf_counter()
-        problems = self.task.sample(
-            settings.mini_batches * settings.mini_batch_prompts,
-            seed=derive_seed(self.config.seed, "problems", self.step),
-        )
+        problems, overlong = self._problems() if self.ranks.first else ([], 0)
         sampled = self._sample(problems) if self.ranks.first else None
         mini_batches = self.batcher.cut(sampled, self.compute_advantages)
         for mini_batch in mini_batches if settings.reference_old_logp else mini_batches[1:]:
@@ -283,12 +364,15 @@ class MiniRLTrainer:
         self._sync()
         every, last = self.config.eval.every, self.step == self.config.train.global_steps
         if _due(self.step, every) or (every and last):
+            self._unwritten = lines  # if the policy turns out to be broken, these steps were made all the same
             lines[-1] |= self.evaluate()
+            self._unwritten = []
         if not self.ranks.first:
             return []
         assert sampled is not None
         lines[0] |= {
             "dropped_groups": len(problems) - sum(sampled.groups),
+            "overlong_prompts": overlong,
             **self._new_verifier_counts(),
             "bytes_per_token": sampled.rollout.bytes_per_token(),
         }
@@ -301,8 +385,8 @@ class MiniRLTrainer:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
             if "score_rollout" in numbers:
                 numbers.setdefault("score", numbers["score_rollout"])
-            if warnings := self.detector.update(numbers):
-                line["warnings"] = warnings
+            if found := self.detector.update(numbers):
+                line["warnings"] = found
 
     def _sync(self) -> None:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
@@ -316,18 +400,108 @@ class MiniRLTrainer:
 
     # -------------------------------------------------------------------------------------------- rollout and rewards
 
-    def _sample(self, problems: list[Problem]) -> Sampled:
+    @property
+    def _longest_prompt(self) -> int | None:
+        """Tokens that a prompt may have: `rollout.max_prompt_tokens`, and what positions and engine leave for it."""
+        room = [limit for limit in (self._positions, getattr(self.engine, "max_model_len", None)) if limit is not None]
+        limits = [limit - self.sampling.max_new_tokens for limit in room]
+        if (own := self.config.rollout.max_prompt_tokens) is not None:
+            limits.append(own)
+        return min(limits, default=None)
+
+    def _fitting(self, problems: list[Problem]) -> list[tuple[Problem, list[int]]]:
+        """Those whose prompts are short enough, with the prompts' token ids.
+
+        Raises ConfigError for another if `rollout.on_overlong` is stop, and for an id that the model has no row for.
+        """
+        kept, limit, rows = [], self._longest_prompt, vocabulary_size(self._unwrapped)
+        for problem in problems:
+            prompt = self.task.encode(problem)
+            if max(prompt, default=0) >= rows:
+                raise ConfigError(
+                    f"model.name: its tokenizer writes id {max(prompt)}, but the model has {rows} rows; they do not "
+                    "belong together"
+                )
+            if limit is None or len(prompt) <= limit:
+                kept.append((problem, prompt))
+            elif self.config.rollout.on_overlong == "stop":
+                raise ConfigError(f"{self._overlong(problem)}, or set rollout.on_overlong: drop")
+        return kept
+
+    def _overlong(self, problem: Problem) -> str:
+        engine, limits = getattr(self.engine, "max_model_len", None), self.config.rollout
+        return (
+            f"rollout.max_prompt_tokens: {problem.prompt[:60]!r} takes {len(self.task.encode(problem))} tokens, but "
+            f"{self._longest_prompt} fit (the model's positions: {self._positions}, the engine's max_model_len: "
+            f"{engine}, max_new_tokens: {self.sampling.max_new_tokens}, rollout.max_prompt_tokens: "
+            f"{limits.max_prompt_tokens}); lower rollout.max_new_tokens, give the task shorter prompts"
+        )
+
+    def _problems(self) -> tuple[list[tuple[Problem, list[int]]], int]:
+        """The problems of this global step with their prompts, and how many were left out for their long ones.
+
+        Those are replaced from further draws, which depend on the seed and the step alone, by problems that the step
+        does not have yet. Raises ConfigError if too few are found.
+        """
+        count = self.config.train.mini_batches * self.config.train.mini_batch_prompts
+        seed = derive_seed(self.config.seed, "problems", self.step)
+        kept, drawn, overlong = [], [], 0
+        for attempt in range(_ATTEMPTS):
+            drawn = self.task.sample(count, seed=derive_seed(seed, "problems", attempt) if attempt else seed)
+            fitting = self._fitting(drawn)
+            overlong += len(drawn) - len(fitting)
+            known = {problem.prompt for problem, _ in kept}
+            kept += [pair for pair in fitting if pair[0].prompt not in known][: count - len(kept)]
+            if len(kept) == count:
+                return kept, overlong
+        raise ConfigError(f"{self._overlong(drawn[0])}: {_ATTEMPTS} draws of {count} gave {len(kept)} that fit")
+
+    def _evaluation(self) -> list[tuple[Problem, list[int]]]:
+        """The held-out problems whose prompts are short enough, with the prompts. Raises ConfigError if none is."""
+        problems = self.task.evaluation(self.config.eval.problems)
+        if not (kept := self._fitting(problems)):
+            raise ConfigError(f"{self._overlong(problems[0])}: none of the {len(problems)} held-out problems fits")
+        return kept
+
+    @contextmanager
+    def _blaming(self, prompts: list[list[int]]) -> Iterator[None]:
+        """Inside, an engine that fails because the policy itself gives no numbers raises TrainingDiverged."""
+        try:
+            yield
+        except RuntimeError as error:  # EngineError is one
+            if cause := self._not_finite(prompts[0]):
+                raise self._diverged(f"{cause}, so sampling failed ({error})") from error
+            raise
+
+    @torch.no_grad()
+    def _not_finite(self, prompt: list[int]) -> str:
+        """What is wrong with the policy, as far as rank 0 can tell: its weights, or its logits for `prompt`."""
+        model = self._unwrapped
+        for name, weight in model.named_parameters():
+            if not torch.isfinite(local_part(weight)).all():
+                return f"weights of {name} that are not finite"
+        if is_sharded(model):
+            return ""  # a forward takes all ranks
+        with evaluating(model):
+            logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
+        return "" if torch.isfinite(logits).all() else "logits of the target policy that are not finite"
+
+    def _sample(self, problems: list[tuple[Problem, list[int]]]) -> Sampled:
         """Rank 0's part: the responses that can be trained on, and their rewards.
 
-        Raises EngineError for one that cannot, or, where those are dropped, if a mini-batch has no group left.
+        Raises EngineError for one that cannot, or, where those are dropped, if a mini-batch has no group left;
+        TrainingDiverged if that is the policy's own fault.
         """
+        prompts, group_size = [prompt for _, prompt in problems], self.config.train.group_size
+        seed = derive_seed(self.config.seed, "rollout", self.step)
+        with self._blaming(prompts):
+            rollout = self.engine.generate(prompts, group_size=group_size, sampling=self.sampling, seed=seed)
+            return self._accept([problem for problem, _ in problems], rollout)
+
+    def _accept(self, problems: list[Problem], rollout: Rollout) -> Sampled:
+        """The groups of a rollout that can be trained on, with their rewards. Raises EngineError as `_sample` does."""
         settings = self.config.train
-        rollout = self.engine.generate(
-            [self.task.encode(problem) for problem in problems],
-            group_size=settings.group_size,
-            sampling=self.sampling,
-            seed=derive_seed(self.config.seed, "rollout", self.step),
-        )
+        self._check_tokens(rollout)
         faults = rollout.faults(num_experts=None if self.replay is None else self.replay.num_experts)
         faulty = {row // rollout.group_size for row in faults}
         kept = [group for group in range(len(problems)) if group not in faulty]
@@ -339,6 +513,16 @@ class MiniRLTrainer:
         if faults:
             rollout, problems = rollout.without(faulty), [problems[group] for group in kept]
         return Sampled(rollout, self.rewards(problems, rollout), groups)
+
+    def _check_tokens(self, rollout: Rollout) -> None:
+        """Raise EngineError for tokens that the policy never says: an engine of the user's may not know them."""
+        suppressed = suppressed_mask(self._unwrapped, vocabulary_size(self._unwrapped), rollout.tokens.device)
+        drawn = rollout.tokens[:, rollout.prompt_length :][rollout.response_mask]
+        if suppressed is not None and suppressed[drawn].any():
+            raise EngineError(
+                f"tokens: the engine drew id {int(drawn[suppressed[drawn]][0])}, which the tokenizer does not know; it "
+                "has to leave out the suppress_tokens of the model's generation config"
+            )
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
@@ -363,15 +547,19 @@ class MiniRLTrainer:
                 model = self._twin
         if not self.ranks.first:
             return {}
-        problems = self.task.evaluation(settings.problems)
-        prompts = [self.task.encode(problem) for problem in problems]
+        if settings.through_rollout:
+            self._need_engine()
+        problems, prompts = map(list, zip(*self._evaluation(), strict=True))
         seed = derive_seed(self.config.seed, "evaluation")
         scores: dict[str, float | None] = {"score": None, "score_rollout": None}
         if settings.through_trainer:
-            exact = sample(model, prompts, group_size=1, sampling=self.sampling, seed=seed)
+            exact = sample(model, prompts, group_size=1, sampling=self.sampling, seed=seed, keep_faulty=True)
+            if faults := exact.faults():
+                raise self._diverged(f"while sampling for the evaluation, {next(iter(faults.values()))}")
             scores["score"] = self._scored(problems, exact)
         if settings.through_rollout:
-            deployed = self.engine.generate(prompts, group_size=1, sampling=self.sampling, seed=seed)
+            with self._blaming(prompts):
+                deployed = self.engine.generate(prompts, group_size=1, sampling=self.sampling, seed=seed)
             scores["score_rollout"] = self._scored(problems, deployed, keep=not settings.through_trainer)
         return scores
 
@@ -613,7 +801,9 @@ class MiniRLTrainer:
         path = latest_checkpoint(self.out / "checkpoints")
         remedy = f"the last good checkpoint is {path}" if path else "no checkpoint was saved yet"
         message = f"global step {self.step + 1}, gradient step {self.grad_step + 1}: {cause}; {remedy}"
-        self._write([{"global_step": self.step + 1, "grad_step": self.grad_step + 1, "warnings": [message]}])
+        line = {"global_step": self.step + 1, "grad_step": self.grad_step + 1, "warnings": [message]}
+        self._write([*self._unwritten, line])
+        self._unwritten = []
         return TrainingDiverged(message)
 
     @property
@@ -659,6 +849,10 @@ class MiniRLTrainer:
             if self.config.algorithm.replay != "none":
                 raise ConfigError(f"algorithm.replay = {self.config.algorithm.replay!r}: {error}") from error
             return None
+
+
+_ENOUGH = 0.9  # share of the weights that a step has to be able to move, or a warning says that it cannot
+_ATTEMPTS = 100  # draws of a step's problems, where prompts are too long
 
 
 def _due(step: int, every: int) -> bool:

@@ -34,6 +34,8 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "options": {"kv_cache_dtype": "fp8"},
         "temperature": 0.7,
         "max_new_tokens": 12,
+        "max_prompt_tokens": 100,
+        "on_overlong": "stop",
         "on_fault": "drop",
     },
     "algorithm": {

@@ -1,12 +1,14 @@
 """The training loop: what it computes, that it resumes to the same bits, and how it fails."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -21,9 +23,11 @@ from minirl_edu.config import ConfigError, TrainConfig, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
-from minirl_edu.rollout import HFEngine, Rollout, Sampling
+from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling
+from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import ChainTask, Problem
 from minirl_edu.trainer import LENGTHLESS, MiniRLTrainer, TrainingDiverged
+from tests import routing_families
 from tests.conftest import byte_tokenizer
 from tests.families import tiny
 from tests.forked import Forked
@@ -693,3 +697,263 @@ def test_a_stop_that_comes_just_after_the_save_waits_for_the_next_one(tmp_path):
     run.train()
     path = latest_checkpoint(tmp_path / "run" / "checkpoints")
     assert path is not None and path.name == "step-000002" and run.step == 2
+
+
+# ------------------------------------------------------------------------------------------------ models and tokens
+
+
+@pytest.mark.parametrize("architecture", [tiny_moe, tiny_dense])
+def test_a_vocabulary_padded_beyond_the_tokenizer(tmp_path, architecture):
+    """64 rows, 18 tokens: the rest is never drawn, π and μ agree, and the rest's weights stay as they are."""
+    model = architecture(64, seed=0, eos_token_id=17, pad_token_id=16)
+    padding = model.get_input_embeddings().weight[18:].clone()
+    run = trainer(tmp_path / "run", "rollout.precision=fp32", "train.mini_batches=2", LARGER_STEPS, model=model)
+    drawn = []
+    generate = run.engine.generate
+
+    def watched(*args, **kwargs) -> Rollout:
+        rollout = generate(*args, **kwargs)
+        drawn.append(rollout.tokens[:, rollout.prompt_length :][rollout.response_mask])
+        return rollout
+
+    run.engine.generate = watched
+    run.train()
+    tokens = torch.cat(drawn)
+    assert tokens.max() == 17 and len(tokens.unique()) == 18  # uniform at first: 46 of 64 would have been others
+    lines = metrics(tmp_path / "run")[1:]
+    assert max(line["k3_rollout_old"] for line in lines[::2]) < 1e-9  # fp32, before an update
+    assert 2.7 < lines[0]["entropy"] < math.log(18)
+    assert torch.equal(model.get_input_embeddings().weight[18:], padding)
+    assert not torch.equal(model.get_input_embeddings().weight[:18], architecture(64, seed=0).lm_head.weight[:18])
+
+
+def test_an_engine_that_draws_what_the_tokenizer_does_not_know_is_an_engine_error(tmp_path):
+    run = trainer(tmp_path / "run", model=tiny_dense(64, seed=0))
+    problems = [run.task.encode(problem) for problem in run.task.sample(4, seed=0)]
+    ignorant = HFEngine(tiny_dense(64, seed=0)).generate(problems, group_size=4, sampling=run.sampling, seed=0)
+    run.engine = Plain(ignorant)
+    with pytest.raises(EngineError, match=r"tokens: the engine drew id \d+, which the tokenizer does not know"):
+        run.global_step()
+
+
+def test_an_end_token_that_only_the_tokenizer_knows_ends_responses(tmp_path):
+    run = trainer(tmp_path / "run", "task.options={max_operands: 8}", model=tiny_dense(18, seed=0))
+    line = run.global_step()[0]
+    assert run.sampling.max_new_tokens == 15 and line["response_length"] < 14  # 1/18 of all tokens end one
+
+
+def test_a_run_without_an_end_token_is_refused_with_the_remedy(tmp_path):
+    task = ChainTask()
+    task.tokenizer.eos_token = None  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match=r"no end token.*tokenizer_config\.json"):
+        trainer(tmp_path / "run", model=tiny_dense(18, seed=0), task=task)
+    assert not (tmp_path / "run").exists()
+
+
+def test_ids_that_the_model_has_no_row_for_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="writes id 13, but the model has 12 rows"):
+        trainer(tmp_path / "run", model=tiny_dense(12, seed=0, eos_token_id=1, pad_token_id=0))
+
+
+@pytest.mark.parametrize(
+    ("family", "positions", "setting", "message"),
+    [
+        ("gpt2", 24, "task.options={}", r"takes 16 tokens, but 13 fit \(the model's positions: 24"),
+        ("llama", 16, "task.options={}", r"takes 16 tokens, but 5 fit \(the model's positions: 16"),
+        ("llama", 16, "rollout.max_new_tokens=16", r"max_new_tokens = 16: the model has 16 positions"),
+        ("llama", 64, "rollout.max_prompt_tokens=15", r"takes 16 tokens, but 15 fit .*rollout\.max_prompt_tokens: 15"),
+    ],
+)
+def test_what_exceeds_the_positions_is_found_before_the_first_step(tmp_path, family, positions, setting, message):
+    """And the corrected command runs in the same folder."""
+
+    def model():
+        size = {"max_position_embeddings": positions, "vocab_size": 18}
+        return routing_families.build(family, eos_token_id=17, pad_token_id=16, **size)
+
+    options = ["task.options={}", setting, "train.global_steps=1"]
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path / "run", *options, model=model())
+    assert not (tmp_path / "run").exists()
+    corrected = ["task.options={max_operands: 4, hard_operands: 4}", "rollout.max_new_tokens=8"]
+    trainer(tmp_path / "run", *options, *corrected, "rollout.max_prompt_tokens=8", model=model()).train()
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+class Ragged(ChainTask):
+    """Prompts without padding: 6, 8 or 10 tokens."""
+
+    def encode(self, problem: Problem) -> list[int]:
+        return self.tokenizer.encode(problem.prompt.replace(" ", ""))
+
+
+def ragged(out: Path, *overrides: str, **kwargs) -> MiniRLTrainer:
+    task = Ragged(min_operands=3, max_operands=5, hard_operands=5)
+    return trainer(out, "task.options={}", "rollout.max_new_tokens=4", *overrides, task=task, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:eval.problems")
+def test_overlong_prompts_are_replaced_and_counted_alike_after_a_resume(tmp_path):
+    overrides = ["rollout.max_prompt_tokens=8", "train.mini_batches=2"]
+    run, seen = ragged(tmp_path / "whole", *overrides), []
+    generate = run.engine.generate
+    run.engine.generate = lambda prompts, **kwargs: seen.append(prompts) or generate(prompts, **kwargs)
+    run.train()
+    steps = [prompts for prompts in seen if len(prompts) == 8]
+    assert len(steps) == 3 and max(len(prompt) for prompts in seen for prompt in prompts) == 8
+    lines = metrics(tmp_path / "whole")
+    counted = [line["overlong_prompts"] for line in lines if "overlong_prompts" in line]
+    assert len(counted) == 3 and sum(counted) > 3  # a third of all problems
+    assert all(len({tuple(prompt) for prompt in prompts}) == 8 for prompts in steps)
+    evaluated = next(len(prompts) for prompts in seen if len(prompts) != 8)
+    assert 0 < evaluated < 16  # of 16 held-out problems
+
+    first = ragged(tmp_path / "stopped", *overrides)
+    first._write(first.global_step())
+    first.save()
+    ragged(tmp_path / "stopped", *overrides, resume=True).train()
+    assert timeless(metrics(tmp_path / "stopped")) == timeless(lines[1:])
+    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+
+
+def test_where_nothing_is_too_long_the_problems_are_those_of_the_task(tmp_path):
+    run = ragged(tmp_path / "run", "train.mini_batches=2")
+    problems, overlong = run._problems()
+    expected = run.task.sample(8, seed=derive_seed(0, "problems", 0))
+    assert [problem for problem, _ in problems] == expected and overlong == 0
+
+
+def test_overlong_prompts_can_stop_a_run_or_leave_too_few(tmp_path):
+    with pytest.raises(ConfigError, match=r"takes 10 tokens, but 8 fit.*on_overlong: drop"):
+        ragged(tmp_path / "run", "rollout.max_prompt_tokens=8", "rollout.on_overlong=stop")
+    with pytest.raises(ConfigError, match="100 draws of 4 gave 0 that fit"):
+        ragged(tmp_path / "run", "rollout.max_prompt_tokens=5")
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match=r"\d of 16 held-out problems are longer than 8 tokens"):
+        ragged(tmp_path / "run", "rollout.max_prompt_tokens=8")
+
+
+def test_the_limit_of_the_engine_counts_too(tmp_path):
+    run = ragged(tmp_path / "run")
+    assert run._longest_prompt == 512 - 4
+    run.engine.max_model_len = 12
+    assert run._longest_prompt == 8 and run._problems()[1] > 0
+
+
+@pytest.mark.parametrize("family", ["mamba", "bert"])
+def test_a_model_that_cannot_be_sampled_step_by_step_is_refused_by_name(tmp_path, family):
+    model = routing_families.build(family, vocab_size=18, eos_token_id=17, pad_token_id=16)
+    with pytest.raises(ConfigError, match=rf"rollout\.engine = 'hf': model: {type(model).__name__}"):
+        trainer(tmp_path / "run", model=model)
+    with pytest.raises(ConfigError, match=r"eval\.through_trainer: model: .*or set it to false"):
+        trainer(tmp_path / "run", model=model, engine=Plain(None))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("policy", ["stop", "drop"])
+def test_a_policy_that_gives_no_numbers_while_sampling_has_diverged(tmp_path, policy):
+    run = trainer(tmp_path / "run", f"rollout.on_fault={policy}", "eval.every=0")
+    run._write(run.global_step())
+    run.save()
+    with torch.no_grad():
+        next(run.model.parameters())[3] = float("nan")
+    run._sync()
+    with pytest.raises(TrainingDiverged, match=r"global step 2, gradient step 2: weights of .*embed.*step-000001"):
+        run.train()
+    *kept, last = metrics(tmp_path / "run")
+    assert len(kept) == 1 and (last["global_step"], last["grad_step"]) == (2, 2) and "weights" in last["warnings"][0]
+
+
+def test_finite_weights_with_logits_that_are_none_have_diverged_too(tmp_path):
+    run = trainer(tmp_path / "run", "eval.every=0")
+    with torch.no_grad():
+        run.model.model.norm.weight.fill_(3e38)  # times what is around 1: infinite here and there
+    run._sync()
+    with pytest.raises(TrainingDiverged, match=r"global step 1, .*logits of the target policy"):
+        run.global_step()
+
+
+@pytest.mark.parametrize("through", ["trainer", "rollout"])
+def test_a_policy_that_turns_out_broken_in_an_evaluation_leaves_the_steps_lines(tmp_path, through):
+    other = {"trainer": "rollout", "rollout": "trainer"}[through]
+    run = trainer(tmp_path / "run", "eval.every=1", f"eval.through_{other}=false", "train.mini_batches=2")
+    sync = run._sync
+
+    def breaking() -> None:
+        with torch.no_grad():
+            next(run.model.parameters())[3] = float("nan")
+        sync()
+
+    run._sync = breaking
+    with pytest.raises(TrainingDiverged, match="global step 2"):
+        run.global_step()
+    first, second, last = metrics(tmp_path / "run")
+    assert (first["grad_step"], second["grad_step"], last["grad_step"]) == (1, 2, 3)
+    assert "entropy" in second and "warnings" in last
+
+
+def test_a_fault_of_the_engine_stays_the_engines(tmp_path):
+    run = trainer(tmp_path / "run")
+    with torch.no_grad():
+        next(run.engine.model.parameters())[3] = float("nan")
+    with pytest.raises(EngineError, match="logp_rollout: nan"):
+        run.global_step()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def closings(run: MiniRLTrainer) -> list[int]:
+    closed, close = [], run.engine.close
+    run.engine.close = lambda: (closed.append(1), close())[1]
+    return closed
+
+
+def test_the_trainer_closes_the_engine_that_it_made_and_says_so_afterwards(tmp_path):
+    run = trainer(tmp_path / "run", "train.global_steps=1")
+    closed = closings(run)
+    run.train()
+    assert closed == [1]
+    for use in (run.global_step, run.evaluate):
+        with pytest.raises(RuntimeError, match=r"closed the engine.*resume=True"):
+            use()
+    again = trainer(tmp_path / "run", "train.global_steps=2", resume=True)
+    again.train()
+    assert again.step == 2
+
+    alone = trainer(tmp_path / "alone", "train.global_steps=1", "eval.through_rollout=false")
+    alone.train()
+    assert 0 <= alone.evaluate()["score"] <= 1  # type: ignore[operator]
+
+
+def test_it_is_closed_when_training_or_building_fails(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run")
+    closed = closings(run)
+    run.rewards = lambda problems, rollout: torch.tensor([1e30, 0.0, 0.0, 0.0] * 4)
+    with pytest.raises(TrainingDiverged):
+        run.train()
+    assert closed == [1]
+
+    made = []
+    monkeypatch.setattr(HFEngine, "close", lambda engine: made.append(engine))
+    with pytest.raises(ConfigError, match="100 draws"):
+        trainer(tmp_path / "other", "rollout.max_prompt_tokens=2")
+    assert len(made) == 1
+
+
+def test_an_engine_that_was_given_stays_open(tmp_path):
+    engine = HFEngine(tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16), record_routes=True)
+    for name in ("one", "two"):
+        trainer(tmp_path / name, "train.global_steps=1", engine=engine).train()
+    assert engine.model is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_a_step_cannot_move_are_told_at_the_start(tmp_path, dtype):
+    model = tiny_dense(18, seed=0, eos_token_id=17, pad_token_id=16).to(getattr(torch, dtype))
+    # One step of lr by hand, towards zero (the distance away from it may be twice as long), on every weight.
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    stuck = ((values - values.sign() * 1e-6).to(values.dtype) == values).float().mean().item()
+    assert (stuck > 0.9) == (dtype == "bfloat16")
+    said = rf"train\.lr = 1e-06: in {stuck:.0%} of the weights .*model\.dtype: float32.*mixed_precision"
+    expected = pytest.warns(UserWarning, match=said) if dtype == "bfloat16" else nullcontext()
+    with expected:
+        trainer(tmp_path / "run", f"model.dtype={dtype}", "train.lr=1e-6", "eval.every=0", model=model)
+    trainer(tmp_path / "larger", f"model.dtype={dtype}", "train.lr=0.1", "eval.every=0", model=model)

@@ -220,23 +220,9 @@ def _train(config: Config, folder: Path, tick: Callable[[int], object] | None) -
         trainer.train()
     except TrainingDiverged as error:
         return str(error).partition("; ")[0]  # the rest is about a checkpoint, and there is none
-    except RuntimeError as error:
-        if _is_finite(trainer):
-            raise
-        return f"global step {trainer.step + 1}: logits of the target policy that are not finite ({error})"
     if trainer.step < config.train.global_steps:  # the trainer answers a signal by finishing its step and returning
         raise KeyboardInterrupt
     return None
-
-
-def _is_finite(trainer: Any) -> bool:
-    """Whether the policy still gives numbers. Where it does not, sampling fails before any update can notice."""
-    import torch
-
-    (problem,) = trainer.task.evaluation(1)
-    tokens = torch.tensor([trainer.task.encode(problem)], device=trainer.accelerator.device)
-    with torch.no_grad():
-        return bool(torch.isfinite(trainer.model(input_ids=tokens).logits).all())
 
 
 # --------------------------------------------------------------------------------------------------------- all runs

@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from minirl_edu.cli import main
 from minirl_edu.config import load_config
+from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import load_model, tiny_moe
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine
 from minirl_edu.rollout import vllm_server as module
@@ -37,6 +38,7 @@ from minirl_edu.rollout.vllm_serving import RequireKey
 from minirl_edu.seeding import derive_seed
 from minirl_edu.trainer import MiniRLTrainer
 from tests.conftest import prompts
+from tests.oracle import CLOSE
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = ROOT / "scale/serve.py"
@@ -1147,6 +1149,20 @@ class TestRealServer:
         torch.testing.assert_close(rollout.logp_rollout, expected.logp_rollout, atol=1e-5, rtol=0)
         assert rollout.routes is not None and expected.routes is not None
         assert rollout.routes.flip_rate(expected.routes, rollout.inputs).max() == 0
+
+    def test_suppressed_tokens_are_never_drawn_and_the_log_probabilities_know_it(self, real):
+        model = load_model("chain-steps")
+        suppressed = model.generation_config.suppress_tokens = [10, 14]  # `+` and `,`, with which responses begin
+        settings: Any = {"record_routes": True, "dtype": "float32", "start_timeout": 300.0}
+        engine = VLLMServerEngine(model, url=real.url, api_key=KEY, **settings)
+        try:
+            rollout = generate(engine)
+        finally:
+            engine.close()
+        assert not set(rollout.tokens[:, rollout.prompt_length :].flatten().tolist()) & set(suppressed)
+        with torch.no_grad():
+            logp = response_logprobs(model, lay_out(rollout, share_prompts=False), temperature=0.7).logp
+        assert (logp - rollout.logp_rollout).abs().max() <= CLOSE
 
     def test_no_route_but_health_answers_without_the_key(self, real):
         def get(path: str, key: str | None) -> tuple[int, bytes]:

@@ -267,7 +267,7 @@ def adopt_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     generation = model.generation_config = model.generation_config or GenerationConfig()
     vocabulary = vocabulary_size(model)
     sources = (tokenizer, generation, model.config, model.config.get_text_config())
-    named = [token for source in sources for token in _ids(source.eos_token_id)]
+    named = [token for source in sources for token in _ids(getattr(source, "eos_token_id", None))]
     ends = [token for token in dict.fromkeys(named) if token < vocabulary]
     if not ends:
         seen = f", and {named} lie beyond the model's {vocabulary} rows" if named else ""
@@ -299,7 +299,7 @@ def max_positions(model: PreTrainedModel) -> int | None:
     """
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is None:
+    if limit is None or limit < 1:  # XLNet says −1
         return None
     rope = getattr(config, "rope_parameters", None) or {}
     for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):  # one, or one per kind of layer

@@ -385,8 +385,8 @@ class MiniRLTrainer:
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
             if "score_rollout" in numbers:
                 numbers.setdefault("score", numbers["score_rollout"])
-            if warnings := self.detector.update(numbers):
-                line["warnings"] = warnings
+            if found := self.detector.update(numbers):
+                line["warnings"] = found
 
     def _sync(self) -> None:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""

@@ -222,6 +222,7 @@ STRETCHED = {"factor": 4.0, "rope_theta": 1e4}
         ("gemma3_text", {"max_position_embeddings": 64}, 64),  # one RoPE for each kind of layer
         ("bloom", {}, None),  # ALiBi
         ("mamba", {}, None),
+        ("xlnet", {}, None),
     ],
 )  # fmt: skip
 def test_positions_are_what_the_config_says(family: str, options: dict, positions: int | None):

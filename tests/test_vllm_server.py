@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from minirl_edu.cli import main
 from minirl_edu.config import load_config
+from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import load_model, tiny_moe
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine
 from minirl_edu.rollout import vllm_server as module
@@ -37,6 +38,7 @@ from minirl_edu.rollout.vllm_serving import RequireKey
 from minirl_edu.seeding import derive_seed
 from minirl_edu.trainer import MiniRLTrainer
 from tests.conftest import prompts
+from tests.oracle import CLOSE
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVE = ROOT / "scale/serve.py"

@@ -37,7 +37,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tenso
 def end_tokens(model: PreTrainedModel) -> list[int]:
     """The token ids that end a response, from the model's generation config (falling back to its config)."""
     eos = model.generation_config.eos_token_id if model.generation_config is not None else None
-    eos = model.config.eos_token_id if eos is None else eos
+    eos = getattr(model.config, "eos_token_id", None) if eos is None else eos
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
@@ -93,7 +93,7 @@ def sample(
     log-probability of NaN (see `Rollout.faults`).
     """
     device = model.device
-    pad = model.config.pad_token_id or 0
+    pad = getattr(model.config, "pad_token_id", None) or 0  # not every config has the field
     ends = torch.tensor(end_tokens(model), dtype=torch.long, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     prompt_tokens, prompt_mask = (x.to(device) for x in pad_left(prompts, pad))

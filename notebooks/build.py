@@ -166,7 +166,6 @@ def execute(notebook: NotebookNode, *, timeout: int = 600) -> None:
         cell.metadata = NotebookNode()
         if cell.cell_type == "code":  # a widget without its kernel is a dead picture
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
-    shrink_figures(notebook)
 
 
 def shrink_figures(notebook: NotebookNode) -> None:
@@ -252,6 +251,7 @@ def build(source: Path) -> None:
     execute(notebook)
     if found := blemishes(notebook):
         raise RuntimeError("\n".join([f"{path.relative_to(FOLDER)} was not written:", *found]))
+    shrink_figures(notebook)
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
     page.parent.mkdir(exist_ok=True)

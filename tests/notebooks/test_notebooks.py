@@ -169,6 +169,11 @@ def figure_cell(size: tuple[int, int], width: int | None) -> nbformat.NotebookNo
     return cell
 
 
+def picture(output: nbformat.NotebookNode) -> Image.Image:
+    """The PNG of an output."""
+    return Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+
+
 @pytest.mark.parametrize(
     ("size", "width", "expected"),
     [((400, 200), 200, (300, 150)), ((250, 100), 200, (250, 100)), ((400, 200), None, (400, 200))],
@@ -176,8 +181,7 @@ def figure_cell(size: tuple[int, int], width: int | None) -> nbformat.NotebookNo
 def test_figures_are_kept_at_the_sharpness_of_a_screen_and_in_few_colours(size, width, expected):
     notebook = nbformat.v4.new_notebook(cells=[figure_cell(size, width)])
     build.shrink_figures(notebook)
-    (output,) = notebook.cells[0].outputs
-    image = Image.open(io.BytesIO(base64.b64decode(output.data["image/png"])))
+    image = picture(notebook.cells[0].outputs[0])
     assert image.size == expected and image.mode == "P" and len(image.getcolors() or range(999)) <= 64
     assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
@@ -194,7 +198,9 @@ def test_a_notebook_has_its_outputs_and_no_blemish(path):
     notebook = read(path)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # run once, from top to bottom
-    assert sum("image/png" in output.get("data", {}) for cell in code for output in cell.outputs) >= 3
+    pictures = [picture(output) for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 3
+    assert all(len(image.getcolors() or range(999)) <= 64 for image in pictures)  # `build` made them small
     assert build.blemishes(notebook) == []
     text = path.read_text(encoding="utf-8")
     assert not re.search(r"/(home|root|Users|tmp)/", text)  # whoever built it, wherever

@@ -235,7 +235,7 @@ def _logprobs(states: Tensor, head: nn.Linear) -> Tensor:
     if tokens * len(head.weight) <= CHUNK:
         return torch.log_softmax(head(states).float(), -1).gather(1, targets[:, None])
     width = max(CHUNK // tokens, states.shape[-1])
-    return _HeadLogprobs.apply(states, head.weight, head.bias, targets, 1.0, width)[0]
+    return _HeadLogprobs.apply(states, head.weight, head.bias, targets, 1.0, width, None)[0]
 
 
 def trainer_memory(s: Setting) -> list[Item]:

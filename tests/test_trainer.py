@@ -453,7 +453,7 @@ def test_resume_from_any_checkpoint_continues_to_the_same_bits(tmp_path):
         out = tmp_path / f"stopped-{stop}"
         first = trainer(out, *overrides)
         run_step = first.global_step
-        first.global_step = lambda: run_step() if first.step < stop else signal.raise_signal(signal.SIGKILL)  # noqa: B023
+        first.global_step = lambda: run_step() if first.step < stop else signal.raise_signal(signal.SIGKILL) or []  # noqa: B023
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
             patch.setattr(signal, "raise_signal", sys.exit)
             first.train()

@@ -215,8 +215,8 @@ def test_the_kl_is_k3_in_bold_and_k1_faint():
     figure = plots.four_curves({"MiniRL": run})
     (bold,), (faint,) = (lines(figure, gid) for gid in ("k3_rollout_old:MiniRL", "faint:kl_rollout_old:MiniRL"))
     assert bold.axes is faint.axes is figure.axes[3]
-    np.testing.assert_allclose(bold.get_ydata(), 0.02)
-    np.testing.assert_allclose(faint.get_ydata(), 0.01)
+    np.testing.assert_allclose(np.asarray(bold.get_ydata()), 0.02)
+    np.testing.assert_allclose(np.asarray(faint.get_ydata()), 0.01)
     assert bold.get_linewidth() > faint.get_linewidth() and faint.get_alpha() == 0.5
 
 

@@ -40,7 +40,7 @@ from minirl_edu.tasks.base import chat_text, encode_chat, held_out
 from minirl_edu.tasks.chain import HELD_OUT_FRACTION, STYLES, VOCABULARY, chain_tokenizer
 from minirl_edu.tasks.math_answers import KNOWN_LIMITS
 from minirl_edu.tasks.reasoning_gym import REFUSED, extract_answer
-from minirl_edu.tasks.verifiers import VerifierPool, is_formula, plain, reasoning_gym_score
+from minirl_edu.tasks.verifiers import VerifierPool, is_formula, plain_data, reasoning_gym_score
 from tests.conftest import ROOT, byte_tokenizer
 
 
@@ -534,11 +534,11 @@ def process_of(verifier: VerifierPool) -> psutil.Process:
 
 def test_plain_data():
     odd = {"a": [numpy.str_("x"), (numpy.float64(0.5), numpy.int64(3)), {1}, None], numpy.str_("b"): numpy.bool_(True)}
-    data = plain(odd, "entry 3")
+    data = plain_data(odd, "entry 3")
     assert data == {"a": ["x", (0.5, 3), {1}, None], "b": True} == ast.literal_eval(repr(data))
     for value, kind in ((numpy.zeros(2), "ndarray"), (float("inf"), "float"), (random.Random(), "Random")):
         with pytest.raises(ValueError, match=rf"entry 3\['a'\]\[1\] is .*\({kind}\), which cannot be sent"):
-            plain({"a": [0, value]}, "entry 3")
+            plain_data({"a": [0, value]}, "entry 3")
 
 
 # --- reasoning_gym ----------------------------------------------------------------------------------------------------
@@ -734,7 +734,7 @@ def fault_of(dataset: str) -> str | None:
     score = reasoning_gym_score(dataset, {})
     generator = reasoning_gym.create_dataset(dataset, seed=1, size=10)
     for i in range(10):
-        entry = ast.literal_eval(repr(plain(generator[i], dataset)))
+        entry = ast.literal_eval(repr(plain_data(generator[i], dataset)))
         own = OWN_ANSWERS[dataset](entry["metadata"]) if dataset in OWN_ANSWERS else entry["answer"]
         if own is None:
             return "no answer"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minirl_edu.tasks.base import Problem, check_chat, encode_chat
 from minirl_edu.tasks.math_answers import after_thinking
-from minirl_edu.tasks.verifiers import VerifierPool, plain
+from minirl_edu.tasks.verifiers import VerifierPool, plain_data
 
 _EVALUATION_SEED = 2**31  # training seeds lie below, so the generators' own `seed + index` never meet
 ANSWER_FORMS = ("tagged", "last_number")
@@ -169,7 +169,7 @@ class ReasoningGymTask:
         for index in range(size):
             if len(problems) == n:
                 break
-            entry = plain(generator[index], f"entry {index} of generator {self._dataset!r} with seed {seed}")
+            entry = plain_data(generator[index], f"entry {index} of generator {self._dataset!r} with seed {seed}")
             if entry["question"] in seen:
                 continue
             if distinct:

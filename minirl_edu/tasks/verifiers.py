@@ -40,7 +40,7 @@ class VerifierPool:
     `factory` names a function that makes the verifier, with the given `arguments`: one in this file, or
     `FILE.py:FUNCTION`. It runs once per process, before the clock starts, and is the place for slow imports.
     `time_limit` is in seconds per answer, of wall-clock time. `size` is the largest number of processes, by default one
-    per CPU and at most 16; they start as answers come. What is sent to them must be plain data (`plain`).
+    per CPU and at most 16; they start as answers come. What is sent to them must be plain data (`plain_data`).
 
     `failures` counts the answers that scored 0.0 because the verifier raised, overran or died, and `restarts` those
     among them that ended their process; the first failure warns.
@@ -106,15 +106,15 @@ class VerifierPool:
             self._idle.put(process)
 
 
-def plain(value: Any, name: str) -> Any:
+def plain_data(value: Any, name: str) -> Any:
     """`value` as plain data (what `ast.literal_eval` reads of its `repr`), NumPy's numbers and strings made Python's.
 
     Raises ValueError for anything else, naming it with `name` in front.
     """
     if isinstance(value, dict):
-        return {plain(key, f"{name}, a key"): plain(each, f"{name}[{key!r}]") for key, each in value.items()}
+        return {plain_data(key, f"{name}, a key"): plain_data(each, f"{name}[{key!r}]") for key, each in value.items()}
     if type(value) in (list, tuple, set):
-        return type(value)(plain(each, f"{name}[{i}]") for i, each in enumerate(value))
+        return type(value)(plain_data(each, f"{name}[{i}]") for i, each in enumerate(value))
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()
     if value is None or type(value) in (str, bytes, bool, int) or (type(value) is float and math.isfinite(value)):

@@ -85,8 +85,8 @@ def this_machine(config: Config) -> Hardware:
     """
     with tempfile.TemporaryDirectory(prefix="minirl-plan-") as folder:
         save_config(config, path := Path(folder) / "config.yaml")
-        imports = "import sys, minirl_edu.report, minirl_edu.trainer; from minirl_edu.plan.setting import measure"
-        program = f"{imports}; measure(sys.argv[1])"
+        imports = "import sys, minirl_edu.report, minirl_edu.trainer; from minirl_edu.plan.setting import measure_this"
+        program = f"{imports}; measure_this(sys.argv[1])"
         done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"measuring this machine failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
@@ -98,7 +98,7 @@ def this_machine(config: Config) -> Hardware:
     )
 
 
-def measure(path: str) -> None:
+def measure_this(path: str) -> None:
     """In a fresh process, print what `this_machine` asks for."""
     config = load_config(path)
     task = None if on_the_hub(config) else task_of(config)  # kept, with the modules that it imports

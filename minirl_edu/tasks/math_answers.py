@@ -26,7 +26,9 @@ def math_equivalence(require_box: bool = False) -> Callable[[str, str], float]:
 
     def equivalence(response: str, answer: str) -> float:
         reference = reference_text(answer)
-        return float(any(equal(reference, candidate) for candidate in answers(response, require_box=require_box)))
+        return float(
+            any(equal(reference, candidate) for candidate in candidate_answers(response, require_box=require_box))
+        )
 
     return equivalence
 
@@ -72,7 +74,7 @@ def after_thinking(response: str) -> str:
     return "" if "<think>" in text else text
 
 
-def answers(response: str, *, require_box: bool) -> list[str]:
+def candidate_answers(response: str, *, require_box: bool) -> list[str]:
     """The answer that `response` gives, none if there is none; two readings where boxes are joined by "and" or commas.
 
     What follows `</think>` is read. The last complete `\\boxed{}` or `\\fbox{}` is the answer, but a box that is still

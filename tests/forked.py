@@ -5,6 +5,7 @@ pictures, which take longer than a small run; tests/test_report.py draws them.
 """
 
 import atexit
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -91,7 +92,8 @@ class Forked:
     def send_signal(self, number: signal.Signals) -> None:
         """As `os.kill`, if it still runs."""
         if self.returncode is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile, and the server has collected it
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """SIGKILL."""

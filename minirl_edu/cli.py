@@ -17,13 +17,14 @@ from typing import Any
 
 from minirl_edu import __version__
 
-DEMO_VARIANTS = {"MiniRL": [], "no clipping": ["algorithm.clip=false"]}
+DEMO_VARIANTS = {"MiniRL": [], "no clipping": ["algorithm.clip=false", "algorithm.is_cap=.inf"]}
 """The demo's runs: label and what differs from recipes/demo.yaml."""
 DEMO_TITLE = "MiniRL on a laptop: what the clip is for"
 DEMO_ABOUT = (
     "A Mixture-of-Experts of 0.9 M parameters learns running sums modulo 10: after 3+4+6= it is to write ,7,3. An int4 "
-    "engine samples its answers; each batch of answers serves 32 updates in a row, in which the policy moves away from "
-    "the one that wrote them. MiniRL's clip leaves out the tokens that have moved too far. The other run has no clip."
+    "engine samples its answers; each batch of answers serves 64 updates in a row, in which the policy moves away from "
+    "the one that wrote them. MiniRL's clip leaves out the tokens that have moved too far. The other run has no clip, "
+    "and no cap on the importance weight."
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -128,9 +128,8 @@ def _trend(run: _Run) -> str:
         text = f"rose from {a} to {b} on held-out problems by step {best}, then fell to {c} by step {end}"
         text += f", {where}" if where else ""
     elif score[worst] < score[start] and differ(score[start], score[worst]) and differ(score[worst], final):
-        text = (
-            f"fell from {a} to {score[worst]:.2f} on held-out problems by step {worst}, then rose to {c} by step {end}"
-        )
+        then = "and ended at" if final < score[start] and differ(score[start], final) else "then rose to"
+        text = f"fell from {a} to {score[worst]:.2f} on held-out problems by step {worst}, {then} {c} by step {end}"
     elif differ(score[start], final):
         verb = "went" if final > score[start] else "fell"
         text = f"{verb} from {a} to {c} on held-out problems in {end} gradient steps"

@@ -12,7 +12,7 @@ import yaml
 
 from minirl_edu import plots
 from minirl_edu.cli import DEMO_VARIANTS
-from minirl_edu.config import Config
+from minirl_edu.config import RECIPES, Config, load_config
 from minirl_edu.report import PAPER, write_report
 from tests.conftest import outside
 
@@ -108,6 +108,8 @@ def test_a_fall_from_the_peak_is_told(tmp_path):
 def test_a_fall_that_was_made_good_is_told(tmp_path):
     words = headline(run_folder(tmp_path / "a", [0.46, 0.12, 0.99]), tmp_path)
     assert "fell from 0.46 to 0.12 on held-out problems by step 10, then rose to 0.99 by step 20" in words
+    words = headline(run_folder(tmp_path / "b", [0.46, 0.0, 0.08]), tmp_path)
+    assert "fell from 0.46 to 0.00 on held-out problems by step 10, and ended at 0.08 by step 20" in words
 
 
 def test_a_mere_fall_is_told(tmp_path):
@@ -264,11 +266,15 @@ def test_every_figure_of_the_demos_report_shows_all_its_data(tmp_path, monkeypat
 
 def test_the_demos_report_tells_the_fall_and_calls_the_healthy_run_healthy(tmp_path):
     runs = {name: DEMO / name.replace(" ", "-") for name in DEMO_VARIANTS}
+    for name, overrides in DEMO_VARIANTS.items():
+        assert load_config(runs[name] / "config.yaml") == load_config(RECIPES / "demo.yaml", overrides), (
+            "a new demo: run it"
+        )
     healthy, fallen = re.findall(r"<p><b>(.*?)</p>", page(runs, tmp_path))[-2:]
-    assert healthy.startswith("MiniRL</b> went from 0.4") and "No collapse warnings." in healthy
-    assert fallen.startswith("no clipping</b> fell from 0.4") and re.search(
-        r"the first at gradient step \d+: score fell from 0.4\d \(step 0\) to 0.\d\d", fallen
-    )
+    assert re.match(r"MiniRL</b> went from 0\.4\d to 0\.9\d on held-out problems", healthy)
+    assert "No collapse warnings." in healthy
+    assert re.match(r"no clipping</b> .* fell to 0\.[01]\d by step 320, below where it began", fallen)
+    assert re.search(r"the first at gradient step \d+: score fell from 0\.\d\d \(step \d+\) to 0\.\d\d", fallen)
 
 
 def test_the_page_asks_for_nothing_outside_itself(tmp_path):

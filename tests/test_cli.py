@@ -175,16 +175,16 @@ def test_ctrl_c_in_a_command_ends_without_a_traceback(capsys, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("plain")
 def test_the_demo_shows_what_it_says(tmp_path):
-    """The recipe itself, its first of 5 global steps: clipping carries the score up, without it the policy is lost.
+    """The recipe itself with 2 global steps for 5: clipping carries the score up, without it the policy is lost.
 
-    The learning rate falls to 0 within that step, not within five.
+    The cosine schedule is then that of 2 steps, with the same first gradient step.
     """
-    one = ["--set", "train.global_steps=1", "--set", "output.save_every=0"]
-    assert main(["demo", "--out", str(tmp_path), *one]) == 0
+    two = ["--set", "train.global_steps=2", "--set", "output.save_every=0"]
+    assert main(["demo", "--out", str(tmp_path), *two]) == 0
     with_clip, without = scores(tmp_path / "MiniRL"), scores(tmp_path / "no-clipping")
     # 256 problems: two standard errors are 0.06.
     assert with_clip[0] == without[0] == pytest.approx(0.45, abs=0.06)
-    assert with_clip[-1] > 0.6 and without[-1] < 0.4
+    assert with_clip[-1] > with_clip[0] + 0.15 and without[-1] < 0.3
 
 
 @pytest.mark.usefixtures("plain")

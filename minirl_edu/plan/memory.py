@@ -115,28 +115,12 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, *_: Any, **__:
 
 @lru_cache(maxsize=256)
 def working_memory(
-    model: ModelStats,
-    implementations: tuple[str, str | None],
-    batch: MicroBatch,
-    *,
-    dtype: str,
-    autocast: bool,
-    train: bool,
-    checkpointing: bool,
-    with_gradients: bool,
+    model: ModelStats, implementations: tuple[str, str | None], batch: MicroBatch, **settings: Any
 ) -> PassMemory:
-    """What a pass takes at its peak.
-
-    The model runs on tensors that have shapes and lifetimes but no data. `train`: forward and backward, up to the
-    log-probabilities; otherwise the layers' forward, as an engine reads prompts. `with_gradients`: count a parameter's
-    gradient from its computation until it is added to the one that is kept.
-    The experts' loop over those that were hit needs data: the grouped product stands for it, whose matrices have the
-    same rows. torch's own fused attention stands for flash attention, which keeps as much.
+    """What a pass takes at its peak; `settings` are the keyword arguments of `_trace`, all of them.
 
     Layers that repeat each keep as much as the first ones: a model of two periods and one of three tell of all.
     """
-    settings: dict[str, Any] = {"dtype": dtype, "autocast": autocast, "train": train, "checkpointing": checkpointing}
-    settings["with_gradients"] = with_gradients
     layers, period = model.config.num_hidden_layers, _period(model)
     if layers > 3 * period and layers % period == 0:
         two, three = (_trace(_first_layers(model, n * period), implementations, batch, **settings) for n in (2, 3))
@@ -172,7 +156,14 @@ def _trace(
     checkpointing: bool,
     with_gradients: bool,
 ) -> PassMemory:
-    """`working_memory` of all the layers of a config."""
+    """What a pass through all the layers of a config takes at its peak.
+
+    The model runs on tensors that have shapes and lifetimes but no data. `train`: forward and backward, up to the
+    log-probabilities; otherwise the layers' forward, as an engine reads prompts. `with_gradients`: count a parameter's
+    gradient from its computation until it is added to the one that is kept.
+    The experts' loop over those that were hit needs data: the grouped product stands for it, whose matrices have the
+    same rows. torch's own fused attention stands for flash attention, which keeps as much.
+    """
     attention, experts = implementations
     attention = attention if attention in ("sdpa", "eager") else "sdpa"
     with FakeTensorMode(), torch.device("cpu"), _nothing_packed():

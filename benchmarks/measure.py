@@ -124,12 +124,22 @@ def _cut(trainer: MiniRLTrainer, rollout: Rollout, advantages: torch.Tensor, sha
     return batcher.cut(Sampled(rollout, advantages, [len(rollout.prompts)]), lambda rewards, group_size: rewards)[0]
 
 
+class SeparateForward(MiniRLTrainer):
+    """Runs a forward of its own for every π_old, the first mini-batch's included."""
+
+    def _update(self, mini_batch: MiniBatch) -> dict[str, Any]:
+        for batch in mini_batch.parts:
+            if batch.logp_old is None:
+                self._old_logprobs(batch)
+        return super()._update(mini_batch)
+
+
 def own_pi_old(rounds: int, *, seed: int = 0) -> Result:
     """What it saves to take π_old from the update's own forward, to read each prompt once in the update, and to leave
     out the backward of groups without a gradient: here every second group."""
     with TemporaryDirectory() as folder:
         own = _trainer(Path(folder) / "own", seed)
-        forward = _trainer(Path(folder) / "forward", seed, "train.reference_old_logp=true")
+        forward = _trainer(Path(folder) / "forward", seed, kind=SeparateForward)
         backward = _trainer(Path(folder) / "backward", seed, "train.zero_advantage_backward=true")
     rollout, advantages = _rollout(own, seed)
     halved = advantages.clone()
@@ -171,7 +181,7 @@ BENCHMARKS: dict[str, Callable[..., Result]] = {
 """Every measurement by name."""
 
 
-def _trainer(out: Path, seed: int, *overrides: str) -> MiniRLTrainer:
+def _trainer(out: Path, seed: int, *overrides: str, kind: type[MiniRLTrainer] = MiniRLTrainer) -> MiniRLTrainer:
     settings = (
         f"seed={seed}",
         f"model.name={COLD_START}",
@@ -182,7 +192,7 @@ def _trainer(out: Path, seed: int, *overrides: str) -> MiniRLTrainer:
         "eval.every=0",
         *overrides,
     )
-    return MiniRLTrainer(load_config(None, settings), out, progress=False)
+    return kind(load_config(None, settings), out, progress=False)
 
 
 def _problems(trainer: MiniRLTrainer, round_: int) -> list[Any]:

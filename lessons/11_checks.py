@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig
 
-from minirl_edu.logprobs import CHUNK, micro_batches
+from minirl_edu.lm_head import CHUNK
+from minirl_edu.logprobs import micro_batches
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import minirl_loss
 from minirl_edu.rollout import Rollout

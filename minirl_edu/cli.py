@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 0
     with _quitting_at_once():
-        from minirl_edu.checkpoint import CheckpointError
         from minirl_edu.config import ConfigError
         from minirl_edu.ranks import RankFailed
         from minirl_edu.rollout import EngineError
+        from minirl_edu.run.checkpoint import CheckpointError
         from minirl_edu.trainer import TrainingDiverged
 
     try:
@@ -154,9 +154,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from minirl_edu.checkpoint import latest_checkpoint, load_checkpoint
     from minirl_edu.config import load_config
     from minirl_edu.models import load_model, load_tokenizer
+    from minirl_edu.run.checkpoint import latest_checkpoint, load_checkpoint
 
     run, out = Path(arguments.run_folder), Path(arguments.out)
     checkpoint = latest_checkpoint(run / "checkpoints")

@@ -193,8 +193,6 @@ class TrainConfig(_Section):
     """The gradient's norm is scaled down to this; `.inf` for never."""
     tokens_per_micro_batch: _Count = 1536
     """Padded tokens in one forward and backward: bounds memory, does not change the gradient."""
-    reference_old_logp: bool = False
-    """True: compute π_old in a forward of its own even on-policy, where π_θ detached is the same thing for less."""
     zero_advantage_backward: bool = False
     """True: run the backward pass also of groups whose responses were all rewarded alike. Their advantages are 0 and so
     is their gradient: without it they get a forward only, for the metrics."""
@@ -216,9 +214,8 @@ class EvalConfig(_Section):
     """Global steps between evaluations; 0: never."""
     problems: _Count = 256
     through_trainer: bool = True
-    """Score them by the training engine in full precision. Of a sharded model that takes a whole copy on rank 0."""
-    through_rollout: bool = True
-    """Also score the same problems through the rollout engine: what a user of the deployed model would see."""
+    """Score them by the training engine in full precision too, not only through the rollout engine. Of a sharded model
+    that takes a whole copy on rank 0."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     make_accelerator   accelerate's object; refuses what accelerate would otherwise replace in silence
     Ranks              what the ranks tell each other: flags, sums, and rows of tensors, never pickled objects
+    RankedBatcher      each rank's share of the mini-batches: the one difference in the way of a batch
     share_experts      expert parallelism through transformers
     Watch              who is alive: if a rank dies, the others name it and stop
 
@@ -16,11 +17,11 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,13 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, InitPr
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+
+from minirl_edu.batches import Batcher, MicroBatch, MiniBatch, Sampled
+from minirl_edu.logprobs import lay_out
+from minirl_edu.rollout import Rollout
+from minirl_edu.routing import Routes
+
+T = TypeVar("T", int, float)
 
 
 class RankFailed(RuntimeError):
@@ -113,7 +121,7 @@ def share_experts(model: PreTrainedModel, size: int, *, bf16: bool) -> PreTraine
 
 
 class Ranks:
-    """This process among `size`; `first` is True on rank 0, which samples, verifies, writes and reports."""
+    """This process among `size`; `is_main` is True on rank 0, which samples, verifies, writes and reports."""
 
     def __init__(self, accelerator: Accelerator, *, silent: float = 60.0) -> None:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
@@ -121,28 +129,22 @@ class Ranks:
         self.watch = Watch(self.rank, self.size, silent) if self.size > 1 else None
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is True on some rank."""
-        return bool(self.most([int(flag)])[0])
+        return bool(self.all_reduce([int(flag)], "max")[0])
 
-    def most(self, numbers: Sequence[int]) -> list[int]:
-        """The largest of each number over the ranks."""
-        return self._reduce(torch.tensor(numbers, dtype=torch.int64), dist.ReduceOp.MAX).tolist()
-
-    def sum(self, numbers: Sequence[float]) -> list[float]:
-        """The sum of each number over the ranks."""
-        return self._reduce(torch.tensor(numbers, dtype=torch.float64), dist.ReduceOp.SUM).tolist()
-
-    def _reduce(self, numbers: Tensor, operation: Any) -> Tensor:
+    def all_reduce(self, numbers: Sequence[T], operation: Literal["max", "sum"]) -> list[T]:
+        """The largest, or the sum, of each number over the ranks. Integers or floats, of 64 bits."""
         if self.size == 1:
-            return numbers
-        numbers = numbers.to(self.device)
-        dist.all_reduce(numbers, operation)
-        return numbers
+            return list(numbers)
+        dtype = torch.float64 if isinstance(numbers[0], float) else torch.int64
+        sent = torch.tensor(numbers, dtype=dtype, device=self.device)
+        dist.all_reduce(sent, {"max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}[operation])
+        return sent.tolist()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -150,12 +152,9 @@ class Ranks:
 
     def broadcast(self, tensor: Tensor | None) -> Tensor:
         """Rank 0's integer or floating-point tensor of one dimension, on all ranks."""
-        if self.size == 1:
-            assert tensor is not None
-            return tensor
-        assert self.first == (tensor is not None)
+        assert self.is_main == (tensor is not None)
         floating = int(tensor is not None and tensor.is_floating_point())
-        floating, length = self.most([floating, 0 if tensor is None else len(tensor)])
+        floating, length = self.all_reduce([floating, 0 if tensor is None else len(tensor)], "max")
         dtype = torch.float64 if floating else torch.int64
         empty = torch.empty(length, dtype=dtype, device=self.device)
         sent = empty if tensor is None else tensor.to(self.device, dtype).contiguous()
@@ -167,7 +166,7 @@ class Ranks:
     ) -> Tensor:
         """The rows `rows[rank]` of rank 0's `tensor` [B, *shape]: each rank gets its own and no others."""
         mine = rows[self.rank]
-        if self.first:
+        if self.is_main:
             assert tensor is not None
             for rank in range(1, self.size):
                 if len(rows[rank]):
@@ -180,7 +179,7 @@ class Ranks:
 
     def gather(self, tensor: Tensor, rows: Sequence[Tensor]) -> Tensor | None:
         """The inverse of `scatter`: on rank 0 the tensor [B, …] whose rows `rows[r]` are rank r's; elsewhere None."""
-        if not self.first:
+        if not self.is_main:
             if len(tensor):
                 dist.send(_bytes(tensor), 0)
             return None
@@ -210,8 +209,8 @@ class Ranks:
                 if threading.current_thread() is threading.main_thread():
                     # The launcher ends those that are left. It shall not before they have said why.
                     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                if culprit := self.watch.culprit():
-                    raise RankFailed(culprit) from error
+                if lost := self.watch.lost_rank():
+                    raise RankFailed(lost) from error
             self.watch.report(error)
             raise
 
@@ -219,8 +218,8 @@ class Ranks:
         """SIGTERM: the launcher ends those that are left when one is lost, perhaps before a collective has failed."""
         assert self.watch is not None
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if culprit := self.watch.culprit(5.0):
-            raise RankFailed(culprit)
+        if lost := self.watch.lost_rank(5.0):
+            raise RankFailed(lost)
         raise SystemExit(143)
 
     def close(self) -> None:
@@ -247,6 +246,125 @@ def share_rows(costs: Sequence[int], kinds: Sequence[int], size: int) -> list[li
             shares[rank].append(group)
             load[rank] += costs[group]
     return [sorted(share) for share in shares]
+
+
+# -------------------------------------------------------------------------------------------- the mini-batches' shares
+
+_SHAPE = 6
+
+
+class RankedBatcher(Batcher):
+    """A `Batcher` on several ranks, which all call each method. Rank 0 has the rollout; every rank gets whole groups of
+    each mini-batch, of about as many tokens as the others', and as many micro-batches: parameters that are sharded are
+    gathered in each forward and backward, so a rank that has fewer fills up with empty ones.
+
+    `layers` are those of the routes, where there are any.
+    """
+
+    def __init__(self, ranks: Ranks, layers: tuple[int, ...], **settings: Any) -> None:
+        super().__init__(**settings)
+        self.ranks, self.layers = ranks, layers
+
+    def cut(self, sampled: Sampled | None, compute_advantages: Callable[[Tensor, int], Tensor]) -> list[MiniBatch]:
+        """The mini-batches of a global step; `sampled` is rank 0's, elsewhere None.
+
+        Raises ConfigError where `force_routes` finds none.
+        """
+        ranks, size, count = self.ranks, self.group_size, self.mini_batches
+        numbers = ranks.broadcast(None if sampled is None else _describe(sampled)).tolist()
+        shape, rest = numbers[:_SHAPE], numbers[_SHAPE:]
+        groups, tokens, costs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        rewards = ranks.broadcast(None if sampled is None else sampled.rewards).float().cpu()
+        advantages = compute_advantages(rewards, size)
+        ends = torch.tensor(groups).cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        cut = []
+        for start, end, number in zip(starts, ends, tokens, strict=True):
+            part = slice(start * size, end * size)
+            kinds = [int(not gradient) for gradient in self.has_gradient(advantages[part]).tolist()]
+            shares = [_rows(share, size) for share in share_rows(costs[start:end], kinds, ranks.size)]
+            cut.append(MiniBatch(rewards[part], advantages[part].to(ranks.device), number, shares=shares))
+
+        rollout, pairs = None if sampled is None else sampled.rollout, list(zip(cut, starts, strict=True))
+        rows = [torch.cat([batch.shares[r] + start * size for batch, start in pairs]) for r in range(ranks.size)]
+        mine, begin = self._scatter(rollout, rows, shape), 0
+        for mini_batch, start in pairs:
+            own = mini_batch.shares[ranks.rank].to(ranks.device)
+            if len(own):
+                mini_batch.parts = self.micro_batches(mine.rows(begin, begin + len(own)), mini_batch.advantages[own])
+            begin += len(own)
+            if rollout is not None:
+                at = start * size
+                mini_batch.rollout = replace(rollout, routes=None).rows(at, at + mini_batch.responses)
+        self._fill_up(cut)
+        return cut
+
+    def collect(self, outputs: list[tuple[Tensor, ...]], mini_batch: MiniBatch) -> list[Tensor]:
+        """Per-token results [B, T] of all ranks, in the rows' order, on rank 0; elsewhere nothing of use."""
+        own, whole = mini_batch.shares[self.ranks.rank], []
+        width = self.ranks.all_reduce([outputs[0][1].shape[1] if outputs else 0], "max")[0]
+        for column in (1, 2, 3):
+            dtype = outputs[0][column].dtype if outputs else torch.float32
+            local = torch.zeros(len(own), width, dtype=dtype, device=self.ranks.device)
+            for output in outputs:
+                local[output[0]] = output[column]
+            whole.append(self.ranks.gather(local, mini_batch.shares))
+        return whole
+
+    def _scatter(self, rollout: Rollout | None, rows: list[Tensor], shape: list[int]) -> Rollout:
+        """This rank's rows of rank 0's rollout."""
+        width, prompt, version, layers, top_k, wide = shape
+        routes = None if rollout is None else rollout.routes
+
+        def send(name: str, columns: Sequence[int], dtype: torch.dtype) -> Tensor:
+            whole = routes if name in ("experts", "valid") else rollout
+            return self.ranks.scatter(None if whole is None else getattr(whole, name), rows, columns, dtype)
+
+        tokens = send("tokens", (width,), torch.int64)
+        mask = send("attention_mask", (width,), torch.bool)
+        logp = send("logp_rollout", (width - prompt,), torch.float32)
+        if layers:
+            experts = send("experts", (width, layers, top_k), torch.uint16 if wide else torch.uint8)
+            routes = Routes(experts, send("valid", (width,), torch.bool), self.layers)
+        prompts = [None] * (len(tokens) // self.group_size)
+        return Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, prompts, version)
+
+    def _fill_up(self, cut: list[MiniBatch]) -> None:
+        for mini_batch in cut:
+            kinds = [[batch for batch in mini_batch.parts if batch.has_gradient is kind] for kind in (True, False)]
+            wanted = self.ranks.all_reduce([len(kind) for kind in kinds], "max")
+            mini_batch.parts = [
+                part
+                for kind, parts, number in zip((True, False), kinds, wanted, strict=True)
+                for part in [*parts, *(self._empty(kind) for _ in range(number - len(parts)))]
+            ]
+
+    def _empty(self, has_gradient: bool) -> MicroBatch:
+        device = self.ranks.device
+        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        mask = torch.ones_like(tokens, dtype=torch.bool)
+        rollout = Rollout(tokens, mask, 1, mask[:, 1:], torch.zeros(1, 1, device=device), None, [None], 0)
+        layout = lay_out(rollout, share_prompts=False)
+        return MicroBatch(tokens[:0, 0], rollout, layout, torch.zeros(1, device=device), has_gradient, empty=True)
+
+
+def _describe(sampled: Sampled) -> Tensor:
+    """What every rank has to know of rank 0's rollout, as integers: its shape, then for each mini-batch its groups and
+    its response tokens, then for each group the tokens that a forward takes."""
+    rollout, size = sampled.rollout, sampled.rollout.group_size
+    routes = rollout.routes
+    layers, top_k = (0, 0) if routes is None else routes.experts.shape[2:]
+    wide = int(routes is not None and routes.experts.dtype == torch.uint16)
+    shape = [rollout.tokens.shape[1], rollout.prompt_length, rollout.weight_version, layers, top_k, wide]
+    lengths = rollout.response_mask.sum(1)
+    tokens = [int(part.sum()) for part in lengths.split([groups * size for groups in sampled.groups])]
+    prompts = rollout.attention_mask[::size, : rollout.prompt_length].sum(1)
+    costs = prompts + (lengths - 1).view(-1, size).sum(1)
+    return torch.tensor([*shape, *sampled.groups, *tokens, *costs.tolist()])
+
+
+def _rows(groups: list[int], size: int) -> Tensor:
+    return (torch.tensor(groups, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
 
 
 # -------------------------------------------------------------------------------------------------------------- watch
@@ -306,7 +424,7 @@ class Watch:
         self._thread.start()
         atexit.register(self.stop)  # a thread inside the store's C++ would abort the interpreter's end
 
-    def culprit(self, wait: float | None = None) -> str:
+    def lost_rank(self, wait: float | None = None) -> str:
         """Who was lost, once the watch has found out; "" if nobody is within `wait` s (default: what that takes)."""
         self._found.wait(self.silent + 2 * self._period if wait is None else wait)
         verdict, self._verdict = self._verdict, ""  # the main thread reacts: the watch need not

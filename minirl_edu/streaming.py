@@ -42,7 +42,7 @@ def reshard(model: torch.nn.Module) -> None:
             module.reshard()
 
 
-def full(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, detached; any other is returned as it is. All ranks have to call this."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
@@ -55,7 +55,7 @@ def local_part(tensor: Tensor) -> Tensor:
 def full_state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor) of a model's state, tied weights once. All ranks have to iterate, in step."""
     for name, tensor in untied_state(model).items():
-        yield name, full(tensor)
+        yield name, gather_full(tensor)
 
 
 def take_part(model: PreTrainedModel) -> None:

@@ -129,7 +129,7 @@ def parity() -> dict[str, Any]:
     without, relative errors in fp32 and bf16. The criterion is fp32's: below 1e-4."""
     import torch
 
-    from minirl_edu import logprobs
+    from minirl_edu import lm_head, logprobs
     from minirl_edu.models import load_model
     from minirl_edu.objectives import minirl_loss
     from minirl_edu.rollout import HFEngine, Sampling
@@ -151,10 +151,10 @@ def parity() -> dict[str, Any]:
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         return [x.detach().double().cpu() for x in (out.logp, out.entropy, gradient)]
 
-    found, whole = {}, logprobs.CHUNK
+    found, whole = {}, lm_head.CHUNK
     for shared in (False, True):
         for chunk in (whole, 64):
-            logprobs.CHUNK = chunk
+            lm_head.CHUNK = chunk
             reference = numbers("cpu", torch.float64, shared)
             for dtype in ("float32", "bfloat16"):
                 errors = map(relative, numbers(DEVICE, getattr(torch, dtype), shared), reference)
@@ -248,7 +248,7 @@ def row32k() -> dict[str, Any]:
     151,936 words. From it, the seconds of a row through all 48 layers."""
     import torch
 
-    from minirl_edu import logprobs
+    from minirl_edu import lm_head, logprobs
 
     layers, length = (2, 256) if MINI else (4, 32768)
     model = random_moe(layers)
@@ -273,8 +273,7 @@ def row32k() -> dict[str, Any]:
 
     def head() -> None:
         states = hidden.clone().requires_grad_()
-        width = max(logprobs.CHUNK // len(hidden), hidden.shape[-1])
-        logprobs._HeadLogprobs.apply(states, weight, None, targets, 1.0, width, None)[0].sum().backward()
+        lm_head.head_logprobs(states, weight, None, targets)[0].sum().backward()
         weight.grad = None
 
     found["head"] = {"peak_gb": peak_gb(head), "seconds": seconds(head, 2)}
@@ -402,8 +401,8 @@ def fp8() -> dict[str, Any]:
 def stream() -> dict[str, Any]:
     """Weights into a file as a sync writes them, and a checksum of it: GB/s, and the seconds that 30.5 billion
     parameters take at that rate (fp32: 122 GB; a checkpoint has three such parts)."""
-    from minirl_edu.checkpoint import _sha256
     from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
+    from minirl_edu.run.checkpoint import _sha256
     from minirl_edu.streaming import write_safetensors
 
     model, found = random_moe(2, "float32"), {}

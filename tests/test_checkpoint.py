@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from minirl_edu import checkpoint
-from minirl_edu.checkpoint import (
+from minirl_edu.run import checkpoint
+from minirl_edu.run.checkpoint import (
     CheckpointError,
     flatten_optimizer,
     latest_checkpoint,

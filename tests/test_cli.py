@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from minirl_edu import __version__, plots
-from minirl_edu.checkpoint import load_checkpoint
 from minirl_edu.cli import DEMO_VARIANTS, _folder_name, main
 from minirl_edu.config import RECIPES, load_config
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.plots import read_records
 from minirl_edu.rollout import EngineError, HFEngine
+from minirl_edu.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -69,7 +69,7 @@ def test_logits_are_computed_of_response_tokens_alone_where_there_are_many(monke
     """Few at a time, they give the same loss and the same step."""
     task, losses, weights, largest = small_task(), [], [], []
     for chunk in (2**22, 18 * 8):
-        monkeypatch.setattr("minirl_edu.logprobs.CHUNK", chunk)
+        monkeypatch.setattr("minirl_edu.lm_head.CHUNK", chunk)
         model = lively("dense")
         with LargestLogits(18) as logits:
             losses.append(cold_start(task, model, steps=2, batch_size=64, progress=False))

@@ -62,10 +62,9 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "weight_decay": 0.1,
         "max_grad_norm": inf,
         "tokens_per_micro_batch": 512,
-        "reference_old_logp": True,
         "zero_advantage_backward": True,
     },
-    "eval": {"every": 0, "problems": 8, "through_trainer": False, "through_rollout": False},
+    "eval": {"every": 0, "problems": 8, "through_trainer": False},
     "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},
     "ranks": {"wait": 60.0, "silent": 5.0},
 }

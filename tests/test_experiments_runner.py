@@ -43,7 +43,7 @@ from minirl_edu.experiments.spec import (
     read_runs,
     write_run,
 )
-from minirl_edu.run_folder import FolderInUse
+from minirl_edu.run.folder import FolderInUse
 from tests.forked import Forked
 
 SMALL = (

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from minirl_edu import logprobs
+from minirl_edu import lm_head
 from minirl_edu.diagnostics import entropy_from_logits
 from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
@@ -342,15 +342,15 @@ WIDE = wide_rollout()
 @pytest.fixture
 def paths(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Chunks of a few words or tokens, and how often each path ran."""
-    monkeypatch.setattr(logprobs, "CHUNK", 1000)
+    monkeypatch.setattr(lm_head, "CHUNK", 1000)
     seen = Counter()
 
     def watch(owner: object, name: str, path: str) -> None:
         function = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *args, **kwargs: (seen.update([path]), function(*args, **kwargs))[1])
 
-    watch(logprobs._HeadLogprobs, "apply", "by words")
-    watch(logprobs, "checkpoint", "by tokens")
+    watch(lm_head._HeadLogprobs, "apply", "by words")
+    watch(lm_head, "checkpoint", "by tokens")
     return seen
 
 
@@ -392,7 +392,7 @@ def test_the_head_in_chunks_is_the_head_at_once(width: int, tokens: int, bias: b
     known = [word for word in range(23) if word not in unknown]
     mask = torch.tensor([word in unknown for word in range(23)]) if unknown else None
     targets = torch.tensor(known)[targets % len(known)]
-    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, of_words, targets, 0.7, width, mask)
+    logp, entropy = lm_head._HeadLogprobs.apply(hidden, weight, of_words, targets, 0.7, width, mask)
     logits = nn.functional.linear(hidden, weight, of_words)[:, known] / 0.7
     log_probs, targets = logits.log_softmax(-1), torch.tensor([known.index(word) for word in targets.tolist()])
     expected = log_probs[range(tokens), targets]
@@ -408,7 +408,7 @@ def test_the_head_in_chunks_is_the_head_at_once(width: int, tokens: int, bias: b
 def test_the_gradient_of_the_head_in_chunks_is_its_finite_difference():
     hidden, weight, bias, targets = head_inputs(4, torch.float64, bias=True)
     assert bias is not None
-    in_chunks = lambda *x: logprobs._HeadLogprobs.apply(*x, targets, 0.7, 7, None)[0]  # noqa: E731
+    in_chunks = lambda *x: lm_head._HeadLogprobs.apply(*x, targets, 0.7, 7, None)[0]  # noqa: E731
     assert torch.autograd.gradcheck(in_chunks, (hidden, weight, bias))
 
 
@@ -420,11 +420,11 @@ def test_a_forbidden_word_leaves_one_entropy_and_a_finite_gradient_in_every_path
     assert expected.isfinite().all()
 
     def in_chunks(size: int) -> tuple[Tensor, Tensor]:
-        monkeypatch.setattr(logprobs, "CHUNK", size)
-        return logprobs._in_chunks(lambda h: torch.nn.functional.linear(h, weight, bias), hidden, targets, 1.0, 6, None)
+        monkeypatch.setattr(lm_head, "CHUNK", size)
+        return lm_head._in_chunks(lambda h: torch.nn.functional.linear(h, weight, bias), hidden, targets, 1.0, 6, None)
 
     found = [in_chunks(2**22), in_chunks(6)]
-    found += [logprobs._HeadLogprobs.apply(hidden, weight, bias, targets, 1.0, width, None) for width in (2, 6)]
+    found += [lm_head._HeadLogprobs.apply(hidden, weight, bias, targets, 1.0, width, None) for width in (2, 6)]
     gradients = [torch.autograd.grad(logp.sum(), (hidden, weight)) for logp, _ in found]
     for (logp, entropy), gradient in zip(found, gradients, strict=True):
         torch.testing.assert_close(entropy, expected)
@@ -437,7 +437,7 @@ def test_entropies_near_zero_and_logits_far_from_it_are_exact_in_chunks():
     weight = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     hidden = torch.cat([weight[3:4] * 25, weight[30:31] * 3, torch.zeros(1, 8)])
     targets = torch.tensor([3, 30, 5])
-    logp, entropy = logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7, None)
+    logp, entropy = lm_head._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7, None)
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
     # The first token is certain, the second nearly, the last uniform. 1 + ε is rounded to 2⁻²⁴ before its logarithm.
     torch.testing.assert_close(entropy.double(), -(exact.exp() * exact).sum(-1), rtol=1e-6, atol=2e-7)
@@ -450,7 +450,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_its_own(dtype: torch.dtype
 
     def gradient(hidden: Tensor, weight: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
         return torch.autograd.grad(
-            logprobs._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7, None)[0].sum(), of
+            lm_head._HeadLogprobs.apply(hidden, weight, None, targets, 1.0, 7, None)[0].sum(), of
         )
 
     of_hidden, of_weight = gradient(hidden, weight, hidden, weight)
@@ -481,7 +481,7 @@ def test_heads_of_every_kind_are_exact_in_chunks(tied: bool, bias: bool, paths: 
 
 
 def test_one_response_token_is_exact_in_chunks(paths: Counter, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(logprobs, "CHUNK", 100)
+    monkeypatch.setattr(lm_head, "CHUNK", 100)
     assert_naive(wide(), rollout=written([[1, 2, 300]], [[290]]))
     assert paths == {"by words": 1}
 
@@ -493,7 +493,7 @@ def on_path(path: str, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """A wide model whose log-probabilities go by this path."""
     model = wide(bias=True)
     if path == "at once":
-        monkeypatch.setattr(logprobs, "CHUNK", 10**9)
+        monkeypatch.setattr(lm_head, "CHUNK", 10**9)
     elif path == "by tokens":
         after_head(model, lambda logits: logits * 1)
     return model
@@ -527,12 +527,10 @@ def test_few_logits_are_computed_at_once(share_prompts: bool, paths: Counter, mo
         (len(layout.targets), 1, {}),
         (len(layout.targets) - 1, 1, {"by words": 1}),
     ]:
-        monkeypatch.setattr(logprobs, "CHUNK", slots * VOCABULARY)
+        monkeypatch.setattr(lm_head, "CHUNK", slots * VOCABULARY)
         with monkeypatch.context() as patch:
             seen: list[object] = []
-            patch.setattr(
-                logprobs, "_Trace", lambda *args, to=seen, make=logprobs._Trace: (to.append(1), make(*args))[1]
-            )
+            patch.setattr(lm_head, "_Trace", lambda *args, to=seen, make=lm_head._Trace: (to.append(1), make(*args))[1])
             response_logprobs(wide(), layout)
         assert len(seen) == postponed and paths == path
 
@@ -542,7 +540,7 @@ def test_bf16_in_chunks_is_bf16_at_once(bias: bool, paths: Counter, monkeypatch:
     model, layout = wide(bias=bias).bfloat16(), lay_out(WIDE, share_prompts=False)
     chunked = response_logprobs(model, layout)
     ours = gradients(model, weighted(chunked.logp))
-    monkeypatch.setattr(logprobs, "CHUNK", 2**22)
+    monkeypatch.setattr(lm_head, "CHUNK", 2**22)
     at_once = response_logprobs(model, layout)
     theirs = gradients(model, weighted(at_once.logp))
     assert paths == {"by words": 1} and chunked.logp.dtype == chunked.entropy.dtype == torch.float32
@@ -821,7 +819,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and not (leaf.is_meta or isinstance(leaf, logprobs._Postponed)):
+            if isinstance(leaf, Tensor) and not (leaf.is_meta or isinstance(leaf, lm_head._Postponed)):
                 self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
         return output
 
@@ -836,7 +834,7 @@ def test_no_tensor_holds_all_logits(capped: bool, gradient: bool, monkeypatch: p
         after_head(model, lambda logits: logits.tanh())
 
     def largest(chunk: int) -> int:
-        monkeypatch.setattr(logprobs, "CHUNK", chunk)
+        monkeypatch.setattr(lm_head, "CHUNK", chunk)
         with torch.set_grad_enabled(gradient), Largest() as seen:
             logp = response_logprobs(model, layout).logp
             if gradient:

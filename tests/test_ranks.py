@@ -31,9 +31,9 @@ def test_kinds_are_level_each_by_itself():
 
 def test_one_process_talks_to_nobody():
     ranks = Ranks(Accelerator(cpu=True))
-    assert (ranks.rank, ranks.size, ranks.first, ranks.watch) == (0, 1, True, None)
+    assert (ranks.rank, ranks.size, ranks.is_main, ranks.watch) == (0, 1, True, None)
     assert ranks.any(True) and not ranks.any(False)
-    assert ranks.most([3, 1]) == [3, 1] and ranks.sum([0.5]) == [0.5]
+    assert ranks.all_reduce([3, 1], "max") == [3, 1] and ranks.all_reduce([0.5], "sum") == [0.5]
     numbers = torch.tensor([1, 2])
     assert ranks.broadcast(numbers) is numbers
     rows = [torch.tensor([2, 0, 1])]

@@ -30,16 +30,19 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages archives diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
+    0: "advantages archives diagnostics doctor exact objectives precision routing seeding streaming",
     1: "config models tasks",
     2: "rollout",
-    3: "logprobs",
-    4: "batches checkpoint cold_start gap plan trainer",
-    5: "exercises experiments plots report",
-    6: "cli",
+    3: "lm_head",
+    4: "logprobs",
+    5: "batches cold_start gap plan",
+    6: "ranks run",
+    7: "trainer",
+    8: "exercises experiments plots report",
+    9: "cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-SIBLINGS = {"trainer": {"batches", "checkpoint"}, "report": {"plots"}, "experiments": {"plots", "report"}}
+SIBLINGS = {"run": {"ranks"}, "report": {"plots"}, "experiments": {"plots", "report"}}
 FOLDERS = {".ci", "benchmarks", "lessons", "minirl_edu", "notebooks", "scale", "tests"}
 
 
@@ -87,8 +90,8 @@ def test_a_module_imports_only_from_the_floors_below(path):
         ("tasks", "from minirl_edu import models, seeding, __version__", {"models"}),
         ("tasks", "from minirl_edu.tasks.base import Task", set()),
         ("rollout", "from minirl_edu import Rollout", {"Rollout"}),
-        ("trainer", "from minirl_edu.checkpoint import save_checkpoint", set()),
-        ("checkpoint", "from minirl_edu.trainer import MiniRLTrainer", {"trainer"}),
+        ("trainer", "from minirl_edu.run.checkpoint import save_checkpoint", set()),
+        ("run", "from minirl_edu.trainer import MiniRLTrainer", {"trainer"}),
         ("cli", "from minirl_edu.trainer import MiniRLTrainer\nimport torch", set()),
     ],
 )

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from minirl_edu.run_folder import LOCK_FILE, FolderInUse, lock_folder
+from minirl_edu.run.folder import LOCK_FILE, FolderInUse, lock_folder
 
 pytest.importorskip("fcntl")
 HOLD = """
 import sys, time
-from minirl_edu.run_folder import lock_folder
+from minirl_edu.run.folder import lock_folder
 lock = lock_folder(sys.argv[1])
 print("held", flush=True)
 and_then
@@ -46,7 +46,7 @@ else:
 """
 COUNT = """
 import os, sys
-from minirl_edu.run_folder import FolderInUse, lock_folder
+from minirl_edu.run.folder import FolderInUse, lock_folder
 folder, done = sys.argv[1], 0
 print("ready", flush=True)
 sys.stdin.read()
@@ -85,7 +85,7 @@ def run(script: str, folder: Path) -> subprocess.Popen[str]:
 
 def free_for_others(folder: Path) -> bool:
     """Whether another process could have the folder."""
-    script = "import sys; from minirl_edu.run_folder import lock_folder; lock_folder(sys.argv[1])"
+    script = "import sys; from minirl_edu.run.folder import lock_folder; lock_folder(sys.argv[1])"
     process = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
     assert process.returncode == 0 or "FolderInUse" in process.stderr, process.stderr
     return process.returncode == 0

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.streaming import architecture_name, full, full_state, is_sharded, like, write_safetensors
+from minirl_edu.streaming import architecture_name, full_state, gather_full, is_sharded, like, write_safetensors
 
 MIXED = {
     "a": torch.arange(6, dtype=torch.float32).view(2, 3),
@@ -69,7 +69,7 @@ def test_a_plain_model_is_whole_already():
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items() if name in state)
     assert not is_sharded(model)
     weight = next(model.parameters())
-    assert full(weight).data_ptr() == weight.data_ptr() and not full(weight).requires_grad
+    assert gather_full(weight).data_ptr() == weight.data_ptr() and not gather_full(weight).requires_grad
     assert like(weight, weight) is weight
 
 

@@ -17,16 +17,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
+from benchmarks.measure import SeparateForward
 from minirl_edu.advantages import ADVANTAGES
-from minirl_edu.checkpoint import latest_checkpoint
 from minirl_edu.config import ConfigError, TrainConfig, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
 from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling
+from minirl_edu.run.checkpoint import latest_checkpoint
+from minirl_edu.run.folder import LENGTHLESS
 from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import ChainTask, Problem
-from minirl_edu.trainer import LENGTHLESS, MiniRLTrainer, TrainingDiverged
+from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
 from tests import routing_families
 from tests.conftest import byte_tokenizer
 from tests.families import tiny
@@ -60,9 +62,9 @@ SMALL = (
 LARGER_STEPS = "train.lr=1e-2"
 
 
-def trainer(out: Path, *overrides: str, model=None, **kwargs) -> MiniRLTrainer:
+def trainer(out: Path, *overrides: str, model=None, kind=MiniRLTrainer, **kwargs) -> MiniRLTrainer:
     model = model or tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16)
-    run = MiniRLTrainer(load_config(None, [*SMALL, *overrides]), out, model=model, progress=False, **kwargs)
+    run = kind(load_config(None, [*SMALL, *overrides]), out, model=model, progress=False, **kwargs)
     run.rewards = even  # an untrained model solves nothing, and without a reward nothing moves
     return run
 
@@ -168,8 +170,8 @@ def test_one_global_step_is_the_papers_step_written_out(tmp_path, architecture):
 def test_the_updates_own_forward_serves_as_pi_old_bit_for_bit(tmp_path, replay, mini_batches):
     """A separate forward for every π_old changes nothing: not a metric, not a bit of the weights."""
     settings = [f"algorithm.replay={replay}", f"train.mini_batches={mini_batches}"]
-    for name, reference in (("saved", "false"), ("reference", "true")):
-        trainer(tmp_path / name, *settings, f"train.reference_old_logp={reference}").train()
+    trainer(tmp_path / "saved", *settings).train()
+    trainer(tmp_path / "reference", *settings, kind=SeparateForward).train()
     assert timeless(metrics(tmp_path / "saved")) == timeless(metrics(tmp_path / "reference"))
     assert equal(weights(tmp_path / "saved"), weights(tmp_path / "reference"))
 
@@ -611,7 +613,7 @@ def test_every_schedule_is_known_to_depend_on_the_length_or_not(tmp_path):
 
 def test_nan_stops_the_run_with_step_cause_and_checkpoint(tmp_path):
     run = trainer(tmp_path / "run")
-    run._write(run.global_step())
+    run.folder.write(run.global_step(), run.samples)
     run.save()
     with torch.no_grad():
         next(run.model.parameters())[3] = float("nan")
@@ -810,7 +812,7 @@ def test_overlong_prompts_are_replaced_and_counted_alike_after_a_resume(tmp_path
     assert 0 < evaluated < 16  # of 16 held-out problems
 
     first = ragged(tmp_path / "stopped", *overrides)
-    first._write(first.global_step())
+    first.folder.write(first.global_step(), first.samples)
     first.save()
     ragged(tmp_path / "stopped", *overrides, resume=True).train()
     assert timeless(metrics(tmp_path / "stopped")) == timeless(lines[1:])
@@ -819,9 +821,9 @@ def test_overlong_prompts_are_replaced_and_counted_alike_after_a_resume(tmp_path
 
 def test_where_nothing_is_too_long_the_problems_are_those_of_the_task(tmp_path):
     run = ragged(tmp_path / "run", "train.mini_batches=2")
-    problems, overlong = run._problems()
+    problems, _, overlong = run.prompts.draw(run.step)
     expected = run.task.sample(8, seed=derive_seed(0, "problems", 0))
-    assert [problem for problem, _ in problems] == expected and overlong == 0
+    assert problems == expected and overlong == 0
 
 
 def test_overlong_prompts_can_stop_a_run_or_leave_too_few(tmp_path):
@@ -836,9 +838,9 @@ def test_overlong_prompts_can_stop_a_run_or_leave_too_few(tmp_path):
 
 def test_the_limit_of_the_engine_counts_too(tmp_path):
     run = ragged(tmp_path / "run")
-    assert run._longest_prompt == 512 - 4
+    assert run.prompts.longest == 512 - 4
     run.engine.max_model_len = 12
-    assert run._longest_prompt == 8 and run._problems()[1] > 0
+    assert run.prompts.longest == 8 and run.prompts.draw(run.step)[2] > 0
 
 
 @pytest.mark.parametrize("family", ["mamba", "bert"])
@@ -853,7 +855,7 @@ def test_a_model_that_cannot_be_sampled_step_by_step_is_refused_by_name(tmp_path
 @pytest.mark.parametrize("policy", ["stop", "drop"])
 def test_a_policy_that_gives_no_numbers_while_sampling_has_diverged(tmp_path, policy):
     run = trainer(tmp_path / "run", f"rollout.on_fault={policy}", "eval.every=0")
-    run._write(run.global_step())
+    run.folder.write(run.global_step(), run.samples)
     run.save()
     with torch.no_grad():
         next(run.model.parameters())[3] = float("nan")
@@ -875,8 +877,8 @@ def test_finite_weights_with_logits_that_are_none_have_diverged_too(tmp_path):
 
 @pytest.mark.parametrize("through", ["trainer", "rollout"])
 def test_a_policy_that_turns_out_broken_in_an_evaluation_leaves_the_steps_lines(tmp_path, through):
-    other = {"trainer": "rollout", "rollout": "trainer"}[through]
-    run = trainer(tmp_path / "run", "eval.every=1", f"eval.through_{other}=false", "train.mini_batches=2")
+    through_trainer = str(through == "trainer").lower()
+    run = trainer(tmp_path / "run", "eval.every=1", f"eval.through_trainer={through_trainer}", "train.mini_batches=2")
     sync = run._sync
 
     def breaking() -> None:
@@ -918,10 +920,6 @@ def test_the_trainer_closes_the_engine_that_it_made_and_says_so_afterwards(tmp_p
     again = trainer(tmp_path / "run", "train.global_steps=2", resume=True)
     again.train()
     assert again.step == 2
-
-    alone = trainer(tmp_path / "alone", "train.global_steps=1", "eval.through_rollout=false")
-    alone.train()
-    assert 0 <= alone.evaluate()["score"] <= 1  # type: ignore[operator]
 
 
 def test_it_is_closed_when_training_or_building_fails(tmp_path, monkeypatch):

@@ -225,7 +225,7 @@ class _MixedUp(Batcher):
             # Where the other response had no token, its row names no experts: there the model routes by itself.
             valid = routes.valid & routes.valid.roll(1, 0)
             other = Routes(routes.experts.roll(1, 0), valid, routes.layers)
-            part.forced = part.chosen = part.layout.pack(other)
+            part.routes_forced = part.routes_old = part.layout.pack(other)
         return batches
 
 

@@ -38,7 +38,7 @@ from minirl_edu.config import Config, ConfigError, OutputConfig
 from minirl_edu.doctor import environment
 from minirl_edu.experiments.spec import Run, RunResult, Spec, parse_run, read_run, write_run
 from minirl_edu.plots import read_records
-from minirl_edu.run_folder import lock_folder
+from minirl_edu.run.folder import lock_folder
 
 RESULTS_VERSION = 1
 """Part of every digest. A change that can move a result, a default's among them (see CHANGELOG.md), raises it, and
@@ -194,28 +194,13 @@ def _scratch(path: Path) -> Path:
     return path.with_name(f".{path.stem}")
 
 
-def _trainer_class(config: Config) -> type:
-    """The trainer that runs `config`."""
-    # Imported where it is needed: the process that only hands out jobs starts in half the time, with half the memory.
-    from minirl_edu.trainer import MiniRLTrainer
-
-    return MiniRLTrainer
-
-
 def _train(config: Config, folder: Path, tick: Callable[[int], object] | None) -> str | None:
     """Train in `folder`; returns why the run diverged, if it did."""
-    from minirl_edu.trainer import TrainingDiverged
+    # Imported where it is needed: the process that only hands out jobs starts in half the time, with half the memory.
+    from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
 
-    trainer = _trainer_class(config)(config, folder, progress=False)
-    if tick is not None:
-        step = trainer.global_step
-
-        def reporting() -> list[dict[str, Any]]:
-            lines = step()
-            tick(len(lines))
-            return lines
-
-        trainer.global_step = reporting
+    on_step = None if tick is None else lambda lines: tick(len(lines))
+    trainer = MiniRLTrainer(config, folder, progress=False, on_step=on_step)
     try:
         trainer.train()
     except TrainingDiverged as error:

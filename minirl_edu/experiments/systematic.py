@@ -49,7 +49,7 @@ def measure_parts(config: Config, *, syncs: int = 8, prompts: int = 32) -> tuple
         assert isinstance(engine, HFEngine)
         problems = [trainer.task.encode(problem) for problem in trainer.task.evaluation(prompts)]
         seed = derive_seed(config.seed, "evaluation")
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.unwrapped
         rollout = sample(model, problems, group_size=1, sampling=trainer.sampling, seed=seed)
         layout, errors = lay_out(rollout, share_prompts=False), []
         for step in range(syncs):

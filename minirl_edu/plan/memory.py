@@ -11,14 +11,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, masking_utils
 
 from minirl_edu.config import ConfigError
-from minirl_edu.logprobs import CHUNK, _HeadLogprobs
+from minirl_edu.lm_head import head_logprobs
 from minirl_edu.models import recompute_activations
 from minirl_edu.plan.setting import MicroBatch, Setting
 from minirl_edu.plan.sizes import (
@@ -190,7 +190,8 @@ def _trace(
                 ledger.for_logits = True
                 states = hidden.flatten(0, 1).index_select(0, predictor)
                 states.register_hook(lambda _: setattr(ledger, "for_logits", False))
-                logp = _logprobs(states, network.get_output_embeddings())
+                head, targets = network.get_output_embeddings(), predictor.new_zeros(len(predictor))
+                logp = head_logprobs(states, head.weight, head.bias, targets)[0]
             del hidden, states
             ledger.forward = len(ledger.events)
             logp.sum().backward()
@@ -218,15 +219,6 @@ def _inputs(batch: MicroBatch) -> tuple[dict[str, Tensor], Tensor]:
     elif batch.kind == "padded":
         inputs["attention_mask"] = torch.zeros(batch.rows, batch.columns, dtype=torch.bool)
     return inputs, torch.zeros(batch.predicted, dtype=torch.int64)
-
-
-def _logprobs(states: Tensor, head: nn.Linear) -> Tensor:
-    """What `response_logprobs` makes of the states that predict a token."""
-    tokens, targets = len(states), states.new_zeros(len(states), dtype=torch.int64)
-    if tokens * len(head.weight) <= CHUNK:
-        return torch.log_softmax(head(states).float(), -1).gather(1, targets[:, None])
-    width = max(CHUNK // tokens, states.shape[-1])
-    return _HeadLogprobs.apply(states, head.weight, head.bias, targets, 1.0, width, None)[0]
 
 
 def trainer_memory(s: Setting) -> list[Item]:

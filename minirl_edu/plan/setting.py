@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from minirl_edu.config import Config, ConfigError, load_config, save_config
+from minirl_edu.logprobs import attends_in_full
 from minirl_edu.models import SMOLLM2, architecture_file, load_tokenizer
-from minirl_edu.plan.sizes import ModelStats, Number, layer_types, model_stats_of
+from minirl_edu.plan.sizes import ModelStats, Number, model_stats_of
 from minirl_edu.rollout import VLLM_DTYPES
 from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
 
@@ -173,9 +174,7 @@ def micro_batch(
 
 def shares_prompts(config: PreTrainedConfig, attn_implementation: str) -> bool:
     """What `logprobs.can_share_prompts` finds out by trial."""
-    windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    full = set(layer_types(config)) == {"full_attention"} and not windows
-    return full and attn_implementation in ("sdpa", "eager")
+    return attends_in_full(config) and attn_implementation in ("sdpa", "eager")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ def token_slots(s: Setting) -> Number:
 def old_passes(s: Setting) -> float:
     """Forwards for π_old over the share of a global step: all mini-batches' but the first's."""
     count = s.config.train.mini_batches
-    return 1.0 if s.config.train.reference_old_logp else (count - 1) / count
+    return (count - 1) / count
 
 
 def traffic_of(s: Setting) -> dict[str, Number]:

@@ -36,7 +36,7 @@ from minirl_edu.rollout.hf import end_tokens, pad_left, suppressed_tokens
 from minirl_edu.rollout.vllm_worker import decode_routes, request_key
 from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
-from minirl_edu.streaming import architecture_name, full, untied_state, write_safetensors
+from minirl_edu.streaming import architecture_name, gather_full, untied_state, write_safetensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 _ENVIRONMENT = {
@@ -477,7 +477,7 @@ def checkpoint_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """
     state = untied_state(model)
     for names in _convertible(model, state):
-        yield from revert_weight_conversion(model, {name: full(state[name]) for name in names}).items()
+        yield from revert_weight_conversion(model, {name: gather_full(state[name]) for name in names}).items()
 
 
 def checkpoint_specs(model: PreTrainedModel) -> dict[str, Tensor]:

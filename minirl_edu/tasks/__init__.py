@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minirl_edu.tasks.base import BatchVerified, Demonstrable, Problem, Task, verified_rewards
+from minirl_edu.tasks.base import BatchVerified, Demonstrable, Problem, Task, verified_rewards, verifier_counts
 from minirl_edu.tasks.chain import ChainTask
 from minirl_edu.tasks.math_jsonl import MathTask
 from minirl_edu.tasks.reasoning_gym import ReasoningGymTask
@@ -21,6 +21,7 @@ __all__ = [
     "Task",
     "make_task",
     "verified_rewards",
+    "verifier_counts",
 ]
 
 TASKS: dict[str, type] = {task.name: task for task in (ChainTask, ReasoningGymTask, MathTask)}

@@ -88,6 +88,12 @@ def verified_rewards(task: Task, problems: Sequence[Problem], responses: Sequenc
     return [_in_range(task, reward) for reward in rewards]
 
 
+def verifier_counts(task: Task) -> dict[str, int]:
+    """What the task's verifier could not score so far, in this process: see `VerifierPool`."""
+    verifier = getattr(task, "verifier", None)
+    return {f"verifier_{name}": getattr(verifier, name, 0) for name in ("failures", "restarts")}
+
+
 def _in_range(task: Task, reward: Any) -> float:
     try:
         number = float("nan") if isinstance(reward, str) else float(reward)

@@ -52,8 +52,8 @@ def trainer(out: Path, settings: Sequence[str], **options) -> MiniRLTrainer:
 
 def final_weights(run: MiniRLTrainer, file: Path) -> None:
     """Gather the weights into a file; all ranks."""
-    weights = {name: tensor.clone() for name, tensor in full_state(run._unwrapped)}
-    if run.ranks.first:
+    weights = {name: tensor.clone() for name, tensor in full_state(run.unwrapped)}
+    if run.ranks.is_main:
         save_file(weights, file)
 
 
@@ -63,7 +63,7 @@ def train(out: Path, settings: Sequence[str]) -> None:
         run = trainer(out / replay, [*settings, f"algorithm.replay={replay}"])
         run.train()
         final_weights(run, out / replay / "final.safetensors")
-    if run.ranks.first:
+    if run.ranks.is_main:
         kinds = {type(parameter).__name__ for parameter in run.model.parameters()}
         findings = {"parameters": sorted(kinds), "fsdp2": run.accelerator.is_fsdp2, "size": run.ranks.size}
         (out / "findings.json").write_text(json.dumps(findings))
@@ -73,10 +73,10 @@ def stream(out: Path, settings: Sequence[str]) -> None:
     """What an engine and a file get of sharded weights after a step, and how many whole tensors there ever are."""
     run = trainer(out / "run", settings)
     run.global_step()
-    model, first = run._unwrapped, run.ranks.first
+    model, first = run.unwrapped, run.ranks.is_main
     alive: list[weakref.ref] = []
     most = 0
-    gather = streaming.full
+    gather = streaming.gather_full
 
     def watched(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal most
@@ -86,13 +86,13 @@ def stream(out: Path, settings: Sequence[str]) -> None:
         most = max(most, sum(ref() is not None for ref in alive))
         return whole
 
-    streaming.full = vllm_module.full = watched
+    streaming.gather_full = vllm_module.gather_full = watched
     if first:
         write_safetensors(out / "streamed.safetensors", checkpoint_specs(model), checkpoint_weights(model))
     else:
         take_part(model)
     streamed, most, alive = most, 0, []
-    streaming.full = vllm_module.full = gather
+    streaming.gather_full = vllm_module.gather_full = gather
     gathered = {name: tensor.clone() for name, tensor in full_state(model)}
     if not first:
         take_part(model)

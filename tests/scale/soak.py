@@ -24,8 +24,8 @@ from pathlib import Path
 import psutil
 from safetensors.torch import load_file
 
-from minirl_edu.checkpoint import latest_checkpoint
 from minirl_edu.rollout.vllm_server import KEY_VARIABLE
+from minirl_edu.run.checkpoint import latest_checkpoint
 from tests.scale.launch import ROOT, TRAIN, command, environment
 
 VICTIMS = ("server", "rank 0", "rank 1", "launcher")

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minirl_edu.checkpoint import latest_checkpoint
 from minirl_edu.models import tiny_dense
+from minirl_edu.run.checkpoint import latest_checkpoint
 from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import MathTask
 from tests.conftest import byte_tokenizer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from minirl_edu import logprobs
+from minirl_edu import lm_head, logprobs
 from scale import gpu_checks
 
 CHEAP = ("env", "parity", "replay", "row32k", "gap", "fp8", "stream", "learn")
@@ -15,7 +15,7 @@ CHEAP = ("env", "parity", "replay", "row32k", "gap", "fp8", "stream", "learn")
 def mini(monkeypatch):
     monkeypatch.setattr(gpu_checks, "MINI", True)
     monkeypatch.setattr(gpu_checks, "DEVICE", "cpu")
-    monkeypatch.setattr(logprobs, "CHUNK", logprobs.CHUNK)  # `parity` changes it
+    monkeypatch.setattr(lm_head, "CHUNK", lm_head.CHUNK)  # `parity` changes it
 
 
 @pytest.mark.slow

@@ -20,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
-from minirl_edu.streaming import full, write_safetensors
+from minirl_edu.diagnostics import CollapseDetector
+from minirl_edu.streaming import gather_full, like, untied_state, write_safetensors
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -42,15 +45,15 @@ def save_checkpoint(
     state: Mapping[str, Any],
     keep_last: int,
     aliases: Mapping[str, Mapping[str, str]] | None = None,
-    first: bool = True,
+    is_main: bool = True,
 ) -> Path:
     """Write `directory/step-<step>` atomically, then delete all but the `keep_last` newest up to this step.
 
     `tensors` maps a group such as "model" to its named tensors; tensors that share memory exactly (tied embeddings) are
     stored once and shared again when loaded. `state` is JSON: string keys, lists rather than tuples.
     Tensors that are sharded over several processes are made whole one at a time, while they are written: all processes
-    call this, with `first` True for the one that writes. Of those, memory does not tell which are tied: `aliases` names
-    them for each group, alias → name.
+    call this, with `is_main` True for the one that writes. Of those, memory does not tell which are tied: `aliases`
+    names them for each group, alias → name.
     A failure at any moment leaves earlier checkpoints as they were and nothing half-written that `latest_checkpoint`
     would take; what a killed process left is removed by the next save. One process saves at a time.
 
@@ -60,10 +63,10 @@ def save_checkpoint(
     if keep_last < 1:
         raise ValueError(f"keep_last = {keep_last}: expected at least 1, the checkpoint being written")
     directory = Path(directory)
-    if not first:
+    if not is_main:
         for named in tensors.values():
             for tensor in named.values():
-                full(tensor)
+                gather_full(tensor)
         return checkpoint_path(directory, step)
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.glob(".step-*.tmp"):
@@ -87,7 +90,7 @@ def save_checkpoint(
                 raise ValueError(f"tensors: group {group!r}: expected letters, digits, - and _, as it names a file")
             stored, tied[group] = _untie(named)
             tied[group] |= (aliases or {}).get(group, {})
-            whole = ((name, full(tensor)) for name, tensor in stored.items())
+            whole = ((name, gather_full(tensor)) for name, tensor in stored.items())
             write_safetensors(partial / f"{group}.safetensors", stored, whole)
         (partial / "state.json").write_text(json.dumps({"state": state, "tied": tied}), encoding="utf-8")
         files = {}
@@ -156,6 +159,64 @@ def load_checkpoint(path: str | Path, *, verify: bool = True) -> tuple[dict[str,
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         # The checksums were right.
         raise CheckpointError(f"{path}: not written by save_checkpoint: {error!r}") from error
+
+
+def save_training(
+    directory: Path,
+    *,
+    step: int,
+    grad_step: int,
+    model: PreTrainedModel,
+    optimizer: Any,
+    scheduler: Any,
+    detector: CollapseDetector,
+    keep_last: int,
+    is_main: bool,
+) -> Path:
+    """Write a checkpoint of everything that the remaining steps depend on. All processes call this."""
+    tensors, groups = flatten_optimizer(optimizer.state_dict())
+    return save_checkpoint(
+        directory,
+        step,
+        tensors={"model": untied_state(model), "optimizer": tensors},
+        aliases={"model": dict(model.all_tied_weights_keys)},
+        state={
+            "global_step": step,
+            "grad_step": grad_step,
+            "optimizer": groups,
+            "scheduler": scheduler.state_dict(),
+            "detector": detector.state_dict(),
+        },
+        keep_last=keep_last,
+        is_main=is_main,
+    )
+
+
+@torch.no_grad()
+def restore_training(
+    path: Path, *, model: PreTrainedModel, optimizer: Any, scheduler: Any, detector: CollapseDetector
+) -> tuple[int, int]:
+    """Take up a checkpoint that `latest_checkpoint` verified, from any number of processes; each keeps its part.
+
+    Returns the global and the gradient steps done. Raises CheckpointError for another model's.
+    """
+    tensors, state = load_checkpoint(path, verify=False)
+    ours, theirs = model.state_dict(), tensors["model"]
+    if wrong := ours.keys() ^ theirs.keys():
+        raise CheckpointError(f"{path}: another model's: {sorted(wrong)[0]} is only in one of them")
+    for name, tensor in ours.items():
+        tensor.copy_(like(theirs[name], tensor))
+    saved = unflatten_optimizer(tensors["optimizer"], state["optimizer"])
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, parameter in enumerate(parameters):
+        moments = saved["state"].get(i, {})
+        for name, value in moments.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                moments[name] = like(value, parameter)
+    optimizer.load_state_dict(saved)
+    scheduler.load_state_dict(state["scheduler"])
+    detector.load_state_dict(state["detector"])
+    return state["global_step"], state["grad_step"]
 
 
 def flatten_optimizer(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:

@@ -1,0 +1,214 @@
+"""From a config to what the training loop works with. What does not fit is a ConfigError that names the setting."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, get_scheduler
+
+from minirl_edu.batches import Batcher
+from minirl_edu.config import Config, ConfigError
+from minirl_edu.logprobs import can_share_prompts
+from minirl_edu.models import (
+    adopt_tokenizer,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    random_model,
+    recompute_activations,
+)
+from minirl_edu.ranks import RankedBatcher, Ranks, make_accelerator, share_experts
+from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling, make_engine
+from minirl_edu.rollout.hf import check_sampling, evaluating
+from minirl_edu.routing import RoutingReplay, UnsupportedRouter
+from minirl_edu.streaming import local_part
+from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
+
+_ENOUGH = 0.9  # share of the weights that a step has to be able to move, or a warning says that it cannot
+
+
+def accelerator(config: Config, out: Path) -> Accelerator:
+    """accelerate's object for this process, with the trackers of `output.trackers`."""
+    try:
+        return make_accelerator(
+            wait=config.ranks.wait, log_with=list[Any](config.output.trackers) or None, project_dir=str(out)
+        )
+    except ValueError as error:
+        raise ConfigError(f"accelerate: {error}") from error
+
+
+def task(config: Config) -> Task:
+    """The task, with the model's tokenizer unless it brings its own."""
+    settings, model = config.task, config.model
+    tokenizer = None
+    if settings.name in TASKS and settings.name != ChainTask.name:
+        tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
+    try:
+        return make_task(settings.name, tokenizer=tokenizer, **settings.options)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"task: {error}") from error
+
+
+def model(config: Config, task: Task, given: PreTrainedModel | None = None) -> PreTrainedModel:
+    """The policy (`given`, or loaded, or drawn from the seed), with the end tokens of the task's tokenizer."""
+    settings = config.model
+    kind: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "attn_implementation": settings.attn_implementation,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    try:
+        policy = given
+        if policy is None and settings.random:
+            policy = random_model(settings.name, settings.overrides, seed=config.seed, **kind)
+        elif policy is None:
+            policy = load_model(settings.name, **kind)
+        adopt_tokenizer(policy, task.tokenizer)
+        return policy
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def routing_replay(config: Config, model: PreTrainedModel) -> RoutingReplay | None:
+    """Replay for the model's routers; None for a model without any, which R2 and R3 refuse."""
+    try:
+        replay = RoutingReplay(model)
+        with torch.no_grad(), evaluating(model), replay.record():  # some refuse only when they run
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        return replay
+    except UnsupportedRouter as error:
+        if config.algorithm.replay != "none":
+            raise ConfigError(f"algorithm.replay = {config.algorithm.replay!r}: {error}") from error
+        return None
+
+
+def sampling(config: Config, task: Task, model: PreTrainedModel) -> Sampling:
+    """How responses are sampled; they have to leave a position for a prompt."""
+    length, positions = config.rollout.max_new_tokens or task.max_new_tokens, max_positions(model)
+    if positions is not None and length >= positions:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {length}: the model has {positions} positions for prompt and response together; "
+            "lower it, or take a model with more"
+        )
+    return Sampling(length, config.rollout.temperature)
+
+
+def batcher(config: Config, model: PreTrainedModel, replay: RoutingReplay | None, ranks: Ranks) -> Batcher:
+    """How rollouts are cut; on several ranks, a `RankedBatcher`."""
+    settings: dict[str, Any] = {
+        "group_size": config.train.group_size,
+        "mini_batches": config.train.mini_batches,
+        "tokens": config.train.tokens_per_micro_batch,
+        "share_prompts": can_share_prompts(model),
+        "force_routes": config.algorithm.replay == "R3",
+        "backward_all": config.train.zero_advantage_backward,
+    }
+    if ranks.size == 1:
+        return Batcher(**settings)
+    return RankedBatcher(ranks, () if replay is None else replay.layers, **settings)
+
+
+def engine(
+    config: Config, model: PreTrainedModel, given: RolloutEngine | None, ranks: Ranks, *, routes: bool
+) -> RolloutEngine | None:
+    """Rank 0's rollout engine (`given`, or a new one with the model's weights; `routes` records experts)."""
+    if ranks.size > 1 and config.rollout.engine == "vllm" and given is None:
+        raise ConfigError(
+            f"rollout.engine = 'vllm': it takes over torch.distributed, which the {ranks.size} processes of this run "
+            "need; use 'vllm_server' (scale/serve.py)"
+        )
+    if not ranks.is_main:
+        return None
+    built = given if given is not None else make_engine(model, config.rollout, seed=config.seed, routes=routes)
+    if config.eval.every and config.eval.through_trainer and not isinstance(built, HFEngine):
+        try:  # an HFEngine did it itself
+            check_sampling(model)
+        except ValueError as error:
+            if given is None:
+                built.close()
+            raise ConfigError(f"eval.through_trainer: {error}; or set it to false") from error
+    return built
+
+
+def for_training(config: Config, model: PreTrainedModel) -> None:
+    """Set up how the model computes, in place."""
+    settings = config.model
+    if settings.experts_implementation:
+        model.set_experts_implementation(settings.experts_implementation)
+    model.eval()  # no dropout in RL: π_θ must be one function
+    if settings.gradient_checkpointing:
+        try:
+            recompute_activations(model)
+        except ValueError as error:
+            raise ConfigError(f"model.gradient_checkpointing = true: {error}") from error
+
+
+def prepare(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> tuple[Any, Any, Any]:
+    """Model, optimizer and scheduler as accelerate's config says: one copy, one on each rank, or sharded."""
+    settings, train = config.model, config.train
+    if settings.expert_parallel > 1:
+        model = _share_experts(config, model, accelerator)
+    optimizer: Any = torch.optim.AdamW(
+        model.parameters(),
+        lr=train.lr,
+        betas=train.adam_betas,
+        eps=train.adam_eps,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+    prepared: Any = model
+    if settings.expert_parallel > 1:
+        optimizer = accelerator.prepare(optimizer)
+    else:
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+    try:
+        scheduler = get_scheduler(
+            train.lr_schedule,
+            optimizer,
+            num_warmup_steps=train.warmup_steps,
+            num_training_steps=train.global_steps * train.mini_batches,
+        )
+    except ValueError as error:  # polynomial ends at 1e-7
+        raise ConfigError(f"train.lr = {train.lr:g}: {error}") from error
+    return prepared, optimizer, scheduler
+
+
+def shards(config: Config, accelerator: Accelerator) -> bool:
+    """Whether `prepare` spreads the parameters over several processes."""
+    return accelerator.num_processes > 1 and (accelerator.is_fsdp2 or config.model.expert_parallel > 1)
+
+
+def _share_experts(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    size = config.model.expert_parallel
+    if accelerator.is_fsdp2 or accelerator.num_processes == 1:
+        raise ConfigError(
+            f"model.expert_parallel = {size}: it needs several processes, which transformers then shards itself; use "
+            "an accelerate config for DDP (scale/accelerate)"
+        )
+    try:
+        return share_experts(model, size, bf16=accelerator.mixed_precision == "bf16")
+    except ValueError as error:
+        raise ConfigError(f"model.expert_parallel = {size}: {error}") from error
+
+
+def warn_of_rounding(config: Config, model: torch.nn.Module, ranks: Ranks) -> None:
+    """Say what share of weights in 16 bits a step can move: w + lr ≠ w only where lr is at least half a spacing of w's
+    number format. AdamW's steps are about lr at most."""
+    lr, moved, total = config.train.lr, 0, 0
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype.itemsize == 2 and lr:
+            # The spacing at w is 2^⌊log₂ |w|⌋ · ε, so this many powers of two are small enough.
+            bound = 2.0 ** (math.floor(math.log2(2 * lr / torch.finfo(weight.dtype).eps)) + 1)
+            part = local_part(weight)
+            moved, total = moved + int((part.abs() < bound).sum()), total + part.numel()
+    moved, total = ranks.all_reduce([float(moved), float(total)], "sum")
+    if ranks.is_main and total and moved / total < _ENOUGH:
+        warnings.warn(
+            f"model.dtype = {config.model.dtype!r}, train.lr = {lr:g}: in {1 - moved / total:.0%} of the weights "
+            "AdamW's step is less than half the distance to the next number, and is rounded away; set model.dtype: "
+            "float32 (and let accelerate compute in bf16: mixed_precision), or raise train.lr",
+            stacklevel=2,
+        )

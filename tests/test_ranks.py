@@ -34,8 +34,6 @@ def test_one_process_talks_to_nobody():
     assert (ranks.rank, ranks.size, ranks.is_main, ranks.watch) == (0, 1, True, None)
     assert ranks.any(True) and not ranks.any(False)
     assert ranks.all_reduce([3, 1], "max") == [3, 1] and ranks.all_reduce([0.5], "sum") == [0.5]
-    numbers = torch.tensor([1, 2])
-    assert ranks.broadcast(numbers) is numbers
     rows = [torch.tensor([2, 0, 1])]
     tensor = torch.arange(6).view(3, 2)
     taken = ranks.scatter(tensor, rows, (2,), torch.int64)

@@ -187,7 +187,7 @@ def test_remote_code_is_off_by_default():
 
 CONTRACTS = {  # what notebooks, lessons and launchers rely on
     "advantages": "ADVANTAGES group_mean_advantages group_mean_std_advantages leave_one_out_advantages",
-    "checkpoint": "save_checkpoint load_checkpoint latest_checkpoint CheckpointError",
+    "run.checkpoint": "save_checkpoint load_checkpoint latest_checkpoint CheckpointError",
     "config": "Config ConfigError load_config save_config",
     "diagnostics": "CollapseDetector",
     "objectives": "OBJECTIVES Objective PolicyLoss minirl_loss grpo_loss cispo_loss",

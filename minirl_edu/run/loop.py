@@ -159,6 +159,8 @@ class TrainingRun(ABC):
         ):
             while self.step < total:
                 lines = self.global_step()
+                if self.on_step is not None:
+                    self.on_step(lines)
                 self.folder.write(lines, self.samples)
                 # Asked once: a request that comes after the save waits for the next step's.
                 stopping = self.ranks.any(stop.is_set())
@@ -169,8 +171,6 @@ class TrainingRun(ABC):
                 if lines:
                     bar.set_postfix_str(self._postfix(lines[-1]), refresh=False)
                 bar.update()
-                if self.on_step is not None:
-                    self.on_step(lines)
                 if stopping and self.step < total:
                     if self.ranks.is_main:
                         bar.write(

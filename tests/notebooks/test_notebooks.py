@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from minirl_edu.exercises import exercises
+from minirl_edu.course import exercises
 from tests import forked
 from tests.forked import Forked
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
-from minirl_edu.exercises.mystery import FAULTS
+from minirl_edu.course import Exercise, Mistake, Observations
+from minirl_edu.course.mystery import FAULTS
 
 # ------------------------------------------------------------------------------------ 10.1 to 10.6: name the fault
 

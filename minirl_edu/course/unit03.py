@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
+from minirl_edu.course import Exercise, Mistake, Observations
 
 # ------------------------------------------------------------------------------------------------ 03.1 k3 under a mask
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
+from minirl_edu.course import Exercise, Mistake, Observations
 
 _LOGP = torch.tensor([[-0.2, -1.0, -0.5], [-0.7, -0.1, -2.0], [-1.2, -0.3, -0.9]])
 _LOGP_ROLLOUT = torch.tensor([[-0.5, -0.8, -0.6], [-0.4, -0.3, -1.0], [-1.0, -2.0, -0.1]])

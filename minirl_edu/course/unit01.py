@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minirl_edu.course import Exercise, Mistake, Observations
 from minirl_edu.exact import TabularPolicy
-from minirl_edu.exercises import Exercise, Mistake, Observations
 
 # ------------------------------------------------------------------- 01.1 the log-probability of a whole response
 

@@ -87,9 +87,9 @@ def find(exercise_id: str) -> Exercise:
 def exercises(unit: str) -> dict[str, Exercise]:
     """The exercises of a unit ("04") by id; none where a unit has none."""
     try:
-        module = importlib.import_module(f"minirl_edu.exercises.unit{unit}")
+        module = importlib.import_module(f"minirl_edu.course.unit{unit}")
     except ModuleNotFoundError as error:
-        if error.name != f"minirl_edu.exercises.unit{unit}":
+        if error.name != f"minirl_edu.course.unit{unit}":
             raise
         return {}
     return {exercise.id: exercise for exercise in module.EXERCISES}

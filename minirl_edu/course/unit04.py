@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
+from minirl_edu.course import Exercise, Mistake, Observations
 
 # A mask of responses with 4, 2 and 1 tokens.
 _MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()

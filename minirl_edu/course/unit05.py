@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake
+from minirl_edu.course import Exercise, Mistake
 
 EPS_LOW, EPS_HIGH = 0.2, 0.27
 """The paper's range of r = π_θ/π_old."""

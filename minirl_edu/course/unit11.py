@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake
+from minirl_edu.course import Exercise, Mistake
 
 # -------------------------------------------------------------------------------- 11.1 the global divisor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirl_edu.exercises import Exercise, Mistake, diagnose, exercises, find, heading, hint_ladder, pick
+from minirl_edu.course import Exercise, Mistake, diagnose, exercises, find, heading, hint_ladder, pick
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = [f"{number:02d}" for number in range(12)]
@@ -45,7 +45,7 @@ def test_the_solution_is_right(exercise):
 
 @each
 def test_two_differently_written_answers_are_right(exercise):
-    answers = importlib.import_module(f"tests.exercises.unit{exercise.id[:2]}").RIGHT[exercise.id]
+    answers = importlib.import_module(f"tests.course.unit{exercise.id[:2]}").RIGHT[exercise.id]
     assert len(answers) >= 2
     for answer in answers:
         assert answer is not exercise.solution

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake
+from minirl_edu.course import Exercise, Mistake
 from minirl_edu.objectives import minirl_loss
 
 # ------------------------------------------------------------------------------- 08.1 one global step, in order

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake
+from minirl_edu.course import Exercise, Mistake
 
 # ----------------------------------------------------------------------------------------------- 09.1: mixed groups
 

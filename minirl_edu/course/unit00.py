@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
+from minirl_edu.course import Exercise, Mistake, Observations
 
 CAP, LOW, HIGH = 5.0, 0.2, 0.27
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
+from minirl_edu.course import Exercise, Mistake, Observations
 from minirl_edu.models import tiny_moe
 from minirl_edu.routing import Routes, RoutingReplay
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from minirl_edu.exercises import Exercise, Mistake, Observations
+from minirl_edu.course import Exercise, Mistake, Observations
 
 # --------------------------------------------------------------------------------------------- 06.1, a layer by hand
 

@@ -1,235 +1,156 @@
 """Exercises of lab 04: divisors, standard deviations, and the losses of MiniRL, GRPO and CISPO written by hand."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from minirl_edu.course import Exercise, Mistake, Observations
+from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages, leave_one_out_advantages
+from minirl_edu.course import Answer, Observations, exercise
+from minirl_edu.course.variants import (
+    EPS_HIGH,
+    EPS_LOW,
+    Part,
+    batch_advantages,
+    divided_by,
+    dropped,
+    gradient,
+    masked_mean,
+    responses,
+    surrogate,
+    tokens,
+    torch_std_advantages,
+)
 
-# A mask of responses with 4, 2 and 1 tokens.
+# Responses of 4, 2 and 1 tokens.
 _MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-
-# ---------------------------------------------------------------------------------------------- 04.1 three divisors
-
 _TERMS = torch.tensor([[1.0, 2.0, -1.0, 0.5], [3.0, -0.5, 7.0, 7.0], [-2.0, 9.0, -8.0, 6.0]])
 
 
-def _observe_divisors(answer: Callable[..., Any]) -> Observations:
+def _observe_divisors(answer: Answer) -> Observations:
     def three(terms: Tensor, mask: Tensor) -> Tensor:
         return torch.stack([torch.as_tensor(value) for value in answer(terms, mask)])
 
-    sums, means, tokens = three(_TERMS, _MASK)
+    sums, means, per_token = three(_TERMS, _MASK)
     empty = torch.cat([_MASK[:2], torch.zeros(1, 4).bool()])
     return {
         "a mean over responses of sums": sums,
         "a mean over responses of means": means,
-        "a mean over tokens": tokens,
+        "a mean over tokens": per_token,
         "all three where padding holds NaN": three(_TERMS.masked_fill(~_MASK, torch.nan), _MASK),
         "all three where one response is empty": three(_TERMS, empty),
     }
 
 
-def _divisors(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    terms = torch.where(mask, terms, 0.0)
-    sums, lengths = terms.sum(1), mask.sum(1)
-    return sums.mean(), (sums / lengths.clamp(min=1)).mean(), sums.sum() / lengths.sum()
+def _divisors(
+    terms: Tensor, mask: Tensor, *, times_mask: bool = False, at_least: int = 1, axis: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = (terms * mask if times_mask else torch.where(mask, terms, 0.0)).sum(axis)
+    lengths = mask.sum(axis)
+    return sums.mean(), (sums / lengths.clamp(min=at_least)).mean(), sums.sum() / lengths.sum()
 
 
-def _divisors_with_padding(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _padding_counted(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return terms.sum(1).mean(), terms.mean(1).mean(), terms.mean()
 
 
-def _divisors_padded_length(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    terms = torch.where(mask, terms, 0.0)
-    return terms.sum(1).mean(), terms.mean(1).mean(), terms.mean()
+EX1 = exercise(
+    """04.1 Three ways to divide (difficulty 2, importance 5, 10 minutes)
 
+    1. All three start from the sum over each response's tokens and the number of those tokens.
+    2. MiniRL: the mean of the sums. GRPO: each sum over its own length, then the mean. CISPO: all sums over all
+       lengths.
+    3. `torch.where(mask, terms, 0.0)` first: NaN · 0 is NaN. An empty response has the sum 0; don't divide it by 0.
 
-def _divisors_times_mask(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sums, lengths = (terms * mask).sum(1), mask.sum(1)
-    return sums.mean(), (sums / lengths.clamp(min=1)).mean(), sums.sum() / lengths.sum()
+    - padding summed: padding was added up as well. Outside the mask stands anything at all.
+    - padding counted: the sums are right, the divisors count padding. Then a response's weight depends on how long the
+      longest response of its batch is.
+    - multiplied by the mask: right as long as padding is finite. NaN · 0 is NaN: replace it before adding up.
+    - empty response: an empty response gives 0/0. It contributes nothing and still counts as a response.
+    - GRPO and CISPO swapped: the second and the third are swapped. A mean of means gives every response the same
+      weight, a mean over tokens every token.
+    - wrong axis: you added up over responses, place by place. |y| is a sum along a row.
 
-
-def _divisors_empty(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sums, lengths = torch.where(mask, terms, 0.0).sum(1), mask.sum(1)
-    return sums.mean(), (sums / lengths).mean(), sums.sum() / lengths.sum()
-
-
-def _divisors_swapped(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    sums, means, tokens = _divisors(terms, mask)
-    return sums, tokens, means
-
-
-def _divisors_wrong_axis(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    terms = torch.where(mask, terms, 0.0)
-    sums, counts = terms.sum(0), mask.sum(0)
-    return sums.mean(), (sums / counts.clamp(min=1)).mean(), sums.sum() / counts.sum()
-
-
-_EXERCISE_1 = Exercise(
-    id="04.1",
-    title="Three ways to divide",
-    difficulty=2,
-    importance=5,
-    minutes=10,
-    hints=(
-        "All three start from the sum over each response's tokens and the number of those tokens.",
-        "MiniRL: the mean of the sums. GRPO: each sum over its own length, then the mean. CISPO: all sums over all "
-        "lengths.",
-        "`torch.where(mask, terms, 0.0)` first: NaN · 0 is NaN. An empty response has the sum 0; don't divide it by 0.",
-    ),
+    Everything else in this lab follows from these three lines.
+    """,
     observe=_observe_divisors,
     solution=_divisors,
-    mistakes=(
-        Mistake(
-            "padding summed",
-            _divisors_with_padding,
-            "padding was added up as well. Outside the mask stands anything at all.",
-        ),
-        Mistake(
-            "padding counted",
-            _divisors_padded_length,
-            "the sums are right, the divisors count padding. Then a response's weight depends on how long the longest "
-            "response of its batch is.",
-        ),
-        Mistake(
-            "multiplied by the mask",
-            _divisors_times_mask,
-            "right as long as padding is finite. NaN · 0 is NaN: replace it before adding up.",
-        ),
-        Mistake(
-            "empty response",
-            _divisors_empty,
-            "an empty response gives 0/0. It contributes nothing and still counts as a response.",
-        ),
-        Mistake(
-            "GRPO and CISPO swapped",
-            _divisors_swapped,
-            "the second and the third are swapped. A mean of means gives every response the same weight, a mean over "
-            "tokens every token.",
-        ),
-        Mistake(
-            "wrong axis",
-            _divisors_wrong_axis,
-            "you added up over responses, place by place. |y| is a sum along a row.",
-        ),
-    ),
-    praise="Everything else in this lab follows from these three lines.",
+    mistakes={
+        "padding summed": _padding_counted,
+        "padding counted": lambda terms, mask: _padding_counted(torch.where(mask, terms, 0.0), mask),
+        "multiplied by the mask": partial(_divisors, times_mask=True),
+        "empty response": partial(_divisors, at_least=0),
+        "GRPO and CISPO swapped": lambda terms, mask: [_divisors(terms, mask)[i] for i in (0, 2, 1)],
+        "wrong axis": partial(_divisors, axis=0),
+    },
 )
 
-# ------------------------------------------------------------------------- 04.2 the gradient of what is optimised
 
 _LOGITS = torch.tensor([0.3, -0.5, 1.0, 0.2], dtype=torch.float64)
 _REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
 _LENGTHS = torch.tensor([2.0, 1.0, 8.0, 5.0], dtype=torch.float64)
 
 
-def _observe_objective(answer: Callable[..., Tensor]) -> Observations:
-    equal = torch.full((4,), 4.0, dtype=torch.float64)
-    ones = torch.ones(4, dtype=torch.float64)
+def _observe_objective(answer: Answer) -> Observations:
     return {
         "the gradient": answer(_LOGITS.clone(), _REWARDS, _LENGTHS),
-        "the gradient where all lengths are 4": answer(_LOGITS.clone(), _REWARDS, equal),
-        "the gradient where all rewards are 1": answer(_LOGITS.clone(), ones, _LENGTHS),
+        "the gradient where all lengths are 4": answer(_LOGITS.clone(), _REWARDS, torch.full_like(_LENGTHS, 4.0)),
+        "the gradient where all rewards are 1": answer(_LOGITS.clone(), torch.ones_like(_REWARDS), _LENGTHS),
     }
 
 
-def _objective(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    pi = logits.softmax(0)
-    scaled = (rewards - (pi * rewards).sum()) / lengths
-    return pi * (scaled - (pi * scaled).sum())
+def _centred(logits: Tensor, values: Tensor) -> Tensor:
+    """Values minus their mean under π."""
+    return values - logits.softmax(0) @ values
 
 
-def _objective_plain(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    pi = logits.softmax(0)
-    return pi * (rewards - (pi * rewards).sum())
+def _ascent(logits: Tensor, values: Tensor) -> Tensor:
+    """∇ E_π[values] in the logits."""
+    return logits.softmax(0) * _centred(logits, values)
 
 
-def _objective_by_mean_length(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    pi = logits.softmax(0)
-    return _objective_plain(logits, rewards, lengths) / (pi * lengths).sum()
-
-
-def _objective_reward_over_length(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    return _objective_plain(logits, rewards / lengths, lengths)
-
-
-def _objective_times_length(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    pi = logits.softmax(0)
-    return _objective_plain(logits, (rewards - (pi * rewards).sum()) * lengths, lengths)
-
-
-def _objective_no_softmax(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
-    pi = logits.softmax(0)
-    return pi * (rewards - (pi * rewards).sum()) / lengths
-
-
-def _objective_baseline_moves(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
+def _baseline_differentiated(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
     logits = logits.requires_grad_()
-    pi = logits.softmax(0)
-    objective = (pi * (rewards - (pi * rewards).sum()) / lengths).sum()
-    return torch.autograd.grad(objective, logits)[0]
+    return gradient((logits.softmax(0) * _centred(logits, rewards) / lengths).sum(), logits)
 
 
-_EXERCISE_2 = Exercise(
-    id="04.2",
-    title="The gradient of the length-normalised objective",
-    difficulty=3,
-    importance=4,
-    minutes=15,
-    hints=(
-        "It is a policy gradient for another reward: (R − b)/|y| with b the mean reward. What is ∇ E_π[f] in the "
-        "logits?",
-        "∇ E_π[f] = π · (f − E_π[f]), entry by entry; f is the scaled advantage.",
-        "b comes in as a number: the loss subtracts it, and nothing differentiates it. With autograd: detach it.",
-    ),
+EX2 = exercise(
+    """04.2 The gradient of the length-normalised objective (difficulty 3, importance 4, 15 minutes)
+
+    1. It is a policy gradient for another reward: (R − b)/|y| with b the mean reward. What is ∇ E_π[f] in the logits?
+    2. ∇ E_π[f] = π · (f − E_π[f]), entry by entry; f is the scaled advantage.
+    3. b comes in as a number: the loss subtracts it, and nothing differentiates it. With autograd: detach it.
+
+    - the plain policy gradient: this is the gradient of the expected reward. The length is missing.
+    - mean length: you divided everything by the mean length. That is the token mean of a large batch: the direction
+      stays that of the expected reward. Here every response has its own divisor.
+    - reward over length: that is the gradient of E[R/|y|]. The baseline is subtracted first and divided as well: a
+      wrong response gets −b/|y|, and that is where the length bias comes from.
+    - times the length: the advantage was multiplied by the length: long responses now count more, not less.
+    - softmax forgotten: the entries do not add up to 0. Logits are pulled by f − E_π[f]: scaled advantages no longer
+      have mean 0 by themselves.
+    - baseline differentiated: the baseline was differentiated too. In the loss b is a number that was computed from
+      rewards.
+
+    With equal lengths it is the policy gradient divided by the length: harmless, another learning rate.
+    """,
     observe=_observe_objective,
-    solution=_objective,
-    mistakes=(
-        Mistake(
-            "the plain policy gradient",
-            _objective_plain,
-            "this is the gradient of the expected reward. The length is missing.",
-        ),
-        Mistake(
-            "mean length",
-            _objective_by_mean_length,
-            "you divided everything by the mean length. That is the token mean of a large batch: the direction stays "
-            "that of the expected reward. Here every response has its own divisor.",
-        ),
-        Mistake(
-            "reward over length",
-            _objective_reward_over_length,
-            "that is the gradient of E[R/|y|]. The baseline is subtracted first and divided as well: a wrong "
-            "response gets −b/|y|, and that is where the length bias comes from.",
-        ),
-        Mistake(
-            "times the length",
-            _objective_times_length,
-            "the advantage was multiplied by the length: long responses now count more, not less.",
-        ),
-        Mistake(
-            "softmax forgotten",
-            _objective_no_softmax,
-            "the entries do not add up to 0. Logits are pulled by f − E_π[f]: scaled advantages no longer have mean "
-            "0 by themselves.",
-        ),
-        Mistake(
-            "baseline differentiated",
-            _objective_baseline_moves,
-            "the baseline was differentiated too. In the loss b is a number that was computed from rewards.",
-        ),
-    ),
-    praise="With equal lengths it is the policy gradient divided by the length: harmless, another learning rate.",
+    solution=lambda logits, rewards, lengths: _ascent(logits, _centred(logits, rewards) / lengths),
+    mistakes={
+        "the plain policy gradient": lambda logits, rewards, lengths: _ascent(logits, rewards),
+        "mean length": lambda logits, rewards, lengths: _ascent(logits, rewards) / (logits.softmax(0) @ lengths),
+        "reward over length": lambda logits, rewards, lengths: _ascent(logits, rewards / lengths),
+        "times the length": lambda logits, rewards, lengths: _ascent(logits, _centred(logits, rewards) * lengths),
+        "softmax forgotten": lambda logits, rewards, lengths: _ascent(logits, rewards) / lengths,
+        "baseline differentiated": _baseline_differentiated,
+    },
 )
 
-# ------------------------------------------------------------------------------------------ 04.3 two advantages
 
 _GROUPED = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
 
 
-def _observe_advantages(answer: Callable[..., Any]) -> Observations:
+def _observe_advantages(answer: Answer) -> Observations:
     minirl, grpo = answer(_GROUPED, 4)
     return {
         "MiniRL's advantage": minirl,
@@ -238,134 +159,67 @@ def _observe_advantages(answer: Callable[..., Any]) -> Observations:
     }
 
 
-def _advantages(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    std = centred.square().mean(1, keepdim=True).sqrt()
-    return centred.flatten(), (centred / (std + 1e-6)).flatten()
+def _both(minirl: Answer, grpo: Answer) -> Answer:
+    return lambda rewards, group_size: (minirl(rewards, group_size), grpo(rewards, group_size))
 
 
-def _advantages_std_in_both(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    grpo = _advantages(rewards, group_size)[1]
-    return grpo, grpo
+def _over_std(centred: Answer) -> Answer:
+    """Centred rewards over the standard deviation of the whole batch."""
+
+    def advantages(rewards: Tensor, group_size: int) -> Tensor:
+        difference = centred(rewards, group_size)
+        return difference / (difference.square().mean().sqrt() + 1e-6)
+
+    return advantages
 
 
-def _advantages_no_std(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    minirl = _advantages(rewards, group_size)[0]
-    return minirl, minirl
+def _over_variance(rewards: Tensor, group_size: int) -> Tensor:
+    variance = rewards.view(-1, group_size).var(1, correction=0).repeat_interleave(group_size)
+    return group_mean_advantages(rewards, group_size) / (variance + 1e-6)
 
 
-def _advantages_bessel(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    return centred.flatten(), (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+EX3 = exercise(
+    """04.3 Two advantages (difficulty 2, importance 4, 8 minutes)
 
+    1. `rewards.view(-1, group_size)` puts a group in each row.
+    2. MiniRL subtracts the group's mean and stops there.
+    3. GRPO divides by the group's standard deviation, divisor G, plus 1e-6 for groups in which all are rewarded alike.
 
-def _advantages_bessel_in_both(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    grpo = _advantages_bessel(rewards, group_size)[1]
-    return grpo, grpo
+    - std left in: MiniRL's advantage was divided by the standard deviation. It is the mean only: the division gives
+      groups that are nearly all right or nearly all wrong more weight than their share.
+    - no std anywhere: the second is not GRPO's: the division by the group's standard deviation is missing.
+    - divisor G − 1: `torch.std` divides by G − 1 unless told otherwise (`correction=0`). The paper's is the standard
+      deviation of the group itself, divisor G; your advantages are smaller by a factor √((G−1)/G).
+    - std left in, divisor G − 1: MiniRL's advantage is the difference from the mean only: take the division out. And in
+      GRPO's, `torch.std` divides by G − 1; the paper's has the divisor G.
+    - mean of the batch: you centred on the whole batch. Then a hard problem's responses are all bad and an easy one's
+      all good, whatever was tried.
+    - std of the batch: the mean is the group's and the standard deviation the batch's. That is a common factor for all
+      groups, not GRPO.
+    - no epsilon: a group that is all right gives 0/0.
+    - variance: you divided by the variance. The root is missing.
+    - leave one out: the first leaves each response out of its own baseline. That is RLOO, larger by G/(G−1); the paper
+      subtracts the plain mean of the group.
 
-
-def _advantages_batch(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    centred = rewards - rewards.mean()
-    return centred, centred / (centred.square().mean().sqrt() + 1e-6)
-
-
-def _advantages_batch_std(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    minirl = _advantages(rewards, group_size)[0]
-    return minirl, minirl / (minirl.square().mean().sqrt() + 1e-6)
-
-
-def _advantages_no_eps(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    return centred.flatten(), (centred / centred.square().mean(1, keepdim=True).sqrt()).flatten()
-
-
-def _advantages_variance(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    groups = rewards.view(-1, group_size)
-    centred = groups - groups.mean(1, keepdim=True)
-    return centred.flatten(), (centred / (centred.square().mean(1, keepdim=True) + 1e-6)).flatten()
-
-
-def _advantages_leave_one_out(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    minirl, grpo = _advantages(rewards, group_size)
-    return minirl * group_size / (group_size - 1), grpo
-
-
-_EXERCISE_3 = Exercise(
-    id="04.3",
-    title="Two advantages",
-    difficulty=2,
-    importance=4,
-    minutes=8,
-    hints=(
-        "`rewards.view(-1, group_size)` puts a group in each row.",
-        "MiniRL subtracts the group's mean and stops there.",
-        "GRPO divides by the group's standard deviation, divisor G, plus 1e-6 for groups in which all are rewarded "
-        "alike.",
-    ),
+    In the library: group_mean_advantages and group_mean_std_advantages.
+    """,
     observe=_observe_advantages,
-    solution=_advantages,
-    mistakes=(
-        Mistake(
-            "std left in",
-            _advantages_std_in_both,
-            "MiniRL's advantage was divided by the standard deviation. It is the mean only: the division gives "
-            "groups that are nearly all right or nearly all wrong more weight than their share.",
-        ),
-        Mistake(
-            "no std anywhere",
-            _advantages_no_std,
-            "the second is not GRPO's: the division by the group's standard deviation is missing.",
-        ),
-        Mistake(
-            "divisor G − 1",
-            _advantages_bessel,
-            "`torch.std` divides by G − 1 unless told otherwise (`correction=0`). The paper's is the standard "
-            "deviation of the group itself, divisor G; your advantages are smaller by a factor √((G−1)/G).",
-        ),
-        Mistake(
-            "std left in, divisor G − 1",
-            _advantages_bessel_in_both,
-            "MiniRL's advantage is the difference from the mean only: take the division out. And in GRPO's, "
-            "`torch.std` divides by G − 1; the paper's has the divisor G.",
-        ),
-        Mistake(
-            "mean of the batch",
-            _advantages_batch,
-            "you centred on the whole batch. Then a hard problem's responses are all bad and an easy one's all good, "
-            "whatever was tried.",
-        ),
-        Mistake(
-            "std of the batch",
-            _advantages_batch_std,
-            "the mean is the group's and the standard deviation the batch's. That is a common factor for all groups, "
-            "not GRPO.",
-        ),
-        Mistake(
-            "no epsilon",
-            _advantages_no_eps,
-            "a group that is all right gives 0/0.",
-        ),
-        Mistake(
-            "variance",
-            _advantages_variance,
-            "you divided by the variance. The root is missing.",
-        ),
-        Mistake(
-            "leave one out",
-            _advantages_leave_one_out,
-            "the first leaves each response out of its own baseline. That is RLOO, larger by G/(G−1); the paper "
-            "subtracts the plain mean of the group.",
-        ),
-    ),
-    praise="In the library: group_mean_advantages and group_mean_std_advantages.",
+    solution=_both(group_mean_advantages, group_mean_std_advantages),
+    mistakes={
+        "std left in": _both(group_mean_std_advantages, group_mean_std_advantages),
+        "no std anywhere": _both(group_mean_advantages, group_mean_advantages),
+        "divisor G − 1": _both(group_mean_advantages, torch_std_advantages),
+        "std left in, divisor G − 1": _both(torch_std_advantages, torch_std_advantages),
+        "mean of the batch": _both(batch_advantages, _over_std(batch_advantages)),
+        "std of the batch": _both(group_mean_advantages, _over_std(group_mean_advantages)),
+        "no epsilon": _both(group_mean_advantages, partial(group_mean_std_advantages, eps=0.0)),
+        "variance": _both(group_mean_advantages, _over_variance),
+        "leave one out": _both(leave_one_out_advantages, group_mean_std_advantages),
+    },
 )
 
-# ------------------------------------------------------------------------------------- a batch for the three losses
-
-# Responses of 4, 2 and 1 tokens. Ratios r = π_θ/π_old: kept, dropped, moved against the push, capped.
+# A batch for the three losses: responses of 4, 2 and 1 tokens.
+# Ratios r = π_θ/π_old: kept, dropped, moved against the push, capped.
 _OLD = torch.tensor([[0.50, 0.30, 0.08, 0.60], [0.40, 0.50, 1.00, 1.00], [0.02, 1.00, 1.00, 1.00]], dtype=torch.float64)
 _RATIO = torch.tensor(
     [[1.00, 1.50, 1.23, 0.60], [0.70, 1.40, 1.00, 1.00], [6.50, 1.00, 1.00, 1.00]], dtype=torch.float64
@@ -376,296 +230,182 @@ _ROLLOUT = torch.tensor(
 _ADVANTAGES = torch.tensor([0.75, -0.5, -0.25], dtype=torch.float64)
 
 
-def _observe_loss(*, rollout: bool) -> Callable[[Callable[..., Tensor]], Observations]:
+def _observe_loss(*others: Tensor) -> Answer:
     """The gradient with respect to log π_θ for one batch, for the negated advantages, and on-policy."""
 
-    def gradient(answer: Callable[..., Tensor], ratio: Tensor, advantages: Tensor) -> Tensor:
+    def of(answer: Answer, ratio: Tensor, advantages: Tensor) -> Tensor:
         logp = (ratio.log() + _OLD.log()).requires_grad_()
-        others = (_OLD.log(), _ROLLOUT.log()) if rollout else (_OLD.log(),)
-        loss = answer(logp, *others, advantages, _MASK)
-        return torch.autograd.grad(loss, logp)[0] if loss.requires_grad else torch.full_like(logp, torch.nan)
+        return gradient(answer(logp, *(other.log() for other in others), advantages, _MASK), logp, without=torch.nan)
 
-    def observe(answer: Callable[..., Tensor]) -> Observations:
-        return {
-            "∂loss/∂logp on-policy": gradient(answer, torch.ones_like(_RATIO), _ADVANTAGES),
-            "∂loss/∂logp": gradient(answer, _RATIO, _ADVANTAGES),
-            "∂loss/∂logp with the other advantages": gradient(answer, _RATIO, -_ADVANTAGES),
-        }
-
-    return observe
-
-
-# ------------------------------------------------------------------------------------------------- 04.4 MiniRL's loss
+    return lambda answer: {
+        "∂loss/∂logp on-policy": of(answer, torch.ones_like(_RATIO), _ADVANTAGES),
+        "∂loss/∂logp": of(answer, _RATIO, _ADVANTAGES),
+        "∂loss/∂logp with the other advantages": of(answer, _RATIO, -_ADVANTAGES),
+    }
 
 
 def _minirl(
     logp: Tensor,
-    logp_old: Tensor,
-    logp_rollout: Tensor,
+    old: Tensor,
+    rollout: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
-    sign: float = -1.0,
     attached: bool = False,
-    ratio_to: str = "old",
-    weight_to: str = "rollout",
+    clip_around_rollout: bool = False,
+    weight_by_old: bool = False,
     cap: float = 5.0,
     any_sign: bool = False,
-    length_norm: bool = False,
-    eps: tuple[float, float] = (0.2, 0.27),
+    bounds: tuple[float, float] = (EPS_LOW, EPS_HIGH),
+    over: str = "sums",
 ) -> Tensor:
     """Equation (7); every option is a way to get it wrong."""
-    references = {"old": logp_old, "rollout": logp_rollout}
-    ratio = (logp - references[ratio_to]).detach().exp()
-    log_weight = logp - references[weight_to]
-    weight = (log_weight if attached else log_weight.detach()).exp().clamp(max=cap)
-    a = advantages[:, None]
-    high, low = ratio > 1 + eps[1], ratio < 1 - eps[0]
-    dropped = (high | low) if any_sign else ((a > 0) & high) | ((a < 0) & low)
-    terms = weight * a * logp * ~dropped * mask
-    sums = terms.sum(1) / mask.sum(1) if length_norm else terms.sum(1)
-    return sign * sums.sum() / len(logp)
+    weight = (logp - (old if weight_by_old else rollout)).exp().clamp(max=cap)
+    kept = ~dropped(logp, rollout if clip_around_rollout else old, advantages, *bounds, any_sign=any_sign)
+    terms = kept * (weight if attached else weight.detach()) * advantages[:, None] * logp
+    return -masked_mean(terms, mask, over)
 
 
-def _minirl_with(**options: Any) -> Callable[..., Tensor]:
-    return lambda *args: _minirl(*args, **options)
+EX4 = exercise(
+    """04.4 MiniRL's loss (difficulty 3, importance 5, 20 minutes)
 
+    1. Two ratios: π_θ/μ_old is the weight (capped at 5), π_θ/π_old decides about M. Both are detached.
+    2. M drops a token where Â > 0 and r > 1.27, or Â < 0 and r < 0.8. Not where it moved against its push.
+    3. −(1/B) · sum over responses of the sum over tokens of M · w · Â · logp.
 
-_EXERCISE_4 = Exercise(
-    id="04.4",
-    title="MiniRL's loss",
-    difficulty=3,
-    importance=5,
-    minutes=20,
-    hints=(
-        "Two ratios: π_θ/μ_old is the weight (capped at 5), π_θ/π_old decides about M. Both are detached.",
-        "M drops a token where Â > 0 and r > 1.27, or Â < 0 and r < 0.8. Not where it moved against its push.",
-        "−(1/B) · sum over responses of the sum over tokens of M · w · Â · logp.",
-    ),
-    observe=_observe_loss(rollout=True),
+    - sign: the sign is that of the objective. A loss is minimised: −J.
+    - weight attached: the weight was not detached: autograd adds ∇w · log π to every token's gradient.
+    - length normalised: each response was divided by its length. MiniRL adds up over tokens; this is the ablation “+
+      length norm”.
+    - ratio to the rollout policy: the clip looks at π_θ/μ_old. The trust region is around π_old (decoupled PPO): with
+      μ_old in its place, a token can be dropped before θ has moved at all.
+    - no train–inference weight: the weight is π_θ/π_old: that is the ablation “− IS”. The tokens were drawn by μ_old.
+    - no cap: the weight has no cap: one token has more than 5.
+    - drops whatever the sign: tokens are dropped on both sides whatever their advantage. A token that moved *against*
+      its push must keep its gradient, or it is never brought back.
+    - epsilons swapped: ε_low and ε_high are swapped: 0.27 above, 0.2 below.
+
+    Compare with minirl_loss in objectives.py: the same, with care for NaN and for micro-batches.
+    """,
+    observe=_observe_loss(_OLD, _ROLLOUT),
     solution=_minirl,
-    mistakes=(
-        Mistake("sign", _minirl_with(sign=1.0), "the sign is that of the objective. A loss is minimised: −J."),
-        Mistake(
-            "weight attached",
-            _minirl_with(attached=True),
-            "the weight was not detached: autograd adds ∇w · log π to every token's gradient.",
-        ),
-        Mistake(
-            "length normalised",
-            _minirl_with(length_norm=True),
-            "each response was divided by its length. MiniRL adds up over tokens; this is the ablation “+ length "
-            "norm”.",
-        ),
-        Mistake(
-            "ratio to the rollout policy",
-            _minirl_with(ratio_to="rollout"),
-            "the clip looks at π_θ/μ_old. The trust region is around π_old (decoupled PPO): with μ_old in its place, "
-            "a token can be dropped before θ has moved at all.",
-        ),
-        Mistake(
-            "no train–inference weight",
-            _minirl_with(weight_to="old"),
-            "the weight is π_θ/π_old: that is the ablation “− IS”. The tokens were drawn by μ_old.",
-        ),
-        Mistake("no cap", _minirl_with(cap=1e9), "the weight has no cap: one token has more than 5."),
-        Mistake(
-            "drops whatever the sign",
-            _minirl_with(any_sign=True),
-            "tokens are dropped on both sides whatever their advantage. A token that moved *against* its push must "
-            "keep its gradient, or it is never brought back.",
-        ),
-        Mistake(
-            "epsilons swapped",
-            _minirl_with(eps=(0.27, 0.2)),
-            "ε_low and ε_high are swapped: 0.27 above, 0.2 below.",
-        ),
-    ),
-    praise="Compare with minirl_loss in objectives.py: the same, with care for NaN and for micro-batches.",
+    mistakes={
+        "sign": lambda *case: -_minirl(*case),
+        "weight attached": partial(_minirl, attached=True),
+        "length normalised": partial(_minirl, over="responses"),
+        "ratio to the rollout policy": partial(_minirl, clip_around_rollout=True),
+        "no train–inference weight": partial(_minirl, weight_by_old=True),
+        "no cap": partial(_minirl, cap=torch.inf),
+        "drops whatever the sign": partial(_minirl, any_sign=True),
+        "epsilons swapped": partial(_minirl, bounds=(EPS_HIGH, EPS_LOW)),
+    },
 )
-
-# --------------------------------------------------------------------------------------------------- 04.5 GRPO's loss
 
 
 def _grpo(
-    logp: Tensor,
-    logp_old: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    sign: float = -1.0,
-    detached: bool = False,
-    larger: bool = False,
-    clip: bool = True,
-    only_clipped: bool = False,
-    divide: str = "length",
+    logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, form: str = "minimum", over: str = "responses"
 ) -> Tensor:
-    """GRPO's objective; every option is a way to get it wrong."""
-    ratio = (logp - logp_old).exp()
-    ratio = ratio.detach() if detached else ratio
-    a = advantages[:, None]
-    clipped = ratio.clamp(0.8, 1.2) * a
-    if only_clipped:
-        surrogate = clipped
-    elif clip:
-        surrogate = (torch.maximum if larger else torch.minimum)(ratio * a, clipped)
-    else:
-        surrogate = ratio * a
-    sums = (surrogate * mask).sum(1)
-    parts = {"length": (sums / mask.sum(1)).mean(), "sum": sums.mean(), "tokens": sums.sum() / mask.sum()}
-    return sign * parts[divide]
+    return -masked_mean(surrogate(logp, old, advantages[:, None], 0.2, 0.2, form=form), mask, over)
 
 
-def _grpo_with(**options: Any) -> Callable[..., Tensor]:
-    return lambda *args: _grpo(*args, **options)
+EX5 = exercise(
+    """04.5 GRPO's loss (difficulty 3, importance 3, 12 minutes)
 
+    1. There is no log π in it: the ratio itself carries the gradient.
+    2. `torch.minimum(r * Â, r.clamp(0.8, 1.2) * Â)`, token by token. Where the clipped one is smaller, no gradient is
+       left.
+    3. Mean over each response's tokens first, then the mean over responses, then minus.
 
-_EXERCISE_5 = Exercise(
-    id="04.5",
-    title="GRPO's loss",
-    difficulty=3,
-    importance=3,
-    minutes=12,
-    hints=(
-        "There is no log π in it: the ratio itself carries the gradient.",
-        "`torch.minimum(r * Â, r.clamp(0.8, 1.2) * Â)`, token by token. Where the clipped one is smaller, no "
-        "gradient is left.",
-        "Mean over each response's tokens first, then the mean over responses, then minus.",
-    ),
-    observe=_observe_loss(rollout=False),
+    - sign: the sign is that of the objective. A loss is minimised: −J.
+    - detached: nothing carries a gradient. In GRPO, as in PPO, the ratio is differentiated; sg belongs to MiniRL and
+      CISPO.
+    - larger of the two: you took the larger of the two. The minimum is the pessimistic one: it keeps a token that moved
+      against its push and lets go of one that moved far enough.
+    - no clip: there is no clip: tokens that have moved far keep being pushed.
+    - only the clipped ratio: with the clipped ratio alone a token that moved against its push has no gradient either.
+      The minimum with the unclipped one is what brings it back.
+    - sum over tokens: the division by each response's length is missing: that is MiniRL's sum.
+    - mean over tokens: you divided by all tokens of the batch. GRPO divides each response by its own length first.
+
+    The library's is grpo_loss.
+    """,
+    observe=_observe_loss(_OLD),
     solution=_grpo,
-    mistakes=(
-        Mistake("sign", _grpo_with(sign=1.0), "the sign is that of the objective. A loss is minimised: −J."),
-        Mistake(
-            "detached",
-            _grpo_with(detached=True),
-            "nothing carries a gradient. In GRPO, as in PPO, the ratio is differentiated; sg belongs to MiniRL and "
-            "CISPO.",
-        ),
-        Mistake(
-            "larger of the two",
-            _grpo_with(larger=True),
-            "you took the larger of the two. The minimum is the pessimistic one: it keeps a token that moved against "
-            "its push and lets go of one that moved far enough.",
-        ),
-        Mistake("no clip", _grpo_with(clip=False), "there is no clip: tokens that have moved far keep being pushed."),
-        Mistake(
-            "only the clipped ratio",
-            _grpo_with(only_clipped=True),
-            "with the clipped ratio alone a token that moved against its push has no gradient either. The minimum "
-            "with the unclipped one is what brings it back.",
-        ),
-        Mistake(
-            "sum over tokens",
-            _grpo_with(divide="sum"),
-            "the division by each response's length is missing: that is MiniRL's sum.",
-        ),
-        Mistake(
-            "mean over tokens",
-            _grpo_with(divide="tokens"),
-            "you divided by all tokens of the batch. GRPO divides each response by its own length first.",
-        ),
-    ),
-    praise="The library's is grpo_loss.",
+    mistakes={
+        "sign": lambda *case: -_grpo(*case),
+        "detached": lambda logp, *case: _grpo(logp.detach(), *case),
+        "larger of the two": partial(_grpo, form="maximum"),
+        "no clip": partial(_grpo, form="not clipped"),
+        "only the clipped ratio": partial(_grpo, form="clipped"),
+        "sum over tokens": partial(_grpo, over="sums"),
+        "mean over tokens": partial(_grpo, over="tokens"),
+    },
 )
-
-# -------------------------------------------------------------------------------------------------- 04.6 CISPO's loss
 
 
 def _cispo(
     logp: Tensor,
-    logp_old: Tensor,
+    old: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
-    sign: float = -1.0,
     attached: bool = False,
-    floor: float = 0.0,
-    ceiling: float = 5.0,
+    bounds: tuple[float, float] = (0.0, 5.0),
     drops: bool = False,
-    divide: str = "tokens",
+    over: str = "tokens",
 ) -> Tensor:
     """CISPO's objective; every option is a way to get it wrong."""
-    ratio = (logp - logp_old).exp()
-    weight = ratio.clamp(floor, ceiling)
-    if not attached:
-        weight = weight.detach()
-    terms = weight * advantages[:, None] * logp * mask
-    if drops:
-        terms = terms * (ratio <= ceiling).detach()
-    sums = terms.sum(1)
-    parts = {"length": (sums / mask.sum(1)).mean(), "sum": sums.mean(), "tokens": sums.sum() / mask.sum()}
-    parts["all"] = terms.mean()
-    return sign * parts[divide]
+    ratio = (logp - old).exp()
+    weight = ratio.clamp(*bounds) * (ratio <= bounds[1] if drops else 1)
+    terms = (weight if attached else weight.detach()) * advantages[:, None] * logp
+    return -masked_mean(terms, mask, over)
 
 
-def _cispo_with(**options: Any) -> Callable[..., Tensor]:
-    return lambda *args: _cispo(*args, **options)
+EX6 = exercise(
+    """04.6 CISPO's loss (difficulty 3, importance 3, 10 minutes)
 
+    1. Like MiniRL it is a detached weight times Â times log π. The weight is r = π_θ/π_old, clipped to [0, 5].
+    2. No token is dropped: one beyond the ceiling counts as 5.
+    3. Add up over everything and divide by the number of tokens in the batch.
 
-_EXERCISE_6 = Exercise(
-    id="04.6",
-    title="CISPO's loss",
-    difficulty=3,
-    importance=3,
-    minutes=10,
-    hints=(
-        "Like MiniRL it is a detached weight times Â times log π. The weight is r = π_θ/π_old, clipped to [0, 5].",
-        "No token is dropped: one beyond the ceiling counts as 5.",
-        "Add up over everything and divide by the number of tokens in the batch.",
-    ),
-    observe=_observe_loss(rollout=False),
+    - sign: the sign is that of the objective. A loss is minimised: −J.
+    - weight attached: the weight was not detached: autograd adds ∇w · log π.
+    - tokens dropped: a token beyond the ceiling has no gradient left. Either it was dropped, or the clipped ratio was
+      differentiated, which is constant there. In CISPO the weight is clipped, the gradient comes from log π, and every
+      token keeps one.
+    - GRPO's range: the weight was clipped to [0.8, 1.2], GRPO's range. CISPO's has no floor, and its ceiling is far
+      from 1: 5 here.
+    - no ceiling: the weight is not clipped: one token has more than 5.
+    - mean of means: each response was divided by its own length. That is GRPO's mean; CISPO divides once, by all
+      tokens.
+    - sum over tokens: you divided by the number of responses. CISPO divides by the number of tokens in the batch.
+    - padding counted: padding was counted in the divisor. Σ|y| is the number of true positions of the mask.
+
+    The library's is cispo_loss.
+    """,
+    observe=_observe_loss(_OLD),
     solution=_cispo,
-    mistakes=(
-        Mistake("sign", _cispo_with(sign=1.0), "the sign is that of the objective. A loss is minimised: −J."),
-        Mistake(
-            "weight attached",
-            _cispo_with(attached=True),
-            "the weight was not detached: autograd adds ∇w · log π.",
-        ),
-        Mistake(
-            "tokens dropped",
-            _cispo_with(drops=True),
-            "a token beyond the ceiling has no gradient left. Either it was dropped, or the clipped ratio was "
-            "differentiated, which is constant there. In CISPO the weight is clipped, the gradient comes from log π, "
-            "and every token keeps one.",
-        ),
-        Mistake(
-            "GRPO's range",
-            _cispo_with(floor=0.8, ceiling=1.2),
-            "the weight was clipped to [0.8, 1.2], GRPO's range. CISPO's has no floor, and its ceiling is far from "
-            "1: 5 here.",
-        ),
-        Mistake("no ceiling", _cispo_with(ceiling=1e9), "the weight is not clipped: one token has more than 5."),
-        Mistake(
-            "mean of means",
-            _cispo_with(divide="length"),
-            "each response was divided by its own length. That is GRPO's mean; CISPO divides once, by all tokens.",
-        ),
-        Mistake(
-            "sum over tokens",
-            _cispo_with(divide="sum"),
-            "you divided by the number of responses. CISPO divides by the number of tokens in the batch.",
-        ),
-        Mistake(
-            "padding counted",
-            _cispo_with(divide="all"),
-            "padding was counted in the divisor. Σ|y| is the number of true positions of the mask.",
-        ),
-    ),
-    praise="The library's is cispo_loss.",
+    mistakes={
+        "sign": lambda *case: -_cispo(*case),
+        "weight attached": partial(_cispo, attached=True),
+        "tokens dropped": partial(_cispo, drops=True),
+        "GRPO's range": partial(_cispo, bounds=(0.8, 1.2)),
+        "no ceiling": partial(_cispo, bounds=(0.0, torch.inf)),
+        "mean of means": partial(_cispo, over="responses"),
+        "sum over tokens": partial(_cispo, over="sums"),
+        "padding counted": partial(_cispo, over="counted padding"),
+    },
 )
 
-# ----------------------------------------------------------------------------------------------- 04.7 micro-batches
 
-_PARTS = (
+_PARTS: tuple[Part, ...] = (
     (torch.tensor([[2.0, -1.0, 3.0], [1.0, 0.5, 0.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()),
     (torch.tensor([[4.0, 0.0], [-3.0, 0.0], [1.5, 2.5]]), torch.tensor([[1, 0], [1, 0], [1, 1]]).bool()),
     (torch.tensor([[6.0, 1.0, 1.0, 2.0]]), torch.tensor([[1, 1, 1, 1]]).bool()),
 )
 
 
-def _observe_parts(answer: Callable[..., Any]) -> Observations:
+def _observe_parts(answer: Answer) -> Observations:
     losses = [torch.as_tensor(loss) for loss in answer(_PARTS)]
     whole = [torch.as_tensor(loss) for loss in answer(_PARTS[:1])]
     return {
@@ -675,92 +415,39 @@ def _observe_parts(answer: Callable[..., Any]) -> Observations:
     }
 
 
-_Parts = Sequence[tuple[Tensor, Tensor]]
+_negative = partial(divided_by, sign=-1)
 
+EX7 = exercise(
+    """04.7 A mean over tokens, in parts (difficulty 3, importance 4, 10 minutes)
 
-def _parts(micro_batches: _Parts) -> list[Tensor]:
-    tokens = sum(int(mask.sum()) for _, mask in micro_batches)
-    return [-(terms * mask).sum() / tokens for terms, mask in micro_batches]
+    1. What must the losses of the parts add up to? Write that number down with its divisor first.
+    2. The divisor is the same for every part, and it has to be known before the first of them is computed.
 
+    - local means: each part was divided by its own tokens. Gradients of parts add up, so the step grows with the number
+      of parts.
+    - mean of local means: a mean of the parts' means. A token in a part with few tokens then counts for more: its
+      weight depends on who shares its micro-batch, that is on packing.
+    - responses: you divided by the number of responses: MiniRL's divisor. Asked is the token mean.
+    - padding: padding was counted. It differs from part to part and is no token.
+    - divided twice: the divisor is already the whole batch's. Dividing by the number of parts as well makes the step
+      smaller the finer the batch is cut (many loops do this by default: gradient accumulation).
+    - weighted by responses: the local means are weighted by the parts' share of the *responses*. For a mean over tokens
+      it is the share of the tokens.
+    - sign: the losses have the sign of the objective.
 
-def _parts_local(micro_batches: _Parts) -> list[Tensor]:
-    return [-(terms * mask).sum() / mask.sum() for terms, mask in micro_batches]
-
-
-def _parts_local_averaged(micro_batches: _Parts) -> list[Tensor]:
-    return [loss / len(micro_batches) for loss in _parts_local(micro_batches)]
-
-
-def _parts_by_responses(micro_batches: _Parts) -> list[Tensor]:
-    responses = sum(len(mask) for _, mask in micro_batches)
-    return [-(terms * mask).sum() / responses for terms, mask in micro_batches]
-
-
-def _parts_padding(micro_batches: _Parts) -> list[Tensor]:
-    tokens = sum(mask.numel() for _, mask in micro_batches)
-    return [-(terms * mask).sum() / tokens for terms, mask in micro_batches]
-
-
-def _parts_twice(micro_batches: _Parts) -> list[Tensor]:
-    return [loss / len(micro_batches) for loss in _parts(micro_batches)]
-
-
-def _parts_weighted_by_responses(micro_batches: _Parts) -> list[Tensor]:
-    responses = sum(len(mask) for _, mask in micro_batches)
-    losses = _parts_local(micro_batches)
-    return [loss * len(mask) / responses for loss, (_, mask) in zip(losses, micro_batches, strict=True)]
-
-
-def _parts_sign(micro_batches: _Parts) -> list[Tensor]:
-    return [-loss for loss in _parts(micro_batches)]
-
-
-_EXERCISE_7 = Exercise(
-    id="04.7",
-    title="A mean over tokens, in parts",
-    difficulty=3,
-    importance=4,
-    minutes=10,
-    hints=(
-        "What must the losses of the parts add up to? Write that number down with its divisor first.",
-        "The divisor is the same for every part, and it has to be known before the first of them is computed.",
-    ),
+    The library takes the global count as an argument: num_responses, and num_tokens for CISPO.
+    """,
     observe=_observe_parts,
-    solution=_parts,
-    mistakes=(
-        Mistake(
-            "local means",
-            _parts_local,
-            "each part was divided by its own tokens. Gradients of parts add up, so the step grows with the number "
-            "of parts.",
-        ),
-        Mistake(
-            "mean of local means",
-            _parts_local_averaged,
-            "a mean of the parts' means. A token in a part with few tokens then counts for more: its weight depends "
-            "on who shares its micro-batch, that is on packing.",
-        ),
-        Mistake(
-            "responses",
-            _parts_by_responses,
-            "you divided by the number of responses: MiniRL's divisor. Asked is the token mean.",
-        ),
-        Mistake("padding", _parts_padding, "padding was counted. It differs from part to part and is no token."),
-        Mistake(
-            "divided twice",
-            _parts_twice,
-            "the divisor is already the whole batch's. Dividing by the number of parts as well makes the step "
-            "smaller the finer the batch is cut (many loops do this by default: gradient accumulation).",
-        ),
-        Mistake(
-            "weighted by responses",
-            _parts_weighted_by_responses,
-            "the local means are weighted by the parts' share of the *responses*. For a mean over tokens it is the "
-            "share of the tokens.",
-        ),
-        Mistake("sign", _parts_sign, "the losses have the sign of the objective."),
-    ),
-    praise="The library takes the global count as an argument: num_responses, and num_tokens for CISPO.",
+    solution=_negative(lambda part, parts: tokens(*parts)),
+    mistakes={
+        "local means": _negative(lambda part, parts: tokens(part)),
+        "mean of local means": _negative(lambda part, parts: tokens(part) * len(parts)),
+        "responses": _negative(lambda part, parts: responses(*parts)),
+        "padding": _negative(lambda part, parts: sum(mask.numel() for _, mask in parts)),
+        "divided twice": _negative(lambda part, parts: tokens(*parts) * len(parts)),
+        "weighted by responses": _negative(lambda part, parts: tokens(part) * responses(*parts) / responses(part)),
+        "sign": divided_by(lambda part, parts: tokens(*parts)),
+    },
 )
 
-EXERCISES = (_EXERCISE_1, _EXERCISE_2, _EXERCISE_3, _EXERCISE_4, _EXERCISE_5, _EXERCISE_6, _EXERCISE_7)
+EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7)

@@ -21,6 +21,7 @@ from minirl_edu.course.variants import (
     tokens,
     torch_std_advantages,
 )
+from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 
 # Responses of 4, 2 and 1 tokens.
 _MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
@@ -244,6 +245,10 @@ def _observe_loss(*others: Tensor) -> Answer:
     }
 
 
+def _library(objective: Answer) -> Answer:
+    return lambda *case: objective(*case).loss
+
+
 def _minirl(
     logp: Tensor,
     old: Tensor,
@@ -259,7 +264,7 @@ def _minirl(
     bounds: tuple[float, float] = (EPS_LOW, EPS_HIGH),
     over: str = "sums",
 ) -> Tensor:
-    """Equation (7); every option is a way to get it wrong."""
+    """Equation (7), as `minirl_loss` has it; every option is a way to get it wrong."""
     weight = (logp - (old if weight_by_old else rollout)).exp().clamp(max=cap)
     kept = ~dropped(logp, rollout if clip_around_rollout else old, advantages, *bounds, any_sign=any_sign)
     terms = kept * (weight if attached else weight.detach()) * advantages[:, None] * logp
@@ -288,7 +293,7 @@ EX4 = exercise(
     Compare with minirl_loss in objectives.py: the same, with care for NaN and for micro-batches.
     """,
     observe=_observe_loss(_OLD, _ROLLOUT),
-    solution=_minirl,
+    solution=_library(minirl_loss),
     mistakes={
         "sign": lambda *case: -_minirl(*case),
         "weight attached": partial(_minirl, attached=True),
@@ -330,7 +335,7 @@ EX5 = exercise(
     The library's is grpo_loss.
     """,
     observe=_observe_loss(_OLD),
-    solution=_grpo,
+    solution=_library(grpo_loss),
     mistakes={
         "sign": lambda *case: -_grpo(*case),
         "detached": lambda logp, *case: _grpo(logp.detach(), *case),
@@ -384,7 +389,7 @@ EX6 = exercise(
     The library's is cispo_loss.
     """,
     observe=_observe_loss(_OLD),
-    solution=_cispo,
+    solution=_library(cispo_loss),
     mistakes={
         "sign": lambda *case: -_cispo(*case),
         "weight attached": partial(_cispo, attached=True),

@@ -7,7 +7,7 @@ Nothing that differs from machine to machine is kept: no times, no versions, no 
 a word on stderr in an output is an error, not something to hide.
 
 In a source, a Markdown cell that begins with `{exercise} 04.2` gets that exercise's heading from
-`minirl_edu.exercises`, and its hints below its text. In a code cell, what stands between `# solution` and `# end` is
+`minirl_edu.course`, and its hints below its text. In a code cell, what stands between `# solution` and `# end` is
 left out of the student's notebook: `raise NotImplementedError` takes its place, or the text after `# solution:`.
 """
 
@@ -38,7 +38,7 @@ from nbformat import NotebookNode
 from PIL import Image
 from traitlets import Type, default
 
-from minirl_edu.exercises import find, heading, hint_ladder
+from minirl_edu.course import find, heading, hint_ladder
 
 FOLDER = Path(__file__).resolve().parent
 DENSITY, COLOURS = 1.5, 64

@@ -38,8 +38,9 @@ FLOORS = {
     5: "batches cold_start gap plan",
     6: "ranks run",
     7: "trainer",
-    8: "exercises experiments plots report",
+    8: "experiments plots report",
     9: "cli",
+    10: "course",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
 SIBLINGS = {"run": {"ranks"}, "report": {"plots"}, "experiments": {"plots", "report"}}
@@ -93,10 +94,22 @@ def test_a_module_imports_only_from_the_floors_below(path):
         ("trainer", "from minirl_edu.run.checkpoint import save_checkpoint", set()),
         ("run", "from minirl_edu.trainer import MiniRLTrainer", {"trainer"}),
         ("cli", "from minirl_edu.trainer import MiniRLTrainer\nimport torch", set()),
+        ("cli", "from minirl_edu.course import check", {"course"}),
     ],
 )
 def test_the_floors_are_really_checked(module, source, found):
     assert upward_imports(module, source) == found
+
+
+def test_the_course_is_imported_by_its_notebooks_alone():
+    course = {"minirl_edu/course", "notebooks", "tests/course", "tests/notebooks"}
+    users = {
+        str(path.relative_to(ROOT))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if "course" in imports_of(path.read_text(encoding="utf-8"))
+    }
+    assert users and not {user for user in users if not user.startswith(tuple(f"{folder}/" for folder in course))}
 
 
 def undocumented(source: str) -> list[str]:

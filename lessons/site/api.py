@@ -16,7 +16,7 @@ from typing import NamedTuple
 PACKAGE = "minirl_edu"
 INDENTED = re.compile(r"((?:^[ ]{4}.*\n|^\n(?=[ ]{4}))+)", re.MULTILINE)
 SECTION = re.compile(r"(?:^|\n)(Args|Attributes|Raises|Returns):\n$")
-UNIT = re.compile(r"unit\d\d\.py$")  # exercises with their solutions: data, not an interface
+UNIT = re.compile(r"course\.(unit\d\d|variants)\.py$")  # exercises with their solutions: data, not an interface
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 

@@ -54,8 +54,8 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
+from minirl_edu.course import check
 from minirl_edu.diagnostics import first_order_gap, kl_k3
-from minirl_edu.exercises import check
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer, model_path
 from minirl_edu.objectives import minirl_loss

@@ -30,9 +30,9 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, pick
 from minirl_edu.diagnostics import sequence_ess, token_ess
 from minirl_edu.exact import TabularPolicy, sequence_gradient, sequence_objective, token_ratios
-from minirl_edu.exercises import check, pick
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.plots import to_png

@@ -31,6 +31,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, checkout, pick
 from minirl_edu.diagnostics import first_order_gap, kl_k3
 from minirl_edu.exact import (
     TabularPolicy,
@@ -41,7 +42,6 @@ from minirl_edu.exact import (
     token_objective,
     token_ratios,
 )
-from minirl_edu.exercises import check, checkout, pick
 from minirl_edu.experiments.spec import read_runs
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer

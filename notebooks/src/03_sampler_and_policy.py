@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu import exact
+from minirl_edu.course import check, checkout
 from minirl_edu.diagnostics import kl_k1, kl_k3, mean_interval, token_ess
-from minirl_edu.exercises import check, checkout
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import paired_difference, summary
 from minirl_edu.experiments.systematic import error_parts

@@ -32,8 +32,8 @@ from transformers.utils import logging
 
 from minirl_edu import exact
 from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages
+from minirl_edu.course import check, checkout
 from minirl_edu.diagnostics import mean_interval
-from minirl_edu.exercises import check, checkout
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import paired_difference, summary
 from minirl_edu.logprobs import lay_out, response_logprobs

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, checkout, pick
 from minirl_edu.diagnostics import clip_fractions
-from minirl_edu.exercises import check, checkout, pick
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import summary
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs

@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, pick
 from minirl_edu.exact import TabularPolicy, objective_remainder, token_ratios
-from minirl_edu.exercises import check, pick
 from minirl_edu.gap import Setting, Workload, prompts_for, random_model, random_prompts, run_setting, summary
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer

@@ -33,9 +33,9 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, checkout, pick
 from minirl_edu.diagnostics import kl_k3, mean_interval
 from minirl_edu.exact import TabularPolicy
-from minirl_edu.exercises import check, checkout, pick
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import mean_effect, paired_difference
 from minirl_edu.experiments.statistics import summary as summary_of_run

@@ -34,9 +34,9 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
+from minirl_edu.course import check, checkout, pick
+from minirl_edu.course.unit08 import ToyLoop
 from minirl_edu.diagnostics import kl_k1, kl_k3, masked_mean
-from minirl_edu.exercises import check, checkout, pick
-from minirl_edu.exercises.unit08 import ToyLoop
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import equivalent, paired_difference, summary, t_quantile
 from minirl_edu.logprobs import can_share_prompts, lay_out, micro_batches, response_logprobs

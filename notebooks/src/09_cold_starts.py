@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.cold_start import new_model
-from minirl_edu.exercises import check, checkout, pick
+from minirl_edu.course import check, checkout, pick
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import equivalent, mean_effect, summary
 from minirl_edu.models import load_model, model_path

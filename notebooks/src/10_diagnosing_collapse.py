@@ -19,7 +19,7 @@
 # suspects apart.
 #
 # [The lesson](../lessons/10_diagnosing_collapse.md) derives what each instrument reads under each fault, and has the
-# table of suspects. The runs were recorded by `python -m minirl_edu.exercises.mystery`; its source says which run has
+# table of suspects. The runs were recorded by `python -m minirl_edu.course.mystery`; its source says which run has
 # which fault, so do not open it yet.
 
 # %%
@@ -32,10 +32,10 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, checkout
+from minirl_edu.course.mystery import FAULTS, HEALTHY, read_charts
 from minirl_edu.diagnostics import CollapseDetector, clip_fractions, kl_k3
 from minirl_edu.exact import TabularPolicy
-from minirl_edu.exercises import check, checkout
-from minirl_edu.exercises.mystery import FAULTS, HEALTHY, read_charts
 from minirl_edu.experiments.spec import read_runs
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
@@ -677,7 +677,7 @@ for seed in range(1, len(charts[HEALTHY])):
 # %% [markdown]
 # **Try this**
 #
-# 1. Read `minirl_edu/exercises/mystery.py` now: every fault is a few lines around an unchanged trainer. Plant one of
+# 1. Read `minirl_edu/course/mystery.py` now: every fault is a few lines around an unchanged trainer. Plant one of
 #    your own, record a chart, and give it to somebody else.
 # 2. Which of the six would you still recognise on-policy (`train.mini_batches=1`)? Which instrument is gone?
 # 3. An engine samples at $T = 0.5$ and reports its log-probabilities at $T = 1$. Which of the nine panels notices?

@@ -40,7 +40,7 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
-from minirl_edu.exercises import check, pick
+from minirl_edu.course import check, pick
 from minirl_edu.lm_head import CHUNK
 from minirl_edu.logprobs import can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer

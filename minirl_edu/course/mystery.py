@@ -1,6 +1,6 @@
 """Six runs with one planted fault each, and a healthy one: what unit 10 diagnoses. READ NO FURTHER before you have.
 
-    python -m minirl_edu.exercises.mystery --out lessons/results/mystery
+    python -m minirl_edu.course.mystery --out lessons/results/mystery
 
 records all of them, one after another, and packs them into `mystery.tar.bz2` beside that folder (see `archives`);
 finished ones are kept. Each run is `MiniRLTrainer` in one and the same setting.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minirl_edu.archives import archive_of, files_in
-from minirl_edu.exercises.mystery import (
+from minirl_edu.course.mystery import (
     COLUMNS,
     FAULTS,
     HEALTHY,
@@ -135,7 +135,7 @@ def test_charts_that_are_there_are_kept_and_read_back(tmp_path, monkeypatch):
     for name in (HEALTHY, *FAULTS):
         (out / name).mkdir(parents=True)
         (out / name / "seed0.csv").write_text(f'# {{"seed": 0}}\n{text}', encoding="utf-8")
-    monkeypatch.setattr("minirl_edu.exercises.mystery.rerun", None)  # it has nothing to do
+    monkeypatch.setattr("minirl_edu.course.mystery.rerun", None)  # it has nothing to do
     for _ in range(2):  # the second time out of the archive
         assert main(["--out", str(out), "--seeds", "1"]) == 0
         assert not out.exists()
@@ -152,8 +152,8 @@ def test_charts_that_are_there_are_kept_and_read_back(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_short_recording_is_complete_and_the_same_every_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("minirl_edu.exercises.mystery.SETTING", ("algorithm.replay=R3", *SMALL, "eval.every=1"))
-    monkeypatch.setattr("minirl_edu.exercises.mystery.FAULTS", {"A": FAULTS["A"]})
+    monkeypatch.setattr("minirl_edu.course.mystery.SETTING", ("algorithm.replay=R3", *SMALL, "eval.every=1"))
+    monkeypatch.setattr("minirl_edu.course.mystery.FAULTS", {"A": FAULTS["A"]})
     for out in (tmp_path / "one", tmp_path / "two"):
         assert main(["--out", str(out), "--seeds", "1"]) == 0
     assert list(files_in(tmp_path / "one")) == ["A/seed0.csv", "healthy/seed0.csv"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirl_edu.exercises import Exercise, Mistake, diagnose, exercises, find, heading, hint_ladder, pick
+from minirl_edu.course import Exercise, Mistake, diagnose, exercise, exercises, find, heading, hint_ladder, pick
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = [f"{number:02d}" for number in range(12)]
@@ -45,7 +45,7 @@ def test_the_solution_is_right(exercise):
 
 @each
 def test_two_differently_written_answers_are_right(exercise):
-    answers = importlib.import_module(f"tests.exercises.unit{exercise.id[:2]}").RIGHT[exercise.id]
+    answers = importlib.import_module(f"tests.course.unit{exercise.id[:2]}").RIGHT[exercise.id]
     assert len(answers) >= 2
     for answer in answers:
         assert answer is not exercise.solution
@@ -75,6 +75,59 @@ def test_no_answer_yet_is_no_mistake(exercise):
 
 
 # --------------------------------------------------------------------------------------------------- the mechanism
+
+TEXT = """99.2 Twice (or more) (difficulty 1, importance 2, 3 minutes)
+
+    1. What times two?
+    2. x + x: a sum
+       is enough.
+
+    - squared: that is x · x:
+      a square
+    - "1.5": one and a half
+
+    Two of a kind
+    are twice one.
+    """
+
+
+def itself(answer):
+    return {"it": answer}
+
+
+def from_text(text=TEXT, names=("squared", '"1.5"')):
+    return exercise(text, observe=itself, solution=2.0, mistakes=dict.fromkeys(names, 1.0), atol=0.5)
+
+
+def test_an_exercise_is_read_from_its_text():
+    assert from_text() == Exercise(
+        id="99.2",
+        title="Twice (or more)",
+        difficulty=1,
+        importance=2,
+        minutes=3,
+        hints=("What times two?", "x + x: a sum is enough."),
+        observe=itself,
+        solution=2.0,
+        mistakes=(Mistake("squared", 1.0, "that is x · x: a square"), Mistake('"1.5"', 1.0, "one and a half")),
+        atol=0.5,
+        praise="Two of a kind are twice one.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "complaint"),
+    [
+        (TEXT.replace("minutes", "hours"), ("squared", '"1.5"'), "99.2 Twice .* expected its head"),
+        (TEXT.replace("a square\n", "a square\n\n"), ("squared", '"1.5"'), "expected its head"),
+        (TEXT, ("squared",), r"99\.2: its text names the mistakes"),
+        (TEXT, ('"1.5"', "squared"), r"99\.2: its text names the mistakes"),
+    ],
+)
+def test_a_text_of_another_form_is_refused(text, names, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        from_text(text, names)
+
 
 SQUARE = Exercise(
     id="99.1",

@@ -2,14 +2,19 @@
 
     check("04.2", my_objective)      prints: right; or what is wrong with it, and a hint for just that
 
-Each lab's exercises are data in a module of their own (`unit04.EXERCISES`). An exercise *observes* what an answer does
-on small cases made by hand and compares that with what its solution does. Where the two differ, the observations of
-known mistakes are tried: an answer that does exactly what a known mistake does has made that mistake, however it is
-written.
+Each lab's exercises are data in a module of their own (`unit04.EXERCISES`): a text that says everything that a learner
+is told, and the answers that it speaks of, right and wrong. What an exercise needs stands above it; what several units
+need is in `variants`.
+
+An exercise *observes* what an answer does on small cases made by hand and compares that with what its solution does.
+Where the two differ, the observations of known mistakes are tried: an answer that does exactly what a known mistake
+does has made that mistake, however it is written.
 """
 
 import importlib
+import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +26,9 @@ from torch import Tensor
 
 Observations = Mapping[str, Any]
 """What an answer does, by a name that can be read in a sentence: tensors, numbers, booleans, strings."""
+
+Answer = Callable[..., Any]
+"""What most exercises ask for: a function."""
 
 _UNITS = tuple(f"{number:02d}" for number in range(12))
 T = TypeVar("T")
@@ -66,6 +74,52 @@ class Exercise:
     """What to remember, told with a right answer."""
 
 
+def exercise(
+    text: str,
+    *,
+    observe: Callable[[Any], Observations],
+    solution: Any,
+    mistakes: Mapping[str, Any],
+    rtol: float = 1e-4,
+    atol: float = 1e-6,
+) -> Exercise:
+    """The exercise that a text describes, in the form
+
+        04.1 Its title (difficulty 2, importance 5, 10 minutes)
+
+        1. A hint.
+        2. The next one. Lines that belong to the one above are indented.
+
+        - name of a mistake: its hint
+
+        What to remember.
+
+    `mistakes` gives the wrong answers by their names in the text. ValueError: a text of another form, or other names.
+    """
+    head, *parts = inspect.cleandoc(text).split("\n\n")
+    fields = re.fullmatch(r"(\S+) (.+) \(difficulty (\d), importance (\d), (\d+) minutes\)", head)
+    if fields is None or len(parts) != 3:
+        raise ValueError(f"exercise {head!r}: expected its head, its hints, its mistakes and what to remember")
+    ladder, described = ([" ".join(item.split()) for item in re.split(r"\n(?=\S)", part)] for part in parts[:2])
+    named = dict(item.removeprefix("- ").split(": ", 1) for item in described)
+    if list(named) != list(mistakes):
+        raise ValueError(f"exercise {fields[1]}: its text names the mistakes {list(named)}; answers: {list(mistakes)}")
+    return Exercise(
+        id=fields[1],
+        title=fields[2],
+        difficulty=int(fields[3]),
+        importance=int(fields[4]),
+        minutes=int(fields[5]),
+        hints=tuple(re.sub(r"^\d+\. ", "", hint) for hint in ladder),
+        observe=observe,
+        solution=solution,
+        mistakes=tuple(Mistake(name, answer, named[name]) for name, answer in mistakes.items()),
+        rtol=rtol,
+        atol=atol,
+        praise=" ".join(parts[2].split()),
+    )
+
+
 class Verdict(NamedTuple):
     """Whether an answer is right; the name of the known mistake it makes, if it makes one; and what to tell."""
 
@@ -87,9 +141,9 @@ def find(exercise_id: str) -> Exercise:
 def exercises(unit: str) -> dict[str, Exercise]:
     """The exercises of a unit ("04") by id; none where a unit has none."""
     try:
-        module = importlib.import_module(f"minirl_edu.exercises.unit{unit}")
+        module = importlib.import_module(f"minirl_edu.course.unit{unit}")
     except ModuleNotFoundError as error:
-        if error.name != f"minirl_edu.exercises.unit{unit}":
+        if error.name != f"minirl_edu.course.unit{unit}":
             raise
         return {}
     return {exercise.id: exercise for exercise in module.EXERCISES}

@@ -99,30 +99,6 @@ def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(n)
 
 
-def clip_fractions(
-    logp: Float[Tensor, "B T"],
-    logp_old: Float[Tensor, "B T"],
-    advantages: Float[Tensor, "..."],
-    mask: Tensor,
-    *,
-    eps_low: float = 0.2,
-    eps_high: float = 0.27,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Fractions of the response tokens that MiniRL's M_t drops, with r_t = π_θ/π_old.
-
-    A pair: those with Â > 0 and r_t > 1 + ε_high, and those with Â < 0 and r_t < 1 − ε_low. `advantages` is `[B]` or
-    `[B, T]`.
-    """
-    ratio = _clamped(_log_ratio(logp, logp_old, mask)).exp()
-    if advantages.ndim == 1:
-        advantages = advantages[:, None]
-    # Outside the mask the ratio is 1, so nothing there counts as clipped.
-    tokens = mask.bool().sum().clamp(min=1)
-    pos = ((advantages > 0) & (ratio > 1 + eps_high)).sum() / tokens
-    neg = ((advantages < 0) & (ratio < 1 - eps_low)).sum() / tokens
-    return pos, neg
-
-
 def first_order_gap(logp: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T"], mask: Tensor) -> Float[Tensor, ""]:
     """Mean over responses of |Π_t r_t − (1 + Σ_t (r_t − 1))|, r_t = π_θ/μ_old.
 

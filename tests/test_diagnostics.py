@@ -10,7 +10,6 @@ import torch
 
 from minirl_edu.diagnostics import (
     CollapseDetector,
-    clip_fractions,
     entropy_from_logits,
     fetch,
     first_order_gap,
@@ -97,14 +96,6 @@ def test_quantiles_are_those_of_the_sample():
     assert [d[f"staleness_{key}"].item() for key in ("q50", "q90", "q99", "max")] == [50, 90, 99, 100]
 
 
-def test_clip_fractions_by_sign():
-    logp = log_ratios(1.3, 0.7, 1.0, 0.7)
-    pos, neg = clip_fractions(logp, ZERO, torch.tensor([1.0, -1.0, 1.0]), MASK)
-    assert (pos, neg) == (0.25, 0.25)  # 1.3 with Â > 0; 0.7 with Â < 0; not the 0.7 with Â > 0
-    pos, neg = clip_fractions(logp, ZERO, torch.tensor([1.0, -1.0, 1.0]), MASK, eps_low=0.35, eps_high=0.35)
-    assert (pos, neg) == (0, 0)
-
-
 def test_first_order_gap_by_hand():
     # First response |1.1·0.8·1.5 − (1 + 0.1 − 0.2 + 0.5)| = 0.08; one token and none are exact: mean over three.
     assert first_order_gap(log_ratios(1.1, 0.8, 1.5, 7.0), ZERO, MASK).item() == pytest.approx(0.08 / 3, rel=1e-9)
@@ -170,7 +161,6 @@ def test_without_responses_or_tokens_means_are_zero_and_samples_whole(shape):
     empty = torch.zeros(shape)
     assert fetch(policy_metrics(empty, empty, empty, empty)) == {key: float(key == "ess") for key in KEYS}
     assert sequence_ess(empty, empty, empty) == 1
-    assert clip_fractions(empty, empty, torch.ones(shape[0]), empty) == (0, 0)
     assert all(value == 0 for value in ratio_decomposition(empty, empty, empty, empty).values())
     assert log_ratio_quantiles(empty, empty, empty, [0.5]) == 0
 

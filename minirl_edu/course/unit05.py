@@ -8,7 +8,6 @@ from torch import Tensor
 
 from minirl_edu.course import Answer, Observations, exercise
 from minirl_edu.course.variants import EPS_HIGH, EPS_LOW, dropped, gradient, masked_mean, surrogate
-from minirl_edu.diagnostics import clip_fractions
 
 
 def _age(grad_step: int, mini_batches: int) -> tuple[int, int, int]:
@@ -157,7 +156,7 @@ EX3 = exercise(
     Look at the two apart: they answer different questions, how fast good and bad tokens run away.
     """,
     observe=_observe_fractions,
-    solution=clip_fractions,
+    solution=_fractions,
     mistakes={
         "of the tokens of that sign": _of_the_sign,
         "of the whole table": partial(_fractions, over="counted padding"),

@@ -32,7 +32,6 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, checkout, pick
-from minirl_edu.diagnostics import clip_fractions
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import summary
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
@@ -328,13 +327,20 @@ def dropped_by_sign(logp, logp_old, advantages, mask):
 check("05.3", dropped_by_sign)
 
 # %% [markdown]
-# The library's function for the same, on every mini-batch of our rollouts:
+# The loss returns the same two as metrics. On every mini-batch of our rollouts:
+
 
 # %%
+def fractions(logp, logp_old, advantages, real):
+    """The two clip fractions of π_θ/π_old."""
+    metrics = minirl_loss(logp, logp_old, None, advantages, real, is_correction=False).metrics
+    return metrics["clip_frac_pos"], metrics["clip_frac_neg"]
+
+
 rows = []
 for k in range(N):
     pairs = [
-        clip_fractions(batches[k][3] + seen[k], batches[k][3], batches[k][2], batches[k][0].response_mask)
+        fractions(batches[k][3] + seen[k], batches[k][3], batches[k][2], batches[k][0].response_mask)
         for seen, batches in zip(with_clip, rollouts, strict=True)
     ]
     positive, negative = (torch.stack(column).mean().item() for column in zip(*pairs, strict=True))
@@ -422,8 +428,8 @@ def lost_at_the_start(engine, seed):
     shares = []
     for part, _, advantages, logp_old in one_rollout(seed, engine=engine, mini_batches=pick(fast=2, full=8)):
         real = part.response_mask
-        on_mu = clip_fractions(logp_old, part.logp_rollout, advantages, real, eps_low=EPS_LOW, eps_high=EPS_HIGH)
-        on_old = clip_fractions(logp_old, logp_old, advantages, real, eps_low=EPS_LOW, eps_high=EPS_HIGH)
+        on_mu = fractions(logp_old, part.logp_rollout, advantages, real)
+        on_old = fractions(logp_old, logp_old, advantages, real)
         shares.append((sum(on_mu).item(), sum(on_old).item()))
     return np.mean(shares, 0)
 

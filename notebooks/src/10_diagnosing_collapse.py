@@ -34,11 +34,12 @@ from transformers.utils import logging
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, checkout
 from minirl_edu.course.mystery import FAULTS, HEALTHY, read_charts
-from minirl_edu.diagnostics import CollapseDetector, clip_fractions, kl_k3
+from minirl_edu.diagnostics import CollapseDetector, kl_k3
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.experiments.spec import read_runs
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
+from minirl_edu.objectives import minirl_loss
 from minirl_edu.plots import to_png
 from minirl_edu.precision import Precision
 from minirl_edu.rollout import HFEngine, Sampling
@@ -206,12 +207,13 @@ Image(to_png(figure), width=850)
 # %%
 rewards = torch.tensor([1.0, 1.0, 1.0, 0.0])
 generator = torch.Generator().manual_seed(0)
-logp_old = torch.full((4, 50), 0.5).log()
+logp_old = torch.full((4, 50), 0.1).log()
 logp = logp_old + 0.3 * torch.randn(4, 50, generator=generator)  # a policy that has moved by about 30 %
 mask = torch.ones(4, 50, dtype=torch.bool)
 rows = []
 for name, advantages in (("R − mean", group_mean_advantages(rewards, 4)), ("R alone", rewards)):
-    above, below = clip_fractions(logp, logp_old, advantages, mask)
+    metrics = minirl_loss(logp, logp_old, None, advantages, mask, is_correction=False).metrics
+    above, below = metrics["clip_frac_pos"], metrics["clip_frac_neg"]
     signs = " ".join(f"{a:+.2f}" for a in advantages.tolist())
     rows.append([name, signs, f"{above:.3f}", f"{below:.3f}"])
 show_table(["advantage", "of the four responses", "clipped from above", "clipped from below"], rows)

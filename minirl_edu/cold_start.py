@@ -6,6 +6,8 @@ learn from. Which teacher it was shapes the style of the responses (the paper's 
 
 import json
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,20 @@ from minirl_edu.rollout import Rollout, Sampling, sample
 from minirl_edu.seeding import derive_seed
 from minirl_edu.tasks import Demonstrable, verified_rewards
 
-ARCHITECTURES = {"moe": tiny_moe, "dense": tiny_dense}
+ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
+    "moe": tiny_moe,
+    "experts": partial(tiny_moe, experts=16, top_k=1, expert_hidden=64),
+    "dense": tiny_dense,
+}
+"""Fresh models by name.
+
+`moe`'s experts learn the same, so another choice of experts hardly matters. `experts` has as many parameters and one
+expert per token: there each choice matters.
+"""
 
 
 def new_model(task: Demonstrable, architecture: str, *, seed: int) -> PreTrainedModel:
-    """A fresh tiny model (`moe` or `dense`) with the vocabulary and the special tokens of the task's tokenizer."""
+    """A fresh tiny model, one of `ARCHITECTURES`, with the vocabulary and special tokens of the task's tokenizer."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"architecture: {architecture!r} is unknown; choose one of {', '.join(ARCHITECTURES)}")
     tokenizer = task.tokenizer
@@ -48,7 +59,8 @@ def cold_start(
     """Fine-tune `model` in place on demonstrations: minimise the mean of −log π over their tokens, EOS included.
 
     AdamW (β 0.9, 0.95) with a cosine schedule over `steps` batches of fresh problems; the teacher errs at each step of
-    its working with probability `error_rate`. Returns the loss of every step, in nats per token.
+    its working with probability `error_rate`. In the end the weights are rounded to bf16, so that half of the bytes
+    store the same fp32 model. Returns the loss of every step, in nats per token.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
@@ -68,6 +80,9 @@ def cold_start(
         losses.append(loss.item())
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
     model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
     return losses
 
 
@@ -131,9 +146,16 @@ def measure(task: Demonstrable, model: PreTrainedModel, *, problems: int = 1024,
 
 
 def save_cold_start(out: str | Path, model: PreTrainedModel, task: Demonstrable, record: dict[str, Any]) -> Path:
-    """Write model and tokenizer as transformers does, and `record` (command, settings, metrics) as cold_start.json."""
+    """Write model and tokenizer as transformers does, and `record` (command, settings, metrics) as cold_start.json.
+
+    The weights are stored in bf16, which is exact after `cold_start`. Raises ValueError for a weight that it changes.
+    """
     out = Path(out)
-    model.save_pretrained(out)
+    weights = model.state_dict()
+    stored = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    if changed := [name for name in weights if not torch.equal(stored[name].to(weights[name].dtype), weights[name])]:
+        raise ValueError(f"{changed[0]}: bf16 would change it; round the weights first, as `cold_start` does")
+    model.save_pretrained(out, state_dict=stored)
     task.tokenizer.save_pretrained(out)
     (out / "cold_start.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return out

@@ -111,7 +111,8 @@ class RolloutConfig(_Section):
     """hf: transformers with emulated low precision; vllm: vLLM in this process; vllm_server: a running `vllm serve`."""
     precision: str = "fp8_e4m3"
     """Number format that the engine computes in. hf: see `minirl_edu.precision`, or two formats as
-    `WEIGHTS/ACTIVATIONS`, such as `int3/int4`. vLLM: bf16, fp16 or fp32; its other formats are among its options."""
+    `WEIGHTS/ACTIVATIONS`, such as `int3/int4`, or three as `WEIGHTS/ACTIVATIONS/ROUTERS`, such as `fp32/fp32/int4`.
+    vLLM: bf16, fp16 or fp32; its other formats are among its options."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the vLLM engines, such as `kv_cache_dtype: fp8` or `url: http://127.0.0.1:8000`; see
     `minirl_edu.rollout`."""
@@ -121,6 +122,9 @@ class RolloutConfig(_Section):
     back each time, too."""
     quantise_router: bool = False
     """Round the MoE routers as well; deployments usually keep them in full precision."""
+    router_noise: _NonNegative = 0.0
+    """Noise on what the MoE routers read, and on nothing else (hf): Gaussian, so many times the root mean square of a
+    token's input, drawn anew for each token. The engine is exact but for the experts that it chooses."""
     temperature: _Positive = 1.0
     """Divides the logits, in sampling and in the trainer alike. There is no top-p or top-k: what they cut off, no
     importance weight brings back."""

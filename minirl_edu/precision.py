@@ -4,13 +4,18 @@ A rollout engine that multiplies in fp8 differs from a bf16 trainer because both
 rounded first. `round_weights_` and `round_activations` give any transformers model that behaviour on any hardware:
 weights are rounded once per output channel, inputs of every linear layer and of both expert products once per token, as
 in vLLM's dynamic fp8; sums stay fp32. Embeddings, norms, convolutions, attention scores and the output head stay in
-full precision, as they do in deployed fp8 models; the router too, unless asked. A model with other matrices is refused.
+full precision, as they do in deployed fp8 models; the router too, unless asked, and it may have formats of its own. A
+model with other matrices is refused.
 
 Rounding to nearest makes an engine repeat the same errors (a bias). Stochastic rounding's errors are zero on average.
 "Frozen" rounding is stochastic with draws that an engine never renews: unbiased over weights, and yet the same errors
 again and again.
+
+`perturb_routers` stands for any error that reaches the routers alone, such as that of attention in few bits: it adds
+noise to what they read. The engine then chooses other experts and computes with the exact ones.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -104,30 +109,61 @@ def quantise(
 
 @dataclass(frozen=True)
 class Precision:
-    """What the emulated engine rounds: `weights` and `activations` name a format of `FORMATS`; `router` includes the
-    routers' matmul."""
+    """What the emulated engine rounds: `weights` and `activations` name a format of `FORMATS`.
+
+    `router` is what the routers' product sees of it: False nothing, True the same, or a format of its own for both
+    operands. `router_noise` is the standard deviation of the noise on the routers' inputs; see `perturb_routers`.
+    """
 
     weights: str = "fp32"
     activations: str = "fp32"
     rounding: str = "nearest"
-    router: bool = False
+    router: bool | str = False
+    router_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in ("weights", "activations"):
-            if (value := getattr(self, field)) not in FORMATS:
+        for field in ("weights", "activations", "router"):
+            if (value := getattr(self, field)) not in FORMATS and not isinstance(value, bool):
                 raise ValueError(f"precision: {field} format {value!r} is unknown; choose one of {', '.join(FORMATS)}")
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding: {self.rounding!r} is unknown; choose one of {', '.join(ROUNDINGS)}")
+        if not 0 <= self.router_noise < math.inf:
+            raise ValueError(f"router_noise: {self.router_noise} is no standard deviation; use a number of at least 0")
 
     @classmethod
-    def parse(cls, spec: str, rounding: str = "nearest", router: bool = False) -> "Precision":
-        """`"fp8_e4m3"` for weights and activations alike, `"int3/int4"` for weights/activations. Raises ValueError."""
-        weights, _, activations = spec.partition("/")
-        return cls(weights, activations or weights, rounding, router)
+    def parse(
+        cls, spec: str, rounding: str = "nearest", router: bool = False, router_noise: float = 0.0
+    ) -> "Precision":
+        """`"fp8_e4m3"` for weights and activations alike, `"int3/int4"` for weights/activations, `"fp8/fp8/int4"` for
+        weights/activations/routers. Raises ValueError."""
+        weights, *rest = spec.split("/", 2)
+        if len(rest) == 2 and router:
+            raise ValueError(
+                f"precision: {spec!r} gives the routers a format of their own; leave out the other setting"
+            )
+        return cls(weights, rest[0] if rest else weights, rounding, rest[1] if len(rest) == 2 else router, router_noise)
+
+    @property
+    def of_routers(self) -> "Precision":
+        """What the routers' products see, as `weights` and `activations`."""
+        if isinstance(self.router, str):
+            return Precision(self.router, self.router, self.rounding)
+        return Precision(self.weights, self.activations, self.rounding) if self.router else Precision()
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ValueError, naming the reason, for a model that cannot be emulated so."""
+        if any({p.weights, p.activations} != {"fp32"} for p in (self, self.of_routers)):
+            products(model, router=bool(self.router))
+        if (self.router_noise or isinstance(self.router, str)) and not _routers(model):
+            name = "router_noise" if self.router_noise else "precision"
+            raise ValueError(f"{name}: {type(model).__name__} has no router for {self}; train a Mixture of Experts")
 
     def __str__(self) -> str:
         name = self.weights if self.weights == self.activations else f"{self.weights}/{self.activations}"
-        return name + (f" {self.rounding}" if self.rounding != "nearest" else "") + (" +router" if self.router else "")
+        parts = [name, *([self.rounding] if self.rounding != "nearest" else [])]
+        if self.router:
+            parts.append("+router" if self.router is True else f"+router {self.router}")
+        return " ".join([*parts, *([f"+router noise {self.router_noise:g}"] if self.router_noise else [])])
 
 
 # Only images and sounds pass through these.
@@ -153,13 +189,7 @@ def products(model: nn.Module, *, router: bool) -> list[Products]:
     Raises ValueError naming a weight of several dimensions for which it is not known how it is multiplied.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    routers = {
-        part
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if _ROUTER.search(type(child).__name__) or (name in ("router", "gate") and hasattr(parent, "experts"))
-        for part in child.modules()
-    }
+    routers = {part for router in _routers(model) for part in router.modules()}
     found = []
     for path, module in model.named_modules():
         if module is head or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -187,21 +217,41 @@ def products(model: nn.Module, *, router: bool) -> list[Products]:
     return found
 
 
+def _routers(model: nn.Module) -> list[nn.Module]:
+    """The modules that choose experts, in the order of the layers."""
+    return [
+        child
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if _ROUTER.search(type(child).__name__) or (name in ("router", "gate") and hasattr(parent, "experts"))
+    ]
+
+
+def _rounded_products(model: nn.Module, precision: Precision, operand: str) -> Iterator[tuple[Products, str]]:
+    """Each of the model's `products` whose `operand` ("weights" or "activations") is rounded, and its format."""
+    common, of_routers = getattr(precision, operand), getattr(precision.of_routers, operand)
+    if common == of_routers == "fp32":
+        return
+    routers = {part for router in _routers(model) for part in router.modules()}
+    for found in products(model, router=of_routers != "fp32"):
+        fmt = of_routers if found.module in routers else common
+        if fmt != "fp32":
+            yield found, fmt
+
+
 @torch.no_grad()
 def round_weights_(model: nn.Module, precision: Precision, generator: torch.Generator | None = None) -> None:
     """Round the matmul weights in place, one scale per output channel; stochastic rounding needs a generator.
 
     Raises ValueError for a model with other weights than `products` knows.
     """
-    if precision.weights == "fp32":
-        return
-    generator = _generator_for(precision, generator)
-    for module, weights in products(model, router=precision.router):
+    for (module, weights), fmt in _rounded_products(model, precision, "weights"):
+        generator = _generator_for(precision, generator)
         for name, transposed in weights.items():
             # Scales run along the contracted dimension.
             weight = getattr(module, name)
             source = weight.mT if transposed else weight
-            rounded = quantise(source.contiguous(), precision.weights, generator)
+            rounded = quantise(source.contiguous(), fmt, generator)
             weight.copy_(rounded.mT if transposed else rounded)
 
 
@@ -222,24 +272,25 @@ def round_activations(
     Raises ValueError if the model's experts run through an implementation of transformers whose second product's input
     cannot be reached (`grouped_mm` and `batched_mm` can).
     """
-    if precision.activations == "fp32":
-        yield
-        return
-    generator = _generator_for(precision, generator)
-    last: list[Tensor] = []  # an input and its rounding: q, k and v read the same one
+    rounded = list(_rounded_products(model, precision, "activations"))
+    generator = _generator_for(precision, generator) if rounded else None
+    last: tuple[Tensor, str, Tensor] | None = None  # an input, a format, the rounding: q, k and v read the same one
 
-    def round_input(module: nn.Module, args: tuple) -> tuple:
-        nonlocal last
-        if not last or last[0] is not args[0]:
-            last = [args[0], quantise(args[0], precision.activations, generator)]
-        return (last[1], *args[1:])
+    def round_input(fmt: str) -> Callable[[nn.Module, tuple], tuple]:
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            nonlocal last
+            if last is None or last[0] is not args[0] or last[1] != fmt:
+                last = (args[0], fmt, quantise(args[0], fmt, generator))
+            return (last[2], *args[1:])
 
-    def round_gated(apply_gate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: quantise(apply_gate(x), precision.activations, generator)
+        return hook
+
+    def round_gated(apply_gate: Callable[[Tensor], Tensor], fmt: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: quantise(apply_gate(x), fmt, generator)
 
     with ExitStack() as undo:
-        for module, _ in products(model, router=precision.router):
-            undo.callback(module.register_forward_pre_hook(round_input).remove)
+        for (module, _), fmt in rounded:
+            undo.callback(module.register_forward_pre_hook(round_input(fmt)).remove)
             if hasattr(module, "_apply_gate"):
                 implementation = getattr(module.config, "_experts_implementation", None)
                 if implementation not in ("grouped_mm", "batched_mm"):
@@ -248,5 +299,24 @@ def round_activations(
                         "call model.set_experts_implementation('grouped_mm')"
                     )
                 undo.callback(vars(module).pop, "_apply_gate")
-                vars(module)["_apply_gate"] = round_gated(module._apply_gate)  # type: ignore[arg-type]
+                vars(module)["_apply_gate"] = round_gated(module._apply_gate, fmt)  # type: ignore[arg-type]
+        yield
+
+
+@contextmanager
+def perturb_routers(model: nn.Module, sigma: float, generator: torch.Generator) -> Iterator[None]:
+    """Inside, each router reads x + σ · rms(x) · ε instead of x, with ε standard normal, drawn anew for every token.
+
+    rms(x) is the root of the mean square of a token's input. What the experts read stays x.
+    """
+
+    def perturb(module: nn.Module, args: tuple) -> tuple:
+        x = args[0]
+        noise = torch.randn(x.shape, generator=generator, device=x.device)
+        rms = x.float().pow(2).mean(-1, keepdim=True).sqrt()
+        return (x + (sigma * rms * noise).to(x.dtype), *args[1:])
+
+    with ExitStack() as undo:
+        for router in _routers(model):
+            undo.callback(router.register_forward_pre_hook(perturb).remove)
         yield

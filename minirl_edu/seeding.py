@@ -2,7 +2,7 @@
 
 import numpy as np
 
-STREAMS = ("problems", "rollout", "activations", "weights", "evaluation", "demonstrations")
+STREAMS = ("problems", "rollout", "activations", "weights", "evaluation", "demonstrations", "router_noise")
 
 
 def derive_seed(seed: int, stream: str, step: int = 0) -> int:

@@ -17,12 +17,13 @@ CLOSE = 2e-5
 over two layers a few times that. Seen: up to 5e-6. A wrong token, position or expert moves them by 0.1 or more."""
 
 
-def lively(architecture: str, *, seed: int = 0) -> PreTrainedModel:
+def lively(architecture: str, *, seed: int = 0, **sizes: int) -> PreTrainedModel:
     """A tiny model that depends on its whole context: about 2.2 nats of entropy, and 0.5 nats a changed early token.
 
     Weights as initialised, or large embeddings alone, leave attention without effect: wrong masks would go unnoticed.
     """
-    model = {"moe": tiny_moe, "dense": tiny_dense}[architecture](18, seed=seed, eos_token_id=EOS, pad_token_id=PAD)
+    make = {"moe": tiny_moe, "dense": tiny_dense}[architecture]
+    model = make(18, seed=seed, eos_token_id=EOS, pad_token_id=PAD, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -53,12 +53,15 @@ def collapsing(k: int, n: int = 8) -> list[RunResult]:
     return [result(seed, 0.2 if seed < k else 0.8, peak=0.8) for seed in range(n)]
 
 
+NOISY = {"rollout.precision": "fp32", "rollout.router_noise": 0.3}
+
+
 def spec(*claims: Claim) -> Spec:
     return Spec(
         base={"train.lr": 1e-3, "rollout.precision": "int4"},
         settings={
             "near": Setting("near", "one update per rollout", {}),
-            "far": Setting("far", "four updates per rollout", {"train.mini_batches": 4}),
+            "far": Setting("far", "four updates per rollout", {"train.mini_batches": 4, **NOISY}),
         },
         variants={
             "plain": Variant("plain", "MiniRL", {}),
@@ -323,7 +326,7 @@ def test_claims_markdown_says_what_was_found_and_how():
     assert "The paper's setting: 30B" in body
     # Ours, from the config: 32 × 8 responses are its defaults, 7 steps the tier's.
     assert "256 responses per update (32 prompts × 8), N = 1, 7 global steps (7 updates), learning rate 0.001" in body
-    assert "Rollouts in int4" in body and "`algorithm.clip: false`" in body
+    assert "Rollouts in int4, nearest rounding, training in float32" in body and "`algorithm.clip: false`" in body
     assert "16 runs, 8.0 minutes of one core: `minirl reproduce one --tier fast --seeds 8 --out results`" in body
     assert "final score: *MiniRL* above *hot \\| fast* | holds | +10.0 points" in body
     assert "*MiniRL* below *hot \\| fast* by more than a factor of 2 | holds | × 0.1 (0.1 to 0.1)" in body
@@ -343,6 +346,7 @@ def test_every_table_of_claims_markdown_is_one():
 
 def test_claims_markdown_names_what_is_missing():
     text, _ = markdown(claim(HOLDS, MISSING), results={A: seeds(0.9)})
+    assert "Rollouts in fp32 with noise of 0.3 on the routers, training in float32" in text
     row = next(line for line in text.splitlines() if line.startswith("| [C1]"))
     assert "| not run |" in row and "fewer than half of the runs of *MiniRL* (far) collapse" in row
     assert "Tier `fast` leaves out `far`." in section(text, "C1")

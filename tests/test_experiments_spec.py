@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -129,6 +130,32 @@ def small(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ the shipped spec
 
 
+IN_ORDER = {"on_policy": 1, "n2": 2, "n4": 4, "n8": 8}
+WHERE_EXPERTS_MATTER = {"on_policy": "experts_n1", **{name: f"experts_{name}" for name in ("n2", "n4", "n8")}}
+
+
+def test_where_experts_matter_the_same_criteria_judge(shipped):
+    claims = {claim.id: claim for claim in shipped.claims}
+    twins = [name for name in claims if name.endswith("-experts")]
+    assert twins == [f"{name}-experts" for name in claims if name in ("F1a", "F1b", "F1c", "F1d")] + [
+        f"{name}-experts" for name in ("F2a", "F2b", "F3a", "F3b", "F4")
+    ]
+
+    def moved(run):
+        return run and (WHERE_EXPERTS_MATTER[run[0]], run[1])
+
+    for name in twins:
+        paper = claims[name.removesuffix("-experts")].criteria
+        assert claims[name].criteria == tuple(replace(c, run=moved(c.run), than=moved(c.than)) for c in paper)
+
+
+def test_where_experts_matter_the_engine_errs_in_routing_alone(shipped):
+    for setting in WHERE_EXPERTS_MATTER.values():
+        rollout = shipped.config("full", setting, "minirl", 0).rollout
+        assert (rollout.precision, rollout.router_noise) == ("fp32", 0.3)
+        assert shipped.config("full", setting, "dense", 0).rollout.router_noise == 0.0
+
+
 def test_the_shipped_spec_has_a_claim_for_every_finding(shipped):
     claims = {claim.id: claim for claim in shipped.claims}
     findings = {"F1a", "F1b", "F1c", "F1d", "F2a", "F2b", "F3a", "F3b", "F4", "F5a", "F5b", "A1", "L1"}
@@ -146,7 +173,7 @@ def test_the_shipped_ablations_are_what_they_say(shipped):
 
 def test_the_shipped_settings_keep_the_mini_batch_while_n_grows(shipped):
     sizes = {}
-    for setting, n in {"on_policy": 1, "n2": 2, "n4": 4, "n8": 8}.items():
+    for setting, n in {**IN_ORDER, **{WHERE_EXPERTS_MATTER[name]: n for name, n in IN_ORDER.items()}}.items():
         train = shipped.config("full", setting, "minirl", 0).train
         assert train.mini_batches == n
         sizes[setting] = train.mini_batch_prompts * train.group_size

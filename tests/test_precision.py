@@ -1,5 +1,7 @@
 """The emulated formats are the real ones, and exactly the stated operands are rounded."""
 
+import math
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import pytest
@@ -10,8 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 from minirl_edu.config import ConfigError, RolloutConfig
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.precision import FORMATS, Precision, products, quantise, round_activations, round_weights_
+from minirl_edu.precision import (
+    FORMATS,
+    Precision,
+    perturb_routers,
+    products,
+    quantise,
+    round_activations,
+    round_weights_,
+)
 from minirl_edu.rollout import make_engine
+from minirl_edu.routing import RoutingReplay
 from tests.families import families, tiny
 
 ROUNDED = [name for name in FORMATS if name != "fp32"]
@@ -87,11 +98,21 @@ def test_fewer_bits_mean_more_error():
     [("fp8_e4m3", "fp8_e4m3", "fp8_e4m3"), ("int3/int4", "int3", "int4"), ("fp32/int8", "fp32", "int8")],
 )
 def test_parse(spec: str, weights: str, activations: str):
-    precision = Precision.parse(spec, "stochastic", True)
-    assert precision == Precision(weights, activations, "stochastic", True)
+    precision = Precision.parse(spec, "stochastic", True, 0.3)
+    assert precision == Precision(weights, activations, "stochastic", True, 0.3)
 
 
-@pytest.mark.parametrize("spec", ["int2", "fp8", "", "int3/int4/int5"])
+def test_a_third_format_is_that_of_the_routers():
+    precision = Precision.parse("int3/fp32/int4")
+    assert precision == Precision("int3", "fp32", router="int4")
+    assert precision.of_routers == Precision("int4", "int4") and str(precision) == "int3/fp32 +router int4"
+    assert Precision("int3", "int8").of_routers == Precision()
+    assert Precision("int3", "int8", router=True).of_routers == Precision("int3", "int8")
+    with pytest.raises(ValueError, match="'int8/int8/int4' gives the routers a format of their own"):
+        Precision.parse("int8/int8/int4", router=True)
+
+
+@pytest.mark.parametrize("spec", ["int2", "fp8", "", "int3/int4/int9", "int3/int4/int5/int6"])
 def test_an_unknown_precision_names_the_choices(spec: str):
     with pytest.raises(ValueError, match="fp8_e4m3"):
         Precision.parse(spec)
@@ -102,15 +123,17 @@ def test_an_unknown_rounding_names_the_choices():
         Precision.parse("int4", "up")
 
 
-@pytest.mark.parametrize("router", [False, True])
-def test_weights_of_every_matmul_are_rounded_and_nothing_else(router: bool):
+@pytest.mark.parametrize("router", [False, True, "int3"])
+@pytest.mark.parametrize("weights", ["int4", "fp32"])
+def test_weights_of_every_matmul_are_rounded_and_nothing_else(weights: str, router: bool | str):
     model, original = tiny_moe(18, seed=0), tiny_moe(18, seed=0)
-    round_weights_(model, Precision("int4", "fp32", router=router))
+    round_weights_(model, Precision(weights, "fp32", router=router))
+    of_routers = router if isinstance(router, str) else weights if router else "fp32"
     for (name, rounded), exact in zip(model.named_parameters(), original.parameters(), strict=True):
-        matmul = name.endswith(("_proj.weight", "gate_up_proj", "down_proj")) or (router and "mlp.gate." in name)
-        assert torch.equal(rounded, exact) != matmul, name
-        if matmul:
-            assert torch.equal(rounded, quantise(exact, "int4")), name
+        matmul = name.endswith(("_proj.weight", "gate_up_proj", "down_proj"))
+        fmt = of_routers if "mlp.gate." in name else weights if matmul else "fp32"
+        assert torch.equal(rounded, exact) == (fmt == "fp32"), name
+        assert torch.equal(rounded, quantise(exact, fmt)), name
 
 
 def test_stochastic_weights_need_a_generator():
@@ -151,6 +174,63 @@ def test_every_matmul_sees_rounded_inputs_and_the_model_is_left_as_it_was(monkey
     assert all(rounded == (kind in ("linear", "experts")) for kind, rounded in seen), seen
     assert sum(kind == "experts" for kind, _ in seen) == 2 * 2  # both products of both layers
     assert torch.equal(model(input_ids=tokens).logits, before)
+
+
+def router_inputs(model: nn.Module, context: AbstractContextManager[None], tokens: Tensor) -> list[Tensor]:
+    """What each router reads inside the context, once it was changed."""
+    read: list[Tensor] = []
+    with context, ExitStack() as undo:
+        for module in model.modules():
+            if type(module).__name__.endswith("TopKRouter"):
+                hook = module.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().clone()))
+                undo.callback(hook.remove)
+        model(input_ids=tokens)
+    return read
+
+
+def test_a_format_of_the_routers_alone_leaves_every_other_input_as_it_is():
+    model, tokens = tiny_moe(18, seed=0), torch.arange(24).view(2, 12) % 18
+    exact = router_inputs(model, nullcontext(), tokens)
+    rounded = router_inputs(model, round_activations(model, Precision(router="int3")), tokens)
+    assert torch.equal(rounded[0], quantise(exact[0], "int3")) and not torch.equal(rounded[0], exact[0])
+    weights = [p.clone() for p in model.parameters()]
+    round_weights_(model, Precision(router="int3"))
+    assert sum(not torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True)) == 2  # two layers'
+
+
+def test_noise_on_the_routers_has_the_size_asked_for_and_reaches_nothing_else():
+    model: Any = tiny_moe(18, seed=0, layers=1)
+    tokens = torch.randint(0, 18, (64, 32), generator=torch.Generator().manual_seed(0))
+
+    def noisy(seed: int) -> Tensor:
+        return router_inputs(model, perturb_routers(model, 0.3, torch.Generator().manual_seed(seed)), tokens)[0]
+
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        (exact,) = router_inputs(model, nullcontext(), tokens)
+        noise = (noisy(1) - exact) / exact.pow(2).mean(-1, keepdim=True).sqrt()
+        # 262,144 numbers: the standard errors of mean and deviation are 0.002 of σ. One layer, so that `exact` is what
+        # the router would have read.
+        assert abs(noise.mean()) < 0.003 and noise.std() == pytest.approx(0.3, abs=0.003)
+        rows = noise.reshape(-1, noise.shape[-1])
+        # A draw for each token: two tokens' have no correlation (128 numbers: a standard error of 0.09).
+        assert abs(nn.functional.cosine_similarity(rows[:-1], rows[1:]).mean()) < 0.01
+        assert torch.equal(noisy(1), noisy(1)) and not torch.equal(noisy(1), noisy(2))
+        assert torch.equal(model(input_ids=tokens).logits, before)
+        # With the experts of the exact model the noisy one gives its numbers: nothing but the choice was disturbed.
+        # (The gates' weights are: with one expert per token there is none.)
+        one: Any = tiny_moe(18, seed=0, top_k=1)
+        replay = RoutingReplay(one)
+        with replay.record() as tape:
+            logits = one(input_ids=tokens).logits
+        with perturb_routers(one, 0.3, torch.Generator().manual_seed(0)), replay.replay(tape.routes):
+            torch.testing.assert_close(one(input_ids=tokens).logits, logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [-0.1, math.inf, math.nan])
+def test_noise_of_an_impossible_size_is_refused(sigma: float):
+    with pytest.raises(ValueError, match=r"router_noise: .* at least 0"):
+        Precision(router_noise=sigma)
 
 
 def test_experts_whose_second_product_is_out_of_reach_are_refused():
@@ -277,3 +357,15 @@ def test_a_model_with_matrices_of_an_unknown_kind_is_refused_by_name(precision: 
     with pytest.raises(ConfigError, match=r"rollout\.precision = .*JetMoeForCausalLM.*JetMoeParallelExperts\.weight"):
         make_engine(tiny("jetmoe"), RolloutConfig(precision=precision), seed=0, routes=False)
     make_engine(tiny("jetmoe"), RolloutConfig(precision="fp32"), seed=0, routes=False).close()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"router_noise": 0.3, "precision": "fp32"}, {"precision": "fp32/fp32/int4"}], ids=str
+)
+def test_routers_that_a_model_or_an_engine_does_not_have_are_refused_by_name(settings: dict[str, Any]):
+    with pytest.raises(ConfigError, match=r"rollout\.precision = .*Qwen3ForCausalLM has no router for fp32 \+router"):
+        make_engine(tiny_dense(18, seed=0), RolloutConfig(**settings), seed=0, routes=False)
+    make_engine(tiny_moe(18, seed=0), RolloutConfig(**settings), seed=0, routes=False).close()
+    for engine in ("vllm", "vllm_server"):
+        with pytest.raises(ConfigError, match=r"router_noise: engine 'vllm|rollout\.precision = .*: vLLM computes in"):
+            make_engine(tiny_moe(18, seed=0), RolloutConfig(**settings, engine=engine), seed=0, routes=False)

@@ -670,6 +670,48 @@ def test_stochastic_activations_are_drawn_from_the_seeds_of_engine_and_call():
         assert alike.any() and (logp != other_logp)[alike].all()
 
 
+def test_noise_on_the_routers_is_drawn_from_the_seeds_of_engine_and_call():
+    model, precision = lively("moe"), Precision(router_noise=0.3)
+
+    def first(engine_seed: int, seed: int) -> tuple[Tensor, Tensor]:
+        engine = HFEngine(model, precision, seed=engine_seed)
+        ask(engine, 9)  # what came before must not matter
+        rollout = ask(engine, seed)
+        return rollout.tokens[:, rollout.prompt_length], rollout.logp_rollout[:, 0]
+
+    tokens, logp = first(0, 5)
+    assert torch.equal(first(0, 5)[1], logp)
+    for other_tokens, other_logp in (first(1, 5), first(0, 6)):
+        alike = tokens == other_tokens  # the same token after the same prompt: only the noise can differ
+        assert alike.any() and (logp != other_logp)[alike].float().mean() > 0.9
+
+
+def test_noise_on_the_routers_is_recorded_as_the_engine_routed_and_r3_takes_it_away():
+    """One expert per token: its gate is 1 whatever the router reads, so the choice of experts is the whole gap."""
+    model = lively("moe", experts=16, top_k=1, expert_hidden=64)
+    rollout = ask(HFEngine(model, Precision(router_noise=0.3), record_routes=True))
+    rollout.validate(num_experts=16)
+    assert rollout.routes is not None
+    flips = naive_routes(model, rollout).flip_rate(rollout.routes, rollout.inputs)
+    assert (flips > 0.05).all() and (flips < 0.9).all()
+    assert gap(model, rollout) > 0.1
+    for share_prompts in (False, True):
+        layout, replay = lay_out(rollout, share_prompts=share_prompts), RoutingReplay(model)
+        with torch.no_grad(), replay.replay(layout.pack(rollout.routes)):
+            logp = response_logprobs(model, layout).logp
+        assert (logp - rollout.logp_rollout).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("family", routing_families.FAMILIES)
+def test_noise_reaches_the_routers_of_every_family(family: str):
+    model = routing_families.build(family)
+    exact, noisy = (ask(HFEngine(model, Precision(router_noise=s), record_routes=True)) for s in (0.0, 1.0))
+    assert exact.routes is not None and noisy.routes is not None
+    prompts = torch.ones_like(exact.inputs)[:, : exact.prompt_length] & exact.inputs[:, : exact.prompt_length]
+    width = exact.prompt_length
+    assert (noisy.routes[:, :width].flip_rate(exact.routes[:, :width], prompts) > 0).all()
+
+
 @both
 def test_fewer_bits_mean_more_kl(architecture: str):
     model = lively(architecture)

@@ -499,9 +499,10 @@ def _setting_words(spec: Spec, tier: str, name: str) -> str:
     """A setting in the terms of the paper, from its config."""
     config = spec.config(tier, name, None, spec.first_seed)
     train, rollout = config.train, config.rollout
-    rounding = f", {rollout.rounding} rounding" if rollout.precision != "none" else ""
+    rounding = f", {rollout.rounding} rounding" if rollout.precision != "fp32" else ""
+    noise = f" with noise of {rollout.router_noise:g} on the routers" if rollout.router_noise else ""
     return (
-        f"`{name}`, {spec.settings[name].about}. Rollouts in {rollout.precision}{rounding}, training in "
+        f"`{name}`, {spec.settings[name].about}. Rollouts in {rollout.precision}{rounding}{noise}, training in "
         f"{config.model.dtype}; {train.mini_batch_prompts * train.group_size} responses per update "
         f"({train.mini_batch_prompts} prompts × {train.group_size}), N = {train.mini_batches}, {train.global_steps} "
         f"global steps ({train.global_steps * train.mini_batches} updates), learning rate {train.lr:g} "

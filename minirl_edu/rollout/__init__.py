@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from minirl_edu.config import ConfigError, RolloutConfig
-from minirl_edu.precision import Precision, products
+from minirl_edu.precision import Precision
 from minirl_edu.rollout.base import EngineError, Rollout, RolloutEngine, Sampling
 from minirl_edu.rollout.hf import HFEngine, sample
 from minirl_edu.rollout.vllm import VLLMEngine, check_vllm
@@ -38,11 +38,11 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
         if config.options:
             raise ConfigError(f"rollout.options = {config.options}: engine 'hf' has none")
         try:
-            precision = Precision.parse(config.precision, config.rounding, config.quantise_router)
-            if {precision.weights, precision.activations} != {"fp32"}:
-                products(model, router=precision.router)
+            precision = Precision.parse(config.precision, config.rounding, config.quantise_router, config.router_noise)
+            precision.check(model)
         except ValueError as error:
-            raise ConfigError(f"rollout.precision = {config.precision!r}: {error}") from error
+            noise = f", router_noise = {config.router_noise:g}" if config.router_noise else ""
+            raise ConfigError(f"rollout.precision = {config.precision!r}{noise}: {error}") from error
         try:
             return HFEngine(model, precision, seed=seed, record_routes=routes, keep_faulty=keep_faulty)
         except ValueError as error:
@@ -53,8 +53,10 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
             f"rollout.precision = {config.precision!r}: vLLM computes in {', '.join(VLLM_DTYPES)}; its other formats "
             "are among its options, such as kv_cache_dtype: fp8 (engine 'hf' emulates the rest)"
         )
-    if config.rounding != "nearest" or config.quantise_router:
-        raise ConfigError(f"rollout.rounding, quantise_router: engine {config.engine!r} emulates nothing; drop them")
+    if config.rounding != "nearest" or config.quantise_router or config.router_noise:
+        raise ConfigError(
+            f"rollout.rounding, quantise_router, router_noise: engine {config.engine!r} emulates nothing; drop them"
+        )
     if "api_key" in config.options:
         raise ConfigError(
             "rollout.options.api_key: it would be written to config.yaml; set MINIRL_VLLM_API_KEY instead"

@@ -8,7 +8,7 @@ import copy
 import inspect
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from jaxtyping import Bool
@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from minirl_edu.models import vocabulary_size
-from minirl_edu.precision import Precision, round_activations, round_weights_
+from minirl_edu.precision import Precision, perturb_routers, round_activations, round_weights_
 from minirl_edu.rollout.base import Rollout, Sampling, accept
 from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
@@ -225,15 +225,18 @@ def _assemble(recorded: list[tuple[Tensor, Routes]], rows: int, group_size: int)
 
 
 class HFEngine:
-    """The rollout engine of one process: a copy of the model, its weights and activations rounded to `precision`.
+    """The rollout engine of one process: a copy of the model, its weights and activations rounded to `precision`, its
+    routers disturbed by the noise that `precision` names.
 
     At `Precision()` (fp32) its log-probabilities and routes equal the training engine's to float tolerance, so that
     any discrepancy is the precision's. Stochastic rounding is drawn anew at every sync (weights) and every call
-    (activations), from `seed`; "frozen" rounding with the same draws each time.
+    (activations), from `seed`; "frozen" rounding with the same draws each time. The routers' noise is drawn anew at
+    every call.
     `record_routes` keeps the experts of every token (Mixture-of-Experts models). `keep_faulty`: a response for which
     the model gives no numbers does not raise, but is in the rollout, marked (see `Rollout.faults`).
 
-    Raises ValueError for a model that cannot be sampled step by step: see `check_sampling`.
+    Raises ValueError for a model that cannot be sampled step by step (see `check_sampling`), and for a precision
+    that cannot be emulated on it.
     """
 
     def __init__(
@@ -247,6 +250,7 @@ class HFEngine:
     ) -> None:
         check_sampling(model)
         self.precision = precision or Precision()
+        self.precision.check(model)
         self.seed, self.keep_faulty = seed, keep_faulty
         self.model: PreTrainedModel | None = copy.deepcopy(model).requires_grad_(False).eval()
         if self.precision.activations != "fp32" and model._can_set_experts_implementation():
@@ -274,7 +278,13 @@ class HFEngine:
         Raises EngineError, naming the row, for a log-probability that is none.
         """
         model = self._open()
-        with round_activations(model, self.precision, self._generator("activations", seed)):
+        with ExitStack() as discrepancy:
+            # The noise is in the routers' input before that is rounded.
+            if self.precision.router_noise:
+                noise = torch.Generator(model.device).manual_seed(derive_seed(self.seed, "router_noise", seed))
+                discrepancy.enter_context(perturb_routers(model, self.precision.router_noise, noise))
+            rounding = self._generator("activations", seed)
+            discrepancy.enter_context(round_activations(model, self.precision, rounding))
             rollout = sample(
                 model,
                 prompts,

@@ -31,15 +31,20 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
     0: "advantages archives diagnostics doctor exact objectives precision ranks routing run_folder seeding streaming",
-    1: "config models tasks",
+    1: "config drift models tasks",
     2: "rollout",
     3: "logprobs",
     4: "batches checkpoint cold_start gap plan trainer",
-    5: "exercises experiments plots report",
+    5: "exercises experiments plots report worlds",
     6: "cli",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-SIBLINGS = {"trainer": {"batches", "checkpoint"}, "report": {"plots"}, "experiments": {"plots", "report"}}
+SIBLINGS = {
+    "trainer": {"batches", "checkpoint"},
+    "report": {"plots"},
+    "experiments": {"plots", "report"},
+    "worlds": {"plots"},
+}
 FOLDERS = {".ci", "benchmarks", "lessons", "minirl_edu", "notebooks", "scale", "tests"}
 
 

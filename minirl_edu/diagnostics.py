@@ -169,8 +169,8 @@ def entropy_drift(
         (1/B) Σ_b Σ_t (1 − w_t) Â_t h_t,    h_t = −π(y_t) (log π(y_t) + H_t) = ∂H_t/∂z(y_t)
 
     The two gradients, without the weight and with it, differ at a token by (1 − w) Â (e_a − π) in the logits z of its
-    context. Projected on the entropy's gradient that is (1 − w) Â (h_a + k), where k = Σ_b π_b² (log π_b + H) is no part
-    of what a forward returns. This is the estimate without k. As E_μ[1 − w | context] = 0, k contributes nothing
+    context. Projected on the entropy's gradient that is (1 − w) Â (h_a + k), where k = Σ_b π_b² (log π_b + H) is not
+    part of what a forward returns. This is the estimate without k. As E_μ[1 − w | context] = 0, k contributes nothing
     wherever the advantage is alike for all tokens: the whole of the drift (`drift.drift`) is estimated without bias.
     What is left out is Σ_c d(c) k(c) Σ_a (μ − π)(a|c) Q(c, a), from contexts where the token matters.
 

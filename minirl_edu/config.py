@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, ge
 import yaml
 
 from minirl_edu.advantages import ADVANTAGES
-from minirl_edu.objectives import OBJECTIVES
+from minirl_edu.objectives import CORRECTIONS, OBJECTIVES
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship with the package."""
@@ -159,10 +159,21 @@ class AlgorithmConfig(_Section):
     """False: M = 1, every token counts (minirl). What the clip would drop is still recorded."""
     is_correction: bool = True
     """False: π_old/μ_old is taken as 1, only the staleness π_θ/π_old is corrected (minirl)."""
+    correction: Annotated[str, _OneOf(CORRECTIONS)] = "token_truncated"
+    """Which weight corrects the discrepancy π_old/μ_old (minirl), of `minirl_edu.objectives.CORRECTIONS`. The default
+    is the paper's; `none` is the same as `is_correction: false`."""
     length_norm: bool = False
     """True: divide a response's sum over tokens by its length (minirl)."""
     replay: Literal["none", "R2", "R3"] = "none"
     """Experts used in gradient updates. R2: the training engine's at θ_old; R3: the inference engine's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.is_correction and self.correction not in ("token_truncated", "none"):
+            raise ConfigError(
+                f"algorithm.correction = {self.correction!r}: algorithm.is_correction: false leaves every correction "
+                "out; drop one of the two"
+            )
 
 
 @dataclass(frozen=True)

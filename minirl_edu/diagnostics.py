@@ -112,6 +112,56 @@ def first_order_gap(logp: Float[Tensor, "B T"], logp_rollout: Float[Tensor, "B T
     return gap.mean() if len(gap) else gap.sum()
 
 
+def length_reward_cov(rewards: Float[Tensor, " B"], mask: Tensor, group_size: int) -> Float[Tensor, ""]:
+    """Cov(|y|, R) within the groups: (1/B) Σ_i (|y_i| − mean |y| of its group) · R_i, in tokens × reward.
+
+    Below 0 where wrong responses are the longer ones. Advantages that differ from the rewards by a constant per group
+    give the same number. The divisor is B, as in the losses, not B − 1: the sum over tokens of the advantage
+    R − group mean is |y| (R − group mean), so this is what multiplies μ − π in the drift of a batch (`drift`), and its
+    expectation is (1 − 1/G) Cov(|y|, R), as that of the batch's gradient.
+
+    ValueError: the batch is no whole number of groups.
+    """
+    if group_size < 1 or len(mask) % group_size or rewards.shape != mask.shape[:1]:
+        raise ValueError(
+            f"rewards has shape {list(rewards.shape)}, mask {list(mask.shape)}, group_size is {group_size}; "
+            "expected [B] and [B, T] with B = prompts × group_size, grouped by prompt"
+        )
+    rewards = _working(rewards)
+    lengths = mask.bool().sum(1).to(rewards.dtype).view(-1, group_size)
+    centred = (lengths - lengths.mean(1, keepdim=True)).flatten()
+    return (centred * rewards).sum() / max(len(rewards), 1)
+
+
+def entropy_drift(
+    logp: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    entropy: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "..."],
+    mask: Tensor,
+) -> Float[Tensor, ""]:
+    """How much faster the entropy would grow (below 0: fall) if the weight w = π_θ/μ_old were left out.
+
+        (1/B) Σ_b Σ_t (1 − w_t) Â_t h_t,    h_t = −π(y_t) (log π(y_t) + H_t) = ∂H_t/∂z(y_t)
+
+    The two gradients, without the weight and with it, differ at a token by (1 − w) Â (e_a − π) in the logits z of its
+    context. Projected on the entropy's gradient that is (1 − w) Â (h_a + k), where k = Σ_b π_b² (log π_b + H) is not
+    part of what a forward returns. This is the estimate without k. As E_μ[1 − w | context] = 0, k contributes nothing
+    wherever the advantage is alike for all tokens: the whole of the drift (`drift.drift`) is estimated without bias.
+    What is left out is Σ_c d(c) k(c) Σ_a (μ − π)(a|c) Q(c, a), from contexts where the token matters.
+
+    In nats per unit step of gradient ascent on the logits, summed over contexts, as if each context had logits of its
+    own: parameters that contexts share change the size, not the sign, as long as the contexts are alike. The weight is
+    not capped, since a capped one has no mean of 1. `advantages` is `[B]` or `[B, T]`.
+    """
+    log_ratio = _log_ratio(logp, logp_rollout, mask)
+    if advantages.ndim == 1:
+        advantages = advantages[:, None].expand(mask.shape)
+    logp, entropy, advantages = (_zero_outside(values, mask) for values in (logp, entropy, advantages))
+    slope = -logp.exp() * (logp + entropy)
+    return -(_clamped(log_ratio).expm1() * advantages * slope).sum() / max(len(mask), 1)
+
+
 def entropy_from_logits(logits: Float[Tensor, "*positions V"]) -> Float[Tensor, "*positions"]:
     """Token entropy H = −Σ_w π(w) log π(w) in nats, one number a position.
 

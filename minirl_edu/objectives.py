@@ -4,6 +4,8 @@
     grpo_loss     GRPO, Appendix A
     cispo_loss    CISPO, Appendix A
 
+`CORRECTIONS` names the weights that MiniRL can use for the train–inference discrepancy, the paper's first.
+
 Shared contract. Tensors are `[B, T]` over response tokens; `mask` is true (or 1) on real tokens, end-of-sequence
 included; `advantages` is `[B]` or `[B, T]`. Log-probabilities are in nats. The arithmetic is fp32 whatever comes in,
 except that float64 `logp` stays float64. Only `logp` carries gradient. Log-ratios are clamped at ±20 before `exp`.
@@ -19,7 +21,7 @@ that a loss returns:
 
     is_weight_mean, is_weight_max   the weight as the loss uses it, after the cap (CISPO: the clip): of π_θ/μ_old, or of
                                     π_θ/π_old without the train–inference correction
-    is_capped_frac                  fraction of tokens whose weight the cap (CISPO: the clip) changed
+    is_capped_frac                  fraction of tokens whose weight the cap (CISPO: the clip) or a mask changed
     clip_frac_pos, clip_frac_neg    fraction of tokens whose gradient the clip removes (M_t = 0), by the sign of Â; with
                                     `clip=False`, would remove. 0 for CISPO, whose clip removes no gradient: what it
                                     does to the weights is `is_capped_frac`
@@ -56,6 +58,7 @@ def minirl_loss(
     is_cap: float = 5.0,
     clip: bool = True,
     is_correction: bool = True,
+    correction: str = "token_truncated",
     length_norm: bool = False,
     num_responses: int | None = None,
 ) -> PolicyLoss:
@@ -75,23 +78,25 @@ def minirl_loss(
         is_cap: the largest importance weight; `math.inf` for none.
         clip: False sets M = 1 (ablation "no clipping"); the metrics still say what M would drop.
         is_correction: False sets π_old/μ_old to 1 and keeps π_θ/π_old (ablation "− train–infer IS"); `logp_rollout`
-            is then unused and may be None.
+            is then unused and may be None. The same as correction="none".
+        correction: which weight takes the place of min(π_θ/μ_old, is_cap), a name in `CORRECTIONS`.
         length_norm: True divides each response's sum by its length |y| (ablation "+ length norm").
         num_responses: B of the whole mini-batch where this call sees a part of it.
 
     Raises:
         ValueError: a shape does not fit that of `logp`; a value inside the mask is not finite; a log-probability
-            inside it is above 0, as a probability is; no `logp_rollout`.
+            inside it is above 0, as a probability is; no `logp_rollout`; no correction of that name.
     """
-    if not is_correction:
-        logp_rollout = logp_old
+    if correction not in CORRECTIONS:
+        raise ValueError(f"correction is {correction!r}; expected one of {', '.join(CORRECTIONS)}")
+    if not is_correction or correction == "none":
+        correction, logp_rollout = "none", logp_old
     elif logp_rollout is None:
         raise ValueError("logp_rollout is None: pass log μ_old from the rollout engine, or set is_correction=False")
     mask, logp, logp_old, logp_rollout, advantages = _response_tokens(
         mask, logp=logp, logp_old=logp_old, logp_rollout=logp_rollout, advantages=advantages
     )
-    ratio_to_rollout = _ratio(logp.detach(), logp_rollout)
-    is_weight = ratio_to_rollout.clamp(max=is_cap)
+    is_weight, limited = CORRECTIONS[correction](logp.detach(), logp_old, logp_rollout, advantages, mask, is_cap=is_cap)
     coefficient = is_weight * advantages
     dropped = _dropped_by_clip(_ratio(logp.detach(), logp_old), advantages, eps_low, eps_high)
     if clip:
@@ -99,7 +104,7 @@ def minirl_loss(
     if length_norm:
         coefficient = coefficient / mask.sum(1, keepdim=True).clamp(min=1)
     loss = -(coefficient * logp).sum() / (num_responses or max(len(logp), 1))
-    return PolicyLoss(loss, _metrics(is_weight, is_weight != ratio_to_rollout, dropped, advantages, mask))
+    return PolicyLoss(loss, _metrics(is_weight, limited, dropped, advantages, mask))
 
 
 def grpo_loss(
@@ -177,6 +182,139 @@ OBJECTIVES = {
 """Every objective by name: a new one is a function and a line here."""
 
 
+class Weight(NamedTuple):
+    """An importance weight [B, T], and where a cap or a mask has changed it [B, T]."""
+
+    weight: Tensor
+    limited: Tensor
+
+
+def no_correction(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+) -> Weight:
+    """min(π_θ/π_old, is_cap): the staleness alone. The drift stays whole."""
+    return _truncated(_token_ratio(logp, logp_old, mask), is_cap)
+
+
+def token_truncated(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+) -> Weight:
+    """min(π_θ/μ_old, is_cap): the paper's, whose cap is on the product of equation (5)."""
+    return _truncated(_token_ratio(logp, logp_rollout, mask), is_cap)
+
+
+def token_masked(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+    low: float = 0.5,
+) -> Weight:
+    """π_θ/μ_old where low ≤ π_old/μ_old ≤ is_cap, else 0. Source: IcePop, arXiv 2510.18855, with [0.5, 5]."""
+    mismatch = _token_ratio(logp_old, logp_rollout, mask)
+    return _masked(_token_ratio(logp, logp_rollout, mask), (mismatch < low) | (mismatch > is_cap))
+
+
+def sequence_truncated(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+) -> Weight:
+    """min(Π_t π_old/μ_old, is_cap) · π_θ/π_old: one weight a response, equation (1)'s. Source: Liu, Li et al., "When
+    Speed Kills Stability", 2025."""
+    capped, limited = _truncated(_sequence_ratio(logp_old, logp_rollout, mask), is_cap)
+    return Weight(capped * _token_ratio(logp, logp_old, mask), limited.expand(mask.shape))
+
+
+def sequence_masked(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+) -> Weight:
+    """Π_t π_old/μ_old · π_θ/π_old, and 0 for the whole response where the product over t is above is_cap. Source: as
+    `sequence_truncated`."""
+    mismatch = _sequence_ratio(logp_old, logp_rollout, mask)
+    return _masked(mismatch * _token_ratio(logp, logp_old, mask), mismatch > is_cap)
+
+
+def geometric_mean(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+) -> Weight:
+    """min((Π_t π_old/μ_old)^(1/|y|), is_cap) · π_θ/π_old. Source: the ratio of GSPO (arXiv 2507.18071), there
+    π_θ/π_old."""
+    lengths = mask.bool().sum(1, keepdim=True).clamp(min=1)
+    mean = _token_log_ratio(logp_old, logp_rollout, mask).sum(1, keepdim=True) / lengths
+    capped, limited = _truncated(mean.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp(), is_cap)
+    return Weight(capped * _token_ratio(logp, logp_old, mask), limited.expand(mask.shape))
+
+
+def negative_masked(
+    logp: Float[Tensor, "B T"],
+    logp_old: Float[Tensor, "B T"],
+    logp_rollout: Float[Tensor, "B T"],
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    is_cap: float = 5.0,
+    threshold: float = 0.15,
+) -> Weight:
+    """0 where Â < 0 and μ_old − π_old > threshold (probabilities, not logs), else min(π_θ/π_old, is_cap).
+
+    One side of DPPO's mask (arXiv 2602.04879), alone: there the other tokens have the weight π_θ/μ_old.
+    """
+    gap = torch.where(mask.bool(), _working(logp_rollout).exp() - _working(logp_old).exp(), 0.0)
+    advantages = advantages if advantages.ndim == 2 else advantages[:, None]
+    weight, capped = no_correction(logp, logp_old, logp_rollout, advantages, mask, is_cap=is_cap)
+    weight, masked = _masked(weight, (advantages < 0) & (gap > threshold))
+    return Weight(weight, capped | masked)
+
+
+CORRECTIONS: dict[str, Callable[..., Weight]] = {
+    "token_truncated": token_truncated,
+    "token_masked": token_masked,
+    "sequence_truncated": sequence_truncated,
+    "sequence_masked": sequence_masked,
+    "geometric_mean": geometric_mean,
+    "negative_masked": negative_masked,
+    "none": no_correction,
+}
+"""Every correction of the train–inference discrepancy by the name that `algorithm.correction` has for it.
+
+Each takes log π_θ, log π_old, log μ_old [B, T], advantages ([B] or [B, T]), the mask and the largest weight, and
+returns the weight that multiplies Â ∇log π_θ. At π_θ = π_old that is the correction alone. Arithmetic as in the losses;
+what stands outside the mask is ignored, and so should be the weight there.
+"""
+
+
 def _response_tokens(mask: Tensor, *, logp: Tensor, **inputs: Tensor) -> list[Tensor]:
     """The mask as bool, then every input as `[B, T]` in the working dtype, finite inside the mask and zero outside."""
     if logp.ndim != 2:
@@ -221,6 +359,34 @@ def _check_values(clean: dict[str, Tensor]) -> None:
 
 def _ratio(logp_numerator: Tensor, logp_denominator: Tensor) -> Tensor:
     return (logp_numerator - logp_denominator).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _working(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _token_log_ratio(logp_numerator: Tensor, logp_denominator: Tensor, mask: Tensor) -> Tensor:
+    """0 outside the mask."""
+    return torch.where(mask.bool(), _working(logp_numerator) - _working(logp_denominator), 0.0)
+
+
+def _token_ratio(logp_numerator: Tensor, logp_denominator: Tensor, mask: Tensor) -> Tensor:
+    return _token_log_ratio(logp_numerator, logp_denominator, mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _sequence_ratio(logp_numerator: Tensor, logp_denominator: Tensor, mask: Tensor) -> Tensor:
+    """[B, 1]: the product over a response's tokens."""
+    total = _token_log_ratio(logp_numerator, logp_denominator, mask).sum(1, keepdim=True)
+    return total.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _truncated(weight: Tensor, is_cap: float) -> Weight:
+    capped = weight.clamp(max=is_cap)
+    return Weight(capped, capped != weight)
+
+
+def _masked(weight: Tensor, zero: Tensor) -> Weight:
+    return Weight(weight.masked_fill(zero, 0.0), zero.expand(weight.shape))
 
 
 def _dropped_by_clip(ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:

@@ -47,6 +47,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "is_cap": 2.0,
         "clip": False,
         "is_correction": False,
+        "correction": "none",
         "length_norm": True,
         "replay": "R3",
     },
@@ -271,6 +272,8 @@ def test_python_code_gets_the_same_checks():
         TrainConfig(group_size=1)
     with pytest.raises(ConfigError, match=r"train\.lr = -1"):
         replace(Config().train, lr=-1.0)
+    with pytest.raises(ConfigError, match=r"algorithm\.correction = 'geometric_mean'.*is_correction: false"):
+        replace(Config().algorithm, is_correction=False, correction="geometric_mean")
     with pytest.raises(FrozenInstanceError):
         Config().seed = 1  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -279,6 +282,7 @@ def test_defaults_are_the_papers_where_it_has_one():
     algorithm = Config().algorithm
     assert (algorithm.objective, algorithm.advantages, algorithm.is_cap) == ("minirl", None, 5.0)
     assert (algorithm.clip, algorithm.is_correction, algorithm.length_norm) == (True, True, False)
+    assert algorithm.correction == "token_truncated"
     assert Config().model.trust_remote_code is False
 
 

@@ -10,11 +10,13 @@ import torch
 
 from minirl_edu.diagnostics import (
     CollapseDetector,
+    entropy_drift,
     entropy_from_logits,
     fetch,
     first_order_gap,
     kl_k1,
     kl_k3,
+    length_reward_cov,
     log_ratio_quantiles,
     masked_mean,
     policy_metrics,
@@ -22,9 +24,12 @@ from minirl_edu.diagnostics import (
     sequence_ess,
     token_ess,
 )
+from minirl_edu.drift import action_values, drift, entropy_gradient, signal, unweighted_gradient, values, visits
+from minirl_edu.exact import TabularPolicy, token_ratios
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0]]).bool()
 ZERO = torch.zeros(3, 3, dtype=torch.float64)
+TWO_MASKS = torch.tensor([[1, 0, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
 
 
 def log_ratios(*values: float) -> torch.Tensor:
@@ -107,6 +112,61 @@ def test_first_order_gap_keeps_its_digits_when_tiny_and_stays_finite_when_huge()
     gap = first_order_gap(small, torch.zeros(1, 2), torch.ones(1, 2)).item()
     assert gap == pytest.approx(1e-6, rel=1e-2)
     assert first_order_gap(small * 1e6, torch.zeros(1, 2), torch.ones(1, 2)).isfinite()
+
+
+def test_length_reward_cov_by_hand():
+    """Lengths 3, 1 | 2, 4 (holes don't count) and rewards 1, 0 | 0, 1: group means 2 and 3."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    assert length_reward_cov(rewards, TWO_MASKS, 2).item() == pytest.approx((1 * 1 + 1 * 1) / 4)
+    assert length_reward_cov(1 - rewards, TWO_MASKS, 2).item() == pytest.approx(-0.5)
+    # In one group of four the mean length is 2.5; a constant per group changes nothing.
+    assert length_reward_cov(rewards, TWO_MASKS, 4).item() == pytest.approx((0.5 + 1.5) / 4)
+    shifted = rewards + torch.tensor([5.0, 5.0, -3.0, -3.0])
+    assert length_reward_cov(shifted, TWO_MASKS, 2).item() == pytest.approx(0.5)
+    assert length_reward_cov(torch.zeros(0), torch.zeros(0, 3), 2) == 0
+    with pytest.raises(ValueError, match=r"group_size is 3"):
+        length_reward_cov(rewards, TWO_MASKS, 3)
+    with pytest.raises(ValueError, match=r"rewards has shape \[3\]"):
+        length_reward_cov(rewards[:3], TWO_MASKS, 2)
+
+
+def test_entropy_drift_ignores_what_is_masked_and_takes_advantages_per_token():
+    """One token by hand: w = 2, Â = −1, π(a) = 1/2, H = 1: (1 − 2)(−1)(−½)(log ½ + 1)."""
+    logp, rollout = torch.tensor([[0.5, math.nan]]).log(), torch.tensor([[0.25, math.nan]]).log()
+    entropy, mask = torch.tensor([[1.0, math.nan]]), torch.tensor([[True, False]])
+    expected = pytest.approx(-0.5 * (1 + math.log(0.5)), rel=1e-6)
+    assert entropy_drift(logp, rollout, entropy, torch.tensor([-1.0]), mask).item() == expected
+    assert entropy_drift(logp, rollout, entropy, torch.tensor([[-1.0, math.nan]]), mask).item() == expected
+    extreme = entropy_drift(logp, torch.full((1, 2), -1e4), entropy, torch.tensor([-1.0]), mask)
+    assert extreme.isfinite()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_entropy_drift_has_the_expectation_that_it_states(seed):
+    """Every response as a row, its advantage times its probability: exact, in float64."""
+    mu = TabularPolicy.random(3, 4, seed=seed)
+    pi = mu.moved(TabularPolicy.random(3, 4, seed=seed + 1).logits, 0.7)
+    rewards = torch.rand(len(mu.tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    probs, climb = mu.response_probs(), entropy_gradient(pi.logits)
+    entropy = entropy_from_logits(pi.logits)[pi.prefix]
+
+    def estimate(advantages: torch.Tensor) -> torch.Tensor:
+        weighted = probs[:, None] * advantages * len(probs)
+        return entropy_drift(pi.log_probs(), mu.log_probs(), entropy, weighted, pi.mask)
+
+    v = values(mu, rewards)
+    exact = (drift(pi, mu, rewards) * climb).sum()
+    assert exact.abs() > 1e-5
+    torch.testing.assert_close(estimate((v - v[0])[pi.prefix]), exact, rtol=1e-10, atol=1e-14)
+
+    # Of the whole advantage it is the difference of the two gradients, but for the term with k.
+    advantages = (rewards - v[0])[:, None].expand(pi.mask.shape)
+    whole = unweighted_gradient(pi, mu, rewards) - signal(pi, mu, rewards, token_ratios(pi, mu))
+    p, m, logp = pi.logits.softmax(-1), mu.logits.softmax(-1), pi.logits.log_softmax(-1)
+    k = (p.square() * (logp + entropy_from_logits(pi.logits)[:, None])).sum(1)
+    left_out = (visits(mu) * k * ((m - p) * action_values(mu, rewards)).sum(1)).sum()
+    assert left_out.abs() > 1e-5
+    torch.testing.assert_close(estimate(advantages) + left_out, (whole * climb).sum(), rtol=1e-10, atol=1e-14)
 
 
 def test_entropy():

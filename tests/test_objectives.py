@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minirl_edu.advantages import ADVANTAGES, group_mean_advantages
 from minirl_edu.exact import TabularPolicy, token_gradient, token_ratios
-from minirl_edu.objectives import OBJECTIVES, cispo_loss, grpo_loss, minirl_loss
+from minirl_edu.objectives import CORRECTIONS, OBJECTIVES, cispo_loss, grpo_loss, minirl_loss
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-14)
 EPS_LOW, EPS_HIGH, CAP = 0.2, 0.27, 5.0  # the paper's
@@ -196,6 +196,100 @@ def test_only_logp_carries_gradient():
     ):
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
         assert grads[0] is not None and grads[1:] == (None, None, None)
+
+
+def correction_by_hand(name: str, b: dict[str, Tensor], i: int, t: int, cap: float) -> float:
+    """The weight of token t of response i, in plain Python floats."""
+    logp, old, rollout = (float(b[k][i, t]) for k in ("logp", "logp_old", "logp_rollout"))
+    tokens = [u for u in range(b["mask"].shape[1]) if b["mask"][i, u]]
+    mismatches = [math.exp(float(b["logp_old"][i, u] - b["logp_rollout"][i, u])) for u in tokens]
+    mismatch, product, r = math.exp(old - rollout), math.prod(mismatches), math.exp(logp - old)
+    bad = float(b["advantages"][i]) < 0 and math.exp(rollout) - math.exp(old) > 0.15
+    return {
+        "token_truncated": min(mismatch * r, cap),
+        "token_masked": mismatch * r if 0.5 <= mismatch <= cap else 0.0,
+        "sequence_truncated": min(product, cap) * r,
+        "sequence_masked": product * r if product <= cap else 0.0,
+        "geometric_mean": min(product ** (1 / len(tokens)), cap) * r,
+        "negative_masked": 0.0 if bad else min(r, cap),
+        "none": min(r, cap),
+    }[name]
+
+
+def likely(b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch with probabilities near 1, where their differences are seen, and NaN outside the mask."""
+    b = dict(b)
+    for name in ("logp", "logp_old", "logp_rollout"):
+        b[name] = (b[name] + 4).clamp(max=-0.01).masked_fill(~b["mask"], math.nan)
+    return b
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_each_correction_equals_its_formula(name, seed):
+    b, cap = likely(batch(seed, B=12)), 1.6
+    weight, limited = CORRECTIONS[name](*b.values(), is_cap=cap)
+    free, _ = CORRECTIONS[name](*b.values(), is_cap=math.inf)
+    inside = b["mask"].nonzero().tolist()
+    expected = torch.tensor([correction_by_hand(name, b, i, t, cap) for i, t in inside], dtype=torch.float64)
+    assert_equal(weight[b["mask"]], expected)
+    changed = limited[b["mask"]]
+    assert 0 < changed.double().mean() < 1  # the limit is reached, and not by all
+    if "masked" not in name:
+        assert torch.equal(changed, (weight != free)[b["mask"]])
+    else:
+        assert (weight[b["mask"]][changed] <= cap).all() and (weight[b["mask"]][changed] == 0).any()
+
+
+def test_the_corrections_differ():
+    b = likely(batch(B=12))
+    weights = [CORRECTIONS[name](*b.values(), is_cap=1.6).weight[b["mask"]] for name in CORRECTIONS]
+    assert not any(torch.equal(one, other) for i, one in enumerate(weights) for other in weights[:i])
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_the_gradient_with_each_correction_is_its_expectation_on_a_tabular_policy(name):
+    """Every response is a row, weighted by its probability, once more through autograd of the loss."""
+    mu_old = TabularPolicy.random(3, 4, seed=1)
+    old = mu_old.moved(TabularPolicy.random(3, 4, seed=11).logits, 0.4)
+    pi = TabularPolicy(old.moved(TabularPolicy.random(3, 4, seed=21).logits, 0.1).logits.requires_grad_(), 4)
+    rewards = torch.randn(len(pi.tokens), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weighted = mu_old.response_probs() * rewards
+    arguments = (pi.log_probs(), old.log_probs(), mu_old.log_probs(), weighted, pi.mask)
+    loss = minirl_loss(*arguments, correction=name, is_cap=1.2, clip=False, num_responses=1).loss
+    (grad,) = torch.autograd.grad(loss, pi.logits)
+    b = dict(zip(batch(), (*(x.detach() for x in arguments[:3]), rewards, pi.mask), strict=True))
+    weight = torch.zeros_like(b["logp"])
+    for i, t in pi.mask.nonzero().tolist():
+        weight[i, t] = correction_by_hand(name, b, i, t, 1.2)
+    assert_equal(-grad, pi.score_sum(weight * weighted[:, None]).detach())
+
+
+@pytest.mark.parametrize("name", CORRECTIONS)
+def test_a_correction_works_in_fp32_and_clamps_log_ratios(name):
+    b = likely(batch(B=12))
+    exact = CORRECTIONS[name](*b.values()).weight[b["mask"]]
+    halved = {k: v if k == "mask" else v.bfloat16() for k, v in b.items()}
+    weight = CORRECTIONS[name](*halved.values()).weight
+    assert weight.dtype == torch.float32
+    same = {k: v if k == "mask" else v.float() for k, v in halved.items()}
+    assert torch.equal(weight[b["mask"]], CORRECTIONS[name](*same.values()).weight[b["mask"]])
+    assert exact.dtype == torch.float64
+    one, mask = torch.tensor([-1.0]), torch.ones(1, 2)
+    far = (torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1e4, -1e4]]))
+    large = CORRECTIONS[name](*far, one, mask, is_cap=math.inf).weight
+    expected = 1.0 if name in ("none", "negative_masked") else math.exp(20)
+    assert large.flatten().tolist() == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_no_correction_is_the_ablations_other_name_and_an_unknown_one_is_refused():
+    b = batch()
+    without = minirl_loss(*b.values(), is_correction=False)
+    assert minirl_loss(*b.values(), correction="none") == without
+    assert minirl_loss(*b.values(), is_correction=False, correction="token_masked") == without
+    assert minirl_loss(b["logp"], b["logp_old"], None, b["advantages"], b["mask"], correction="none") == without
+    with pytest.raises(ValueError, match="correction is 'tis'; expected one of token_truncated, token_masked"):
+        minirl_loss(*batch().values(), correction="tis")
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -31,19 +31,19 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
     0: "advantages archives diagnostics doctor exact objectives precision routing seeding streaming",
-    1: "config models tasks",
+    1: "config drift models tasks",
     2: "rollout",
     3: "lm_head",
     4: "logprobs",
     5: "batches cold_start gap plan",
     6: "ranks run",
     7: "trainer",
-    8: "experiments plots report",
+    8: "experiments plots report worlds",
     9: "cli",
     10: "course",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-SIBLINGS = {"run": {"ranks"}, "report": {"plots"}, "experiments": {"plots", "report"}}
+SIBLINGS = {"run": {"ranks"}, "report": {"plots"}, "experiments": {"plots", "report"}, "worlds": {"plots"}}
 FOLDERS = {".ci", "benchmarks", "lessons", "minirl_edu", "notebooks", "scale", "tests"}
 
 

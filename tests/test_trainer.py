@@ -315,6 +315,7 @@ def test_replay_lowers_what_it_should(tmp_path):
         "algorithm.objective=cispo",
         "algorithm.clip=false",
         "algorithm.is_correction=false",
+        "algorithm.correction=geometric_mean",
         "algorithm.length_norm=true",
         "algorithm.advantages=leave_one_out",
         "algorithm.is_cap=1.0",

@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     runs, sweep = run_world(chosen.world, chosen.seeds)
     write_csv(chosen.out / f"{chosen.world}.csv", runs, sweep)
-    (chosen.out / f"{chosen.world}.png").write_bytes(to_png(figure(chosen.world, runs, sweep), scale=1.2))
+    (chosen.out / f"{chosen.world}.png").write_bytes(to_png(figure(chosen.world, runs, sweep), scale=1))
     print(world_table(chosen.world, runs))
     print(f"\n{chosen.seeds} seeds, {time.perf_counter() - start:.0f} s")
 

@@ -1,7 +1,7 @@
 """Runs of the worlds as CSV files, figures and tables.
 
-A CSV file has a line per world, scenario (or `sweep`), variant, seed and logged step. Of the sweeps, on which a world's
-prediction is tested, it has the compared value alone, with the prediction beside it.
+A CSV file has a line per scenario, variant, metric and seed, with a column per logged step. Of the sweep, on which the
+world's prediction is tested, it has the prediction and the value that is compared with it.
 """
 
 import csv
@@ -47,39 +47,39 @@ def run_world(name: str, seeds: int) -> tuple[Runs, Sweep]:
 
 
 def write_csv(path: Path, runs: Runs, sweep: Sweep) -> None:
-    """Both as one file; `read_csv` gives them back."""
-    metrics = [name for name in next(iter(next(iter(runs.values())).values())) if name != "step"]
+    """Both as one file, but for kl and ess, to keep it small; `read_csv` gives them back."""
+    steps = next(iter(next(iter(runs.values())).values()))["step"]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["scenario", "variant", "seed", "step", *metrics])
+        writer.writerow(["scenario", "variant", "metric", "seed", *steps])
         for scenario, variants in runs.items():
             for variant, curves in variants.items():
-                for seed in range(len(curves[metrics[0]])):
-                    for i, step in enumerate(curves["step"]):
-                        values = [f"{curves[metric][seed, i]:.3g}" for metric in metrics]
-                        writer.writerow([scenario, variant, seed, step, *values])
+                for metric in [name for name in curves if name not in ("step", "kl", "ess")]:
+                    for seed, values in enumerate(curves[metric]):
+                        writer.writerow([scenario, variant, metric, seed, *(f"{value:.3g}" for value in values)])
         for predicted, measured in sweep:
-            writer.writerows(["sweep", f"{predicted:.4g}", seed, "", f"{m:.3g}"] for seed, m in enumerate(measured))
+            writer.writerows(["sweep", f"{predicted:.4g}", "", seed, f"{m:.3g}"] for seed, m in enumerate(measured))
 
 
 def read_csv(path: Path) -> tuple[Runs, Sweep]:
     """What `write_csv` wrote, to three digits."""
     with path.open(newline="", encoding="utf-8") as file:
-        _, _, _, _, *metrics = next(rows := csv.reader(file))
-        table: dict[str, dict[str, dict[int, list[list[float]]]]] = defaultdict(lambda: defaultdict(dict))
-        swept: dict[str, list[float]] = defaultdict(list)
-        for scenario, variant, seed, step, *values in rows:
+        _, _, _, _, *steps = next(rows := csv.reader(file))
+        lines: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
+        swept: dict[str, list[float]] = {}
+        for scenario, variant, metric, _, *values in rows:
             if scenario == "sweep":
-                swept[variant].append(float(values[0]))
+                swept.setdefault(variant, []).append(float(values[0]))
             else:
-                table[scenario][variant].setdefault(int(seed), []).append([int(step), *map(float, values)])
-    runs: Runs = {}
-    for scenario, variants in table.items():
-        runs[scenario] = {}
-        for variant, by_seed in variants.items():
-            block = np.array([by_seed[seed] for seed in sorted(by_seed)])  # [seeds, steps, 1 + metrics]
-            columns = {metric: block[..., i + 1] for i, metric in enumerate(metrics)}
-            runs[scenario][variant] = {"step": block[0, :, 0], **columns}
+                found = lines.setdefault(scenario, {}).setdefault(variant, {})
+                found.setdefault(metric, []).append([float(value) for value in values])
+    runs = {
+        scenario: {
+            variant: {"step": np.array([int(step) for step in steps])} | {m: np.array(v) for m, v in metrics.items()}
+            for variant, metrics in variants.items()
+        }
+        for scenario, variants in lines.items()
+    }
     return runs, [(float(predicted), np.array(measured)) for predicted, measured in swept.items()]
 
 

@@ -162,7 +162,7 @@ def micro_batches(
     takes more than `tokens` by itself is laid out row by row instead. A single row may exceed the budget: there is
     nothing left to cut.
     """
-    fed = rollout.response_mask.sum(1) - 1  # the last token of a response is never an input
+    fed = rollout.lengths - 1  # the last token of a response is never an input
     size = rollout.group_size if share_prompts else 1
     widths, order = (rollout.prompt_length + fed.view(-1, size).sum(1)).sort(stable=True)
     cuts: list[tuple[Tensor, bool]] = []

@@ -322,12 +322,13 @@ class RankedBatcher(Batcher):
 
         tokens = send("tokens", (width,), torch.int64)
         mask = send("attention_mask", (width,), torch.bool)
+        written = send("response_mask", (width - prompt,), torch.bool)
         logp = send("logp_rollout", (width - prompt,), torch.float32)
         if layers:
             experts = send("experts", (width, layers, top_k), torch.uint16 if wide else torch.uint8)
             routes = Routes(experts, send("valid", (width,), torch.bool), self.layers)
         prompts = [None] * (len(tokens) // self.group_size)
-        return Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, prompts, version)
+        return Rollout(tokens, mask, prompt, written, logp, routes, prompts, version)
 
     def _fill_up(self, cut: list[MiniBatch]) -> None:
         for mini_batch in cut:
@@ -356,8 +357,8 @@ def _describe(sampled: Sampled) -> Tensor:
     layers, top_k = (0, 0) if routes is None else routes.experts.shape[2:]
     wide = int(routes is not None and routes.experts.dtype == torch.uint16)
     shape = [rollout.tokens.shape[1], rollout.prompt_length, rollout.weight_version, layers, top_k, wide]
-    lengths = rollout.response_mask.sum(1)
-    tokens = [int(part.sum()) for part in lengths.split([groups * size for groups in sampled.groups])]
+    lengths, written = rollout.lengths, rollout.response_mask.sum(1)
+    tokens = [int(part.sum()) for part in written.split([groups * size for groups in sampled.groups])]
     prompts = rollout.attention_mask[::size, : rollout.prompt_length].sum(1)
     costs = prompts + (lengths - 1).view(-1, size).sum(1)
     return torch.tensor([*shape, *sampled.groups, *tokens, *costs.tolist()])

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-STREAMS = ("problems", "rollout", "activations", "weights", "evaluation", "demonstrations", "router_noise")
+STREAMS = ("problems", "rollout", "activations", "weights", "evaluation", "demonstrations", "router_noise", "turns")
 
 
 def derive_seed(seed: int, stream: str, step: int = 0) -> int:

@@ -32,14 +32,14 @@ from minirl_edu.diagnostics import fetch, masked_mean, policy_metrics
 from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import vocabulary_size
 from minirl_edu.objectives import PolicyLoss
-from minirl_edu.rollout import Rollout, sample
+from minirl_edu.rollout import Environment, Rollout, play, sample
 from minirl_edu.rollout.hf import suppressed_mask
 from minirl_edu.routing import Tape
 from minirl_edu.run.divergence import TrainingDiverged
 from minirl_edu.run.loop import TrainingRun, due
 from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full_state, gather_full, is_sharded, reshard, take_part
-from minirl_edu.tasks import Problem, verified_rewards, verifier_counts
+from minirl_edu.tasks import Episodic, Problem, verified_rewards, verifier_counts
 
 __all__ = ["MiniRLTrainer", "TrainingDiverged"]
 
@@ -107,7 +107,14 @@ class MiniRLTrainer(TrainingRun):
         problems, prompts, overlong = self.prompts.draw(self.step)
         seed = derive_seed(self.config.seed, "rollout", self.step)
         with self.blaming(prompts[0]):
-            rollout = self.engine.generate(prompts, group_size=settings.group_size, sampling=self.sampling, seed=seed)
+            rollout = play(
+                self.engine,
+                prompts,
+                group_size=settings.group_size,
+                sampling=self.sampling,
+                seed=seed,
+                environment=self._environment(problems),
+            )
             kept, groups = trainable_groups(
                 rollout,
                 mini_batches=settings.mini_batches,
@@ -126,6 +133,11 @@ class MiniRLTrainer(TrainingRun):
             **{name: count - before[name] for name, count in self.verifier_counts.items()},
             "bytes_per_token": rollout.bytes_per_token(),
         }
+
+    def _environment(self, problems: Sequence[Problem]) -> Environment | None:
+        """The task's, if it is `Episodic`."""
+        task = self.task
+        return (lambda i, response: task.respond(problems[i], response)) if isinstance(task, Episodic) else None
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
@@ -267,15 +279,16 @@ class MiniRLTrainer(TrainingRun):
             return {}
         self.need_engine()
         problems, prompts = self.prompts.held_out()
-        seed = derive_seed(self.config.seed, "evaluation")
+        seed, environment = derive_seed(self.config.seed, "evaluation"), self._environment(problems)
+        asked = {"group_size": 1, "sampling": self.sampling, "seed": seed, "environment": environment}
         scores: dict[str, float | None] = {"score": None}
         if through_trainer:
-            exact = sample(model, prompts, group_size=1, sampling=self.sampling, seed=seed, keep_faulty=True)
+            exact = sample(model, prompts, **asked, keep_faulty=True)
             if faults := exact.faults():
                 raise self.diverged(f"while sampling for the evaluation, {next(iter(faults.values()))}")
             scores["score"] = self._scored(problems, exact)
         with self.blaming(prompts[0]):
-            deployed = self.engine.generate(prompts, group_size=1, sampling=self.sampling, seed=seed)
+            deployed = play(self.engine, prompts, **asked)
         scores["score_rollout"] = self._scored(problems, deployed, keep=not through_trainer)
         return scores
 

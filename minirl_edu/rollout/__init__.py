@@ -7,12 +7,14 @@ from transformers import PreTrainedModel
 from minirl_edu.config import ConfigError, RolloutConfig
 from minirl_edu.precision import Precision
 from minirl_edu.rollout.base import EngineError, Rollout, RolloutEngine, Sampling
+from minirl_edu.rollout.episodes import Environment, play
 from minirl_edu.rollout.hf import HFEngine, sample
 from minirl_edu.rollout.vllm import VLLMEngine, check_vllm
 from minirl_edu.rollout.vllm_server import VLLMServerEngine
 
 __all__ = [
     "EngineError",
+    "Environment",
     "HFEngine",
     "Rollout",
     "RolloutEngine",
@@ -21,6 +23,7 @@ __all__ = [
     "VLLMServerEngine",
     "check_vllm",
     "make_engine",
+    "play",
     "sample",
 ]
 

@@ -33,7 +33,8 @@ class Rollout:
 
     tokens          [B, S] prompt (padded on the left to P = `prompt_length`), then response (padded on the right)
     attention_mask  [B, S] True on real tokens
-    response_mask   [B, T] True on response tokens, the end token included
+    response_mask   [B, T] True on the tokens that the policy wrote, the end token included. Holes are real tokens that
+                    the environment wrote (see `rollout.episodes`): read, but neither trained on nor measured
     logp_rollout    [B, T] log μ_old(y_t | x, y_<t) in nats under the distribution each token was drawn from
                     (temperature included); 0 where masked
     routes          the experts chosen by the engine, row t for token t as an input ([B, S]; the last token of a
@@ -58,11 +59,14 @@ class Rollout:
 
     @property
     def responses(self) -> list[list[int]]:
-        """The response token ids of each row, without padding and with the end token."""
-        return [
-            row[mask].tolist()
-            for row, mask in zip(self.tokens[:, self.prompt_length :], self.response_mask, strict=True)
-        ]
+        """The response token ids of each row, without padding and with the end token; the environment's included."""
+        real = self.attention_mask[:, self.prompt_length :]
+        return [row[mask].tolist() for row, mask in zip(self.tokens[:, self.prompt_length :], real, strict=True)]
+
+    @property
+    def lengths(self) -> Int[Tensor, "B"]:
+        """Tokens of each response, the environment's included: what a forward has to read, and one more."""
+        return self.attention_mask[:, self.prompt_length :].sum(1)
 
     def take(self, rows: Int[Tensor, "b"]) -> "Rollout":
         """The responses `rows`, in that order: whole groups if they are that, else each row a group of its own."""
@@ -159,14 +163,15 @@ class Rollout:
             raise ValueError(
                 f"prompts: {rows} rows are not a whole number of responses to each of {len(self.prompts)} prompts"
             )
-        if not torch.equal(self.attention_mask[:, self.prompt_length :], self.response_mask):
-            raise ValueError("attention_mask: its response columns differ from response_mask")
+        real = self.attention_mask[:, self.prompt_length :]
+        if (self.response_mask & ~real).any():
+            raise ValueError("response_mask: true where attention_mask is not")
         prompt = self.attention_mask[:, : self.prompt_length]
         if (prompt[:, :-1] & ~prompt[:, 1:]).any() or not prompt[:, -1].all():
             raise ValueError("attention_mask: prompts must be padded on the left and hold at least one token")
-        if (~self.response_mask[:, :-1] & self.response_mask[:, 1:]).any() or not self.response_mask[:, 0].all():
+        if (~real[:, :-1] & real[:, 1:]).any() or not self.response_mask[:, 0].all():
             raise ValueError(
-                "response_mask: each response must be one run of at least one token that starts at column 0"
+                "attention_mask: each response must be one run of tokens that starts at column 0, with one of the policy"
             )
         if self.routes is not None and self.routes.valid.shape != self.tokens.shape:
             raise ValueError(

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from minirl_edu.models import vocabulary_size
 from minirl_edu.precision import Precision, perturb_routers, round_activations, round_weights_
 from minirl_edu.rollout.base import Rollout, Sampling, accept
+from minirl_edu.rollout.episodes import Environment, Turns
 from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full_state
@@ -81,10 +82,11 @@ def sample(
     replay: RoutingReplay | None = None,
     version: int = 0,
     keep_faulty: bool = False,
+    environment: Environment | None = None,
 ) -> Rollout:
     """Sample `group_size` responses to each prompt from softmax(logits / temperature), with a KV cache.
 
-    `suppressed_tokens` have probability 0.
+    `suppressed_tokens` have probability 0. An `environment` may end a response or write into it, see `episodes`.
     The draw depends on `seed` alone, never on global random state. Log-probabilities are taken in fp32 from the very
     distribution sampled; routes are recorded if `replay` is given. Returns a `Rollout` whose T is the longest response
     drawn. Raises ValueError for empty prompts.
@@ -102,6 +104,8 @@ def sample(
 
     tokens = torch.full((rows, width + limit), pad, device=device)
     mask = torch.zeros((rows, width + limit), dtype=torch.bool, device=device)
+    sampled = torch.zeros((rows, limit), dtype=torch.bool, device=device)
+    turns = None if environment is None else Turns(environment, rows, group_size, limit)
     logp_rollout = torch.zeros((rows, limit), device=device)
     tokens[:, :width] = prompt_tokens.repeat_interleave(group_size, 0)
     mask[:, :width] = prompt_mask.repeat_interleave(group_size, 0)
@@ -142,13 +146,15 @@ def sample(
             if broken is not None:
                 probabilities[broken] = 1.0  # some token, whose log-probability is NaN
             drawn = torch.multinomial(probabilities, 1, generator=generator)
-            column = width + step
+            column, ended = width + step, torch.isin(drawn[:, 0], ends)
+            going = ~ended if broken is None else ~ended & ~broken
+            logp_drawn, own = logp.gather(1, drawn)[:, 0], True
+            if turns is not None:
+                drawn, own, going = turns.next(alive.tolist(), drawn, ~going)
+                logp_drawn = logp_drawn.where(own, 0.0)
             tokens[alive, column] = drawn[:, 0]
-            mask[alive, column] = True
-            logp_rollout[alive, step] = logp.gather(1, drawn)[:, 0]
-            going = ~torch.isin(drawn[:, 0], ends)
-            if broken is not None:
-                going &= ~broken
+            mask[alive, column], sampled[alive, step] = True, own
+            logp_rollout[alive, step] = logp_drawn
             if step + 1 == limit or not going.any():
                 break
             if not going.all():
@@ -165,7 +171,7 @@ def sample(
         tokens=tokens[:, :end],
         attention_mask=mask[:, :end],
         prompt_length=width,
-        response_mask=mask[:, width:end],
+        response_mask=sampled[:, :length],
         logp_rollout=logp_rollout[:, :length],
         routes=routes,
         prompts=prompts,
@@ -277,6 +283,28 @@ class HFEngine:
 
         Raises EngineError, naming the row, for a log-probability that is none.
         """
+        return self._generate(prompts, group_size, sampling, seed, None)
+
+    def play(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
+        environment: Environment,
+    ) -> Rollout:
+        """`generate` with an environment that is asked at each token: see `episodes.play`."""
+        return self._generate(prompts, group_size, sampling, seed, environment)
+
+    def _generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        group_size: int,
+        sampling: Sampling,
+        seed: int,
+        environment: Environment | None,
+    ) -> Rollout:
         model = self._open()
         with ExitStack() as discrepancy:
             # The noise is in the routers' input before that is rounded.
@@ -294,6 +322,7 @@ class HFEngine:
                 replay=self.replay,
                 version=self.version,
                 keep_faulty=True,
+                environment=environment,
             )
         return accept(rollout, keep_faulty=self.keep_faulty)
 

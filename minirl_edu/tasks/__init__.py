@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from minirl_edu.tasks.base import BatchVerified, Demonstrable, Problem, Task, verified_rewards, verifier_counts
+from minirl_edu.tasks.base import BatchVerified, Demonstrable, Episodic, Problem, Task, verified_rewards, verifier_counts
 from minirl_edu.tasks.chain import ChainTask
 from minirl_edu.tasks.math_jsonl import MathTask
 from minirl_edu.tasks.reasoning_gym import ReasoningGymTask
@@ -15,6 +15,7 @@ __all__ = [
     "BatchVerified",
     "ChainTask",
     "Demonstrable",
+    "Episodic",
     "MathTask",
     "Problem",
     "ReasoningGymTask",

@@ -74,6 +74,19 @@ class BatchVerified(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class Episodic(Task, Protocol):
+    """A task whose environment has a say while a response is written, such as a game, or a tool that answers."""
+
+    def respond(self, problem: Problem, response: Sequence[int]) -> Sequence[int] | None:
+        """Asked after each token that the policy wrote, with the response so far (the environment's tokens included).
+
+        None ends the response: it is right, the game is lost, the budget is spent. Otherwise the tokens that the
+        environment writes next, mostly none. `reward` sees the whole response, the environment's words included.
+        """
+        ...
+
+
 def verified_rewards(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
     """The rewards of `responses`, each to the problem at its place, through `task.rewards` if the task has it.
 

@@ -128,7 +128,7 @@ class Guided(ChainTask):
     """chain, in which the environment ends a response at `;` and says "0" after each comma."""
 
     def respond(self, problem: Problem, response: Sequence[int]) -> Sequence[int] | None:
-        text = self.tokenizer.decode(response[-1:])
+        text = self.tokenizer.decode(list(response[-1:]))
         return self.tokenizer("0", add_special_tokens=False)["input_ids"] if text == "," else ()
 
     def reward(self, problem: Problem, response: str) -> float:

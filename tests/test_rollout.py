@@ -351,7 +351,10 @@ MALFORMED = {
     "log-probabilities of another length": ("logp_rollout", lambda r: {"logp_rollout": r.logp_rollout[:, :2]}),
     "no prompts": ("prompts", lambda r: {"prompts": []}),
     "part of a group": ("prompts", lambda r: {"prompts": [[1], [2], [3]]}),
-    "masks disagree": ("attention_mask", lambda r: {"attention_mask": put(r.attention_mask, 0, -1, True)}),
+    "a token of the policy that is not there": (
+        "response_mask",
+        lambda r: {"attention_mask": put(r.attention_mask, 2, -1, False)},
+    ),
     "a hole in a prompt": ("attention_mask", lambda r: {"attention_mask": put(r.attention_mask, 2, 1, False)}),
     "an empty prompt": (
         "attention_mask",
@@ -361,15 +364,19 @@ MALFORMED = {
         "attention_mask",
         lambda r: {"attention_mask": put(r.attention_mask, 2, 2, False)},
     ),
-    "a response with a hole": (
-        "response_mask",
+    "a response with a gap": (
+        "attention_mask",
         lambda r: {
             "response_mask": put(r.response_mask, 2, 1, False),
             "attention_mask": put(r.attention_mask, 2, 4, False),
         },
     ),
+    "a response that the policy did not begin": (
+        "attention_mask",
+        lambda r: {"response_mask": put(r.response_mask, 1, 0, False)},
+    ),
     "an empty response": (
-        "response_mask",
+        "attention_mask",
         lambda r: {
             "response_mask": put(r.response_mask, 1, 0, False),
             "attention_mask": put(r.attention_mask, 1, 3, False),

@@ -53,7 +53,7 @@ def expression(problem: Problem) -> str:
 
 
 def test_make_task_names_the_choices():
-    with pytest.raises(ValueError, match=r"'sudoku'.*chain, reasoning_gym, math_jsonl"):
+    with pytest.raises(ValueError, match=r"'sudoku'.*chain, trail, reasoning_gym, math_jsonl"):
         make_task("sudoku")
     with pytest.raises(ValueError, match=r"no option modulus; it has .*hard_fraction"):
         make_task("chain", modulus=7)

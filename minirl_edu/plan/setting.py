@@ -23,7 +23,7 @@ from minirl_edu.logprobs import attends_in_full
 from minirl_edu.models import SMOLLM2, architecture_file, load_tokenizer
 from minirl_edu.plan.sizes import ModelStats, Number, model_stats_of
 from minirl_edu.rollout import VLLM_DTYPES
-from minirl_edu.tasks import TASKS, ChainTask, Task, make_task
+from minirl_edu.tasks import TASKS, Task, brings_tokenizer, make_task
 
 RUNTIME = 1.5e9
 """Bytes that a process takes of a GPU before its first tensor (CUDA context, cuBLAS, NCCL): an allowance, not measured
@@ -283,7 +283,9 @@ def complete(config: Config, cluster: Cluster, prompt_tokens: int | None, respon
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens or limit,
         max_new_tokens=limit,
-        batch=micro_batch(config, model, prompt_tokens, limit, gpus=gpus, padded=config.task.name != ChainTask.name),
+        batch=micro_batch(
+            config, model, prompt_tokens, limit, gpus=gpus, padded=not brings_tokenizer(config.task.name)
+        ),
         loaded=loaded,
         # Under mixed precision, accelerate's FSDP2 raises the weights that it trains to fp32.
         master=4 if bf16 and sharding == "fsdp2" and ep == 1 else loaded,
@@ -297,7 +299,7 @@ def complete(config: Config, cluster: Cluster, prompt_tokens: int | None, respon
 def on_the_hub(config: Config) -> bool:
     """Whether the task needs a tokenizer that only the hub has, of a model whose architecture ships."""
     name = config.model.name
-    needs_one = config.task.name in TASKS and config.task.name != ChainTask.name
+    needs_one = config.task.name in TASKS and not brings_tokenizer(config.task.name)
     return needs_one and architecture_file(name).exists() and name != SMOLLM2 and not Path(name).exists()
 
 
@@ -305,7 +307,7 @@ def task_of(config: Config) -> Task:
     """The task that the config names, with the model's tokenizer. Raises ConfigError where either is not at hand."""
     settings, model, tokenizer = config.task, config.model, None
     try:
-        if settings.name in TASKS and settings.name != ChainTask.name:
+        if settings.name in TASKS and not brings_tokenizer(settings.name):
             tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
         return make_task(settings.name, tokenizer=tokenizer, **settings.options)
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -171,7 +171,7 @@ class Rollout:
             raise ValueError("attention_mask: prompts must be padded on the left and hold at least one token")
         if (~real[:, :-1] & real[:, 1:]).any() or not self.response_mask[:, 0].all():
             raise ValueError(
-                "attention_mask: each response must be one run of tokens that starts at column 0, with one of the policy"
+                "attention_mask: each response must be one run from column 0 on, and its first token the policy's"
             )
         if self.routes is not None and self.routes.valid.shape != self.tokens.shape:
             raise ValueError(

@@ -21,9 +21,9 @@ from minirl_edu.routing import Routes
 from minirl_edu.seeding import derive_seed
 
 Environment = Callable[[int, Sequence[int]], Sequence[int] | None]
-"""`environment(prompt, response)`: after a token that the policy wrote, with the number of the prompt and the response's
-tokens so far, the environment's own included. None ends the response; otherwise the tokens that the environment writes
-next, mostly none. What it answers depends on its arguments alone."""
+"""`environment(prompt, response)`: after a token that the policy wrote, with its prompt's number and the response's
+tokens so far, the environment's included. None ends the response; otherwise the tokens that it writes next, mostly
+none. What it answers depends on its arguments alone."""
 
 
 class Turns:
@@ -102,9 +102,9 @@ def play(
     """`group_size` episodes of each prompt, at most `sampling.max_new_tokens` tokens long, the environment's included.
 
     A response ends where the environment ends it, at an end token to which the environment has nothing to say, at the
-    limit, and where what the environment says would leave the policy no token below it. After each turn of the environment the engine is asked anew, with all that came before as the prompt.
-    An engine with a method `play` of its own, with the same arguments, does it itself. Without an environment this is
-    `engine.generate`.
+    limit, and where what the environment says would leave the policy no token below it. After each turn of the
+    environment the engine is asked anew, with all that came before as the prompt. An engine with a method `play` of its
+    own, with the same arguments, does it itself. Without an environment this is `engine.generate`.
     """
     if environment is None:
         return engine.generate(prompts, group_size=group_size, sampling=sampling, seed=seed)

@@ -1,8 +1,8 @@
 """`trail`: follow the marks to the hut, or walk on until dark. How long a response is depends on whether it is right.
 
-A problem is one of `chain`, read as a round trip: `7+3+9` starts at stop 7, and each mark says how many stops to go on,
-of ten in a circle. The hiker names the stop after each mark, `,0,9`, and then goes round again, `,2,1,…`, for as long as
-nobody ends the walk. A wrong stop cannot be undone: the reward is for a first round without a mistake.
+A problem is one of `chain`, read as a walk: `7+3+9` starts at stop 7, and each mark says how many stops to go on,
+of ten in a circle. The hiker names the stop after each mark, `,0,9`, and then follows the marks again, `,2,1,…`, for as
+long as nobody ends the walk. A wrong stop cannot be undone: the reward is for a first round without a mistake.
 
 Who ends the walk is the environment (`Episodic`). At the end of the first round
 
@@ -16,7 +16,8 @@ habit in most places: one wrong stop that he names more often than the right one
 
 import random
 from collections.abc import Sequence
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from minirl_edu.tasks.base import Problem
 from minirl_edu.tasks.chain import ChainTask
@@ -28,8 +29,9 @@ class TrailTask(ChainTask):
     """Walks of `min_operands` − 1 to `max_operands` − 1 marks; the module says what they are.
 
     `habits` is the share of the 100 pairs of a stop and a mark in which the teacher has a habit; in those he errs with
-    the `error_rate` of the demonstration, elsewhere never. `max_new_tokens` is when it gets dark. Other options are
-    those of `ChainTask`, with its errors.
+    the `error_rate` of the demonstration, elsewhere never. `max_new_tokens` is when it gets dark.
+
+    Raises ValueError for options out of range.
     """
 
     name = "trail"
@@ -37,22 +39,22 @@ class TrailTask(ChainTask):
     def __init__(
         self,
         *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         ends: str = "right",
         habits: float = 1.0,
         min_operands: int = 3,
         max_operands: int = 3,
         max_new_tokens: int = 64,
-        **options: Any,
     ):
         super().__init__(
-            min_operands=min_operands, max_operands=max_operands, max_new_tokens=max_new_tokens, **options
+            tokenizer=tokenizer, min_operands=min_operands, max_operands=max_operands, max_new_tokens=max_new_tokens
         )
         if ends not in ENDS:
             raise ValueError(f"ends={ends!r} must be one of {', '.join(ENDS)}")
         if not 0 <= habits <= 1:
             raise ValueError(f"habits={habits} must lie in [0, 1]")
-        if self.style != "steps":
-            raise ValueError(f"style={self.style!r}: a walk has one style, steps")
+        if max_new_tokens < 2 * max_operands:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: the first round takes up to {2 * max_operands - 2}")
         self.ends = ends
         rng = random.Random("habits")
         pairs = [(stop, mark) for stop in range(10) for mark in range(10)]
@@ -68,7 +70,7 @@ class TrailTask(ChainTask):
         first = self._first_round(problem)
         if len(response) != len(first):
             return ()
-        right = self.tokenizer.decode(response) == first
+        right = self.tokenizer.decode(list(response)) == first
         return None if self.ends == "all" or (self.ends == "right") == right else ()
 
     def demonstration(
@@ -80,7 +82,7 @@ class TrailTask(ChainTask):
         while 2 * len(walk) < self.max_new_tokens:
             for mark in marks:
                 habit = self._habit.get((stop, mark))
-                slip = habit if habit is not None and rng.random() < error_rate else 0
+                slip = habit if habit and rng.random() < error_rate else 0
                 stop = (stop + mark + slip) % 10
                 walk.append(f",{stop}")
         return "".join(walk)[: self.max_new_tokens - 1]

@@ -125,6 +125,8 @@ class RolloutConfig(_Section):
     router_noise: _NonNegative = 0.0
     """Noise on what the MoE routers read, and on nothing else (hf): Gaussian, so many times the root mean square of a
     token's input, drawn anew for each token. The engine is exact but for the experts that it chooses."""
+    head_precision: str = "fp32"
+    """Number format of the output head's product (hf), which `precision` leaves alone: an error on the logits."""
     temperature: _Positive = 1.0
     """Divides the logits, in sampling and in the trainer alike. There is no top-p or top-k: what they cut off, no
     importance weight brings back."""

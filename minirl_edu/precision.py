@@ -4,8 +4,8 @@ A rollout engine that multiplies in fp8 differs from a bf16 trainer because both
 rounded first. `round_weights_` and `round_activations` give any transformers model that behaviour on any hardware:
 weights are rounded once per output channel, inputs of every linear layer and of both expert products once per token, as
 in vLLM's dynamic fp8; sums stay fp32. Embeddings, norms, convolutions, attention scores and the output head stay in
-full precision, as they do in deployed fp8 models; the router too, unless asked, and it may have formats of its own. A
-model with other matrices is refused.
+full precision, as they do in deployed fp8 models; the routers too, unless asked. Routers and head may have formats of
+their own. A model with other matrices is refused.
 
 Rounding to nearest makes an engine repeat the same errors (a bias). Stochastic rounding's errors are zero on average.
 "Frozen" rounding is stochastic with draws that an engine never renews: unbiased over weights, and yet the same errors
@@ -47,7 +47,7 @@ FORMATS: dict[str, Format | None] = {
     "fp8_e4m3": Format(3, -6, 448.0),
     "fp8_e5m2": Format(2, -14, 57344.0),
     "mxfp4": Format(1, 0, 6.0, block=32),
-    **{f"int{bits}": Format(None, 0, 2.0 ** (bits - 1) - 1) for bits in range(8, 2, -1)},
+    **{f"int{bits}": Format(None, 0, 2.0 ** (bits - 1) - 1) for bits in range(8, 1, -1)},
 }
 
 
@@ -113,6 +113,7 @@ class Precision:
 
     `router` is what the routers' product sees of it: False nothing, True the same, or a format of its own for both
     operands. `router_noise` is the standard deviation of the noise on the routers' inputs; see `perturb_routers`.
+    `head` is the format of both operands of the output head's product.
     """
 
     weights: str = "fp32"
@@ -120,9 +121,10 @@ class Precision:
     rounding: str = "nearest"
     router: bool | str = False
     router_noise: float = 0.0
+    head: str = "fp32"
 
     def __post_init__(self) -> None:
-        for field in ("weights", "activations", "router"):
+        for field in ("weights", "activations", "router", "head"):
             if (value := getattr(self, field)) not in FORMATS and not isinstance(value, bool):
                 raise ValueError(f"precision: {field} format {value!r} is unknown; choose one of {', '.join(FORMATS)}")
         if self.rounding not in ROUNDINGS:
@@ -132,7 +134,12 @@ class Precision:
 
     @classmethod
     def parse(
-        cls, spec: str, rounding: str = "nearest", router: bool = False, router_noise: float = 0.0
+        cls,
+        spec: str,
+        rounding: str = "nearest",
+        router: bool = False,
+        router_noise: float = 0.0,
+        head: str = "fp32",
     ) -> "Precision":
         """`"fp8_e4m3"` for weights and activations alike, `"int3/int4"` for weights/activations, `"fp8/fp8/int4"` for
         weights/activations/routers. Raises ValueError."""
@@ -141,7 +148,8 @@ class Precision:
             raise ValueError(
                 f"precision: {spec!r} gives the routers a format of their own; leave out the other setting"
             )
-        return cls(weights, rest[0] if rest else weights, rounding, rest[1] if len(rest) == 2 else router, router_noise)
+        own = rest[1] if len(rest) == 2 else router
+        return cls(weights, rest[0] if rest else weights, rounding, own, router_noise, head)
 
     @property
     def of_routers(self) -> "Precision":
@@ -154,6 +162,8 @@ class Precision:
         """Raises ValueError, naming the reason, for a model that cannot be emulated so."""
         if any({p.weights, p.activations} != {"fp32"} for p in (self, self.of_routers)):
             products(model, router=bool(self.router))
+        if self.head != "fp32":
+            _head(model)
         if (self.router_noise or isinstance(self.router, str)) and not _routers(model):
             name = "router_noise" if self.router_noise else "precision"
             raise ValueError(f"{name}: {type(model).__name__} has no router for {self}; train a Mixture of Experts")
@@ -163,6 +173,8 @@ class Precision:
         parts = [name, *([self.rounding] if self.rounding != "nearest" else [])]
         if self.router:
             parts.append("+router" if self.router is True else f"+router {self.router}")
+        if self.head != "fp32":
+            parts.append(f"+head {self.head}")
         return " ".join([*parts, *([f"+router noise {self.router_noise:g}"] if self.router_noise else [])])
 
 
@@ -227,8 +239,22 @@ def _routers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+def _head(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"head: {type(model).__name__} has no linear output head")
+    return head
+
+
+def _embeddings(model: nn.Module) -> Tensor | None:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None  # type: ignore[operator]
+    return getattr(embeddings, "weight", None)
+
+
 def _rounded_products(model: nn.Module, precision: Precision, operand: str) -> Iterator[tuple[Products, str]]:
     """Each of the model's `products` whose `operand` ("weights" or "activations") is rounded, and its format."""
+    if precision.head != "fp32":
+        yield Products(_head(model), {"weight": False}), precision.head
     common, of_routers = getattr(precision, operand), getattr(precision.of_routers, operand)
     if common == of_routers == "fp32":
         return
@@ -241,7 +267,8 @@ def _rounded_products(model: nn.Module, precision: Precision, operand: str) -> I
 
 @torch.no_grad()
 def round_weights_(model: nn.Module, precision: Precision, generator: torch.Generator | None = None) -> None:
-    """Round the matmul weights in place, one scale per output channel; stochastic rounding needs a generator.
+    """Round the matmul weights in place, one scale per output channel; stochastic rounding needs a generator. A head
+    that shares the embeddings' weight gets one of its own.
 
     Raises ValueError for a model with other weights than `products` knows.
     """
@@ -252,6 +279,9 @@ def round_weights_(model: nn.Module, precision: Precision, generator: torch.Gene
             weight = getattr(module, name)
             source = weight.mT if transposed else weight
             rounded = quantise(source.contiguous(), fmt, generator)
+            if weight is _embeddings(model):
+                module.weight = nn.Parameter(rounded, requires_grad=False)
+                continue
             weight.copy_(rounded.mT if transposed else rounded)
 
 

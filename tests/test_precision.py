@@ -21,7 +21,7 @@ from minirl_edu.precision import (
     round_activations,
     round_weights_,
 )
-from minirl_edu.rollout import make_engine
+from minirl_edu.rollout import HFEngine, make_engine
 from minirl_edu.routing import RoutingReplay
 from tests.families import families, tiny
 
@@ -45,7 +45,7 @@ def test_float_grids_are_torchs_own_casts(fmt: str, dtype: torch.dtype):
     assert torch.equal(quantise(x, fmt), (x / scale).to(dtype).float() * scale)
 
 
-@pytest.mark.parametrize("bits", range(3, 9))
+@pytest.mark.parametrize("bits", range(2, 9))
 def test_integer_grids_are_symmetric_and_use_every_level(bits: int):
     x = torch.linspace(-1, 1, 4001)[None]
     assert quantise(x, f"int{bits}").unique().numel() == 2**bits - 1
@@ -112,7 +112,7 @@ def test_a_third_format_is_that_of_the_routers():
         Precision.parse("int8/int8/int4", router=True)
 
 
-@pytest.mark.parametrize("spec", ["int2", "fp8", "", "int3/int4/int9", "int3/int4/int5/int6"])
+@pytest.mark.parametrize("spec", ["int1", "fp8", "", "int3/int4/int9", "int3/int4/int5/int6"])
 def test_an_unknown_precision_names_the_choices(spec: str):
     with pytest.raises(ValueError, match="fp8_e4m3"):
         Precision.parse(spec)
@@ -369,3 +369,34 @@ def test_routers_that_a_model_or_an_engine_does_not_have_are_refused_by_name(set
     for engine in ("vllm", "vllm_server"):
         with pytest.raises(ConfigError, match=r"router_noise: engine 'vllm|rollout\.precision = .*: vLLM computes in"):
             make_engine(tiny_moe(18, seed=0), RolloutConfig(**settings, engine=engine), seed=0, routes=False)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_few_bits_is_rounded_and_nothing_else(tied):
+    """The logits are those of the rounded states and the rounded weight; the embeddings stay what they are."""
+    model = tiny_dense(18, seed=0, eos_token_id=17, pad_token_id=16)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    tokens, precision = torch.arange(12).view(2, 6), Precision(head="int3")
+    with torch.no_grad():
+        states, embeddings = model.model(tokens).last_hidden_state, model.model.embed_tokens.weight.clone()
+        expected = quantise(states, "int3") @ quantise(model.lm_head.weight, "int3").T
+        engine = HFEngine(model, precision)
+        for _ in range(2):  # a sync takes the weight of the trainer's head, not the rounded one
+            engine.sync(model, version=1)
+            assert engine.model is not None
+            with round_activations(engine.model, precision):
+                torch.testing.assert_close(engine.model(tokens).logits, expected)
+    assert torch.equal(engine.model.get_input_embeddings().weight, embeddings)
+    assert str(precision) == "fp32 +head int3"
+
+
+def test_a_head_in_two_bits_with_stochastic_rounding_is_unbiased():
+    head = nn.Linear(64, 8, bias=False)
+    x, generator = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    drawn = torch.stack(
+        [quantise(x, "int2", generator) @ quantise(head.weight.detach(), "int2", generator).T for _ in range(4000)]
+    )
+    error = drawn.std(0) / 4000**0.5
+    assert ((drawn.mean(0) - head(x)).abs() < 4.5 * error).all() and (error > 0).all()

@@ -64,7 +64,7 @@ def test_options_out_of_range_are_refused():
         ({"max_new_tokens": 5}, "max_new_tokens=5"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_task("trail", **options)
+            make_task("trail", **options)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("ends", ["right", "wrong", "all"])

@@ -41,7 +41,9 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
         if config.options:
             raise ConfigError(f"rollout.options = {config.options}: engine 'hf' has none")
         try:
-            precision = Precision.parse(config.precision, config.rounding, config.quantise_router, config.router_noise)
+            precision = Precision.parse(
+                config.precision, config.rounding, config.quantise_router, config.router_noise, config.head_precision
+            )
             precision.check(model)
         except ValueError as error:
             noise = f", router_noise = {config.router_noise:g}" if config.router_noise else ""
@@ -56,10 +58,9 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
             f"rollout.precision = {config.precision!r}: vLLM computes in {', '.join(VLLM_DTYPES)}; its other formats "
             "are among its options, such as kv_cache_dtype: fp8 (engine 'hf' emulates the rest)"
         )
-    if config.rounding != "nearest" or config.quantise_router or config.router_noise:
-        raise ConfigError(
-            f"rollout.rounding, quantise_router, router_noise: engine {config.engine!r} emulates nothing; drop them"
-        )
+    emulated = ("rounding", "quantise_router", "router_noise", "head_precision")
+    if given := [name for name in emulated if getattr(config, name) != getattr(RolloutConfig, name)]:
+        raise ConfigError(f"rollout.{', '.join(given)}: engine {config.engine!r} emulates nothing; leave it out")
     if "api_key" in config.options:
         raise ConfigError(
             "rollout.options.api_key: it would be written to config.yaml; set MINIRL_VLLM_API_KEY instead"

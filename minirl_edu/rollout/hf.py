@@ -270,6 +270,7 @@ class HFEngine:
         """Take `model`'s weights as the new θ_old and round them. There is no cache that outlives a call."""
         target = self._open()
         # Tensor by tensor and in place: a full second state never exists.
+        target.tie_weights()  # a rounded head has a weight of its own
         ours = target.state_dict()
         for name, tensor in full_state(model):
             ours[name].copy_(tensor)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minirl_edu.batches import MicroBatch, MiniBatch, Sampled, count_flips, trainable_groups
-from minirl_edu.diagnostics import fetch, masked_mean, policy_metrics
+from minirl_edu.diagnostics import entropy_drift, fetch, length_reward_cov, masked_mean, policy_metrics
 from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import vocabulary_size
 from minirl_edu.objectives import PolicyLoss
@@ -199,9 +199,14 @@ class MiniRLTrainer(TrainingRun):
             return {}
         # The loss once more, of the whole mini-batch: its metrics do not depend on how ranks and micro-batches cut it.
         whole = self._loss(logp, logp_old, rollout, mini_batch.advantages, mini_batch)
+        rewards = mini_batch.rewards.to(logp.device)
         metrics = {
             "entropy": masked_mean(entropy, rollout.response_mask),
             **policy_metrics(logp, logp_old, rollout.logp_rollout, rollout.response_mask),
+            "length_reward_cov": length_reward_cov(rewards, rollout.response_mask, self.batcher.group_size),
+            "entropy_drift": entropy_drift(
+                logp, rollout.logp_rollout, entropy, mini_batch.advantages, rollout.response_mask
+            ),
             **whole.metrics,
         }
         return {

@@ -40,6 +40,8 @@ KEYS = [
     *(
         "is_capped_frac",
         "first_order_gap",
+        "length_reward_cov",
+        "entropy_drift",
         "routing_flip_rate",
         "grad_norm",
         "response_length",

@@ -34,8 +34,9 @@ COLUMNS = (
     *("global_step", "grad_step", "score", "score_rollout", "reward", "entropy", "kl_rollout_old", "k3_rollout_old"),
     *("ess", "clip_frac_pos", "clip_frac_neg", "is_weight_max", "log_ratio_mismatch", "log_ratio_staleness"),
     *("first_order_gap", "routing_flip_rate", "grad_norm", "response_length", "lr"),
+    *("length_reward_cov", "entropy_drift"),
 )
-"""Columns of a run's CSV file, in order; keys of metrics.jsonl."""
+"""Columns of a run's CSV file, in order; keys of metrics.jsonl. Older files end before the last two."""
 
 
 class Metric(NamedTuple):
@@ -596,9 +597,10 @@ def parse_run(content: bytes, path: str | Path) -> RunResult:
     try:
         first, _, rest = content.decode("utf-8").partition("\n")
         rows, header = list(csv.reader(rest.splitlines())), json.loads(first.removeprefix("#"))
-        if tuple(rows[0]) != COLUMNS:
+        if tuple(rows[0]) not in (COLUMNS, COLUMNS[:-2]):
             raise ValueError(f"its columns are {rows[0]}")
-        table = np.array([[float(cell or math.nan) for cell in row] for row in rows[1:]], dtype=np.float64)
+        cells = [[*row, *[""] * (len(COLUMNS) - len(rows[0]))] for row in rows[1:]]
+        table = np.array([[float(cell or math.nan) for cell in row] for row in cells], dtype=np.float64)
         return RunResult(
             seed=header["config"].get("seed", Config.seed),
             metrics=dict(zip(COLUMNS, table.reshape(-1, len(COLUMNS)).T, strict=True)),

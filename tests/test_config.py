@@ -32,6 +32,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "rounding": "stochastic",
         "quantise_router": True,
         "router_noise": 0.3,
+        "head_precision": "int2",
         "options": {"kv_cache_dtype": "fp8"},
         "temperature": 0.7,
         "max_new_tokens": 12,

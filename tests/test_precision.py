@@ -377,18 +377,19 @@ def test_a_head_in_few_bits_is_rounded_and_nothing_else(tied):
     model = tiny_dense(18, seed=0, eos_token_id=17, pad_token_id=16)
     if not tied:
         model.config.tie_word_embeddings = False
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())  # type: ignore[operator]
     tokens, precision = torch.arange(12).view(2, 6), Precision(head="int3")
     with torch.no_grad():
         states, embeddings = model.model(tokens).last_hidden_state, model.model.embed_tokens.weight.clone()
         expected = quantise(states, "int3") @ quantise(model.lm_head.weight, "int3").T
         engine = HFEngine(model, precision)
+        copy = engine.model
+        assert copy is not None
         for _ in range(2):  # a sync takes the weight of the trainer's head, not the rounded one
             engine.sync(model, version=1)
-            assert engine.model is not None
-            with round_activations(engine.model, precision):
-                torch.testing.assert_close(engine.model(tokens).logits, expected)
-    assert torch.equal(engine.model.get_input_embeddings().weight, embeddings)
+            with round_activations(copy, precision):
+                torch.testing.assert_close(copy(tokens).logits, expected)
+    assert torch.equal(copy.get_input_embeddings().weight, embeddings)  # type: ignore[operator]
     assert str(precision) == "fp32 +head int3"
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from minirl_edu.config import ConfigError, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense
 from minirl_edu.precision import Precision
-from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling
+from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, play
 from minirl_edu.rollout import vllm as module
 from minirl_edu.rollout.vllm import VLLMEngine, check_vllm, checkpoint_weights, place_routes
 from minirl_edu.rollout.vllm_worker import WorkerExtension, decode_routes, request_key
@@ -142,6 +142,28 @@ def test_the_fp32_engine_is_the_training_engine(architecture: str):
             assert EOS not in response[:-1] and (response[-1] == EOS or len(response) == LIMIT)
     assert_equal(ask(subject, 3), ask(subject, 3))
     assert not torch.equal(ask(subject, 3).logp_rollout, ask(subject, 4).logp_rollout)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_an_environment_ends_responses_and_writes_into_them():
+    def environment(prompt: int, response: Sequence[int]) -> Sequence[int] | None:
+        return None if response[-1] in (1, 2, 3) else (7, 8) if response[-1] in (4, 5, 6) else ()
+
+    asked = prompts(8, lengths=RAGGED)
+    settings = {"group_size": 4, "sampling": Sampling(LIMIT), "seed": 3, "environment": environment}
+    rollout = play(engine(), asked, **settings).validate()
+    assert_is(lively("moe"), rollout)
+    spoken = 0
+    for row, response in enumerate(rollout.responses):
+        own = rollout.response_mask[row, : len(response)].tolist()
+        for i, token in enumerate(response[:-1]):
+            if own[i]:
+                assert token not in (1, 2, 3)
+                if token in (4, 5, 6):
+                    assert response[i + 1 : i + 3] == [7, 8] and own[i + 1 : i + 3] == [False, False]
+                    spoken += 1
+    assert spoken > 5
 
 
 @needs_vllm

@@ -19,7 +19,7 @@ from minirl_edu.rollout import HFEngine, Rollout
 from minirl_edu.rollout import vllm as vllm_module
 from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
 from minirl_edu.streaming import full_state, take_part, write_safetensors
-from minirl_edu.tasks import Problem
+from minirl_edu.tasks import ChainTask, Problem
 from minirl_edu.trainer import MiniRLTrainer
 
 MOE = (
@@ -43,6 +43,15 @@ def even(problems: Sequence[Problem], rollout: Rollout) -> torch.Tensor:
     return (rollout.tokens[:, rollout.prompt_length] % 2 == 0).float()
 
 
+class Guided(ChainTask):
+    """chain, in which the environment says "0" after each even digit, and ends a response at a comma."""
+
+    def respond(self, problem: Problem, response: Sequence[int]) -> Sequence[int] | None:
+        """Digits are the ids 0 to 9."""
+        comma = self.tokenizer.convert_tokens_to_ids(",")
+        return None if response[-1] == comma else (0,) if response[-1] in (2, 4, 6, 8) else ()
+
+
 def trainer(out: Path, settings: Sequence[str], **options) -> MiniRLTrainer:
     """A run on the tiny untied model; every process makes the same."""
     run = MiniRLTrainer(load_config(None, [*SETTINGS, *settings]), out, progress=False, **options)
@@ -58,11 +67,17 @@ def final_weights(run: MiniRLTrainer, file: Path) -> None:
 
 
 def train(out: Path, settings: Sequence[str]) -> None:
-    """Each kind of replay, from the same start."""
-    for replay in ("none", "R2", "R3"):
-        run = trainer(out / replay, [*settings, f"algorithm.replay={replay}"])
+    """Each kind of replay, from the same start; and R3 with an environment that writes into the responses."""
+    for name, replay, task in (
+        ("none", "none", None),
+        ("R2", "R2", None),
+        ("R3", "R3", None),
+        ("episodes", "R3", Guided),
+    ):
+        own = {} if task is None else {"task": task(max_operands=5, hard_operands=5)}
+        run = trainer(out / name, [*settings, f"algorithm.replay={replay}"], **own)
         run.train()
-        final_weights(run, out / replay / "final.safetensors")
+        final_weights(run, out / name / "final.safetensors")
     if run.ranks.is_main:
         kinds = {type(parameter).__name__ for parameter in run.model.parameters()}
         findings = {"parameters": sorted(kinds), "fsdp2": run.accelerator.is_fsdp2, "size": run.ranks.size}

@@ -66,9 +66,9 @@ def test_two_processes_give_the_weights_of_one(kind, otherwise, alone, tmp_path)
     findings = json.loads((tmp_path / "findings.json").read_text())
     sharded = kind != "ddp"
     assert findings == {"parameters": ["DTensor" if sharded else "Parameter"], "fsdp2": kind == "fsdp2", "size": 2}
-    for replay in ("none", "R2", "R3"):
-        assert_same_run(metrics(tmp_path / replay), metrics(alone / replay))
-        assert_same_weights(tmp_path / replay / "final.safetensors", alone / replay / "final.safetensors")
+    for name in ("none", "R2", "R3", "episodes"):
+        assert_same_run(metrics(tmp_path / name), metrics(alone / name))
+        assert_same_weights(tmp_path / name / "final.safetensors", alone / name / "final.safetensors")
     moved = load_file(alone / "none/final.safetensors")
     other = load_file(alone / "R3/final.safetensors")
     # The comparison can fail: replay alone, all else equal, makes a difference that it would see.

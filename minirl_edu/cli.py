@@ -328,21 +328,21 @@ def _quiet() -> None:
 
 def _cold_start(arguments: argparse.Namespace) -> None:
     from minirl_edu.cold_start import cold_start, measure, new_model, save_cold_start
-    from minirl_edu.tasks import ChainTask
+    from minirl_edu.tasks import make_task
 
-    task = ChainTask(style=arguments.style, operators=arguments.operators)
+    options = {} if arguments.task == "trail" else {"style": arguments.style, "operators": arguments.operators}
+    task: Any = make_task(arguments.task, **options)
     model = new_model(task, arguments.architecture, seed=arguments.seed)
     started = time.perf_counter()
-    losses = cold_start(
-        task, model, error_rate=arguments.error_rate, steps=arguments.steps, lr=arguments.lr, seed=arguments.seed
-    )
-    settings = ("style", "operators", "architecture", "error_rate", "steps", "lr", "seed")
+    training = ("error_rate", "steps", "batch_size", "lr", "seed")
+    losses = cold_start(task, model, **{name: getattr(arguments, name) for name in training})
+    settings = ("task", *options, "architecture", *training)
     flags = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(getattr(arguments, name)))}" for name in settings)
     record = {
         "command": f"minirl cold-start {flags} --out {Path(arguments.out).name}",
         **{name: getattr(arguments, name) for name in settings},
         "loss": sum(losses[-50:]) / len(losses[-50:]),
-        "metrics": measure(task, model, seed=arguments.seed),
+        "metrics": measure(task, model, problems=100 if arguments.task == "trail" else 1024, seed=arguments.seed),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds": round(time.perf_counter() - started),
     }
@@ -448,13 +448,15 @@ def _parser() -> argparse.ArgumentParser:
 
     add("doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
 
-    command = add("cold-start", _cold_start, "Fine-tune a fresh tiny model on a teacher's demonstrations of `chain`.")
+    command = add("cold-start", _cold_start, "Fine-tune a fresh tiny model on a teacher's demonstrations.")
     command.add_argument("--out", required=True, help="folder for the model")
-    command.add_argument("--style", default="steps", choices=("steps", "operands", "copy"))
-    command.add_argument("--operators", default="+", help="some of +-*")
-    command.add_argument("--architecture", default="moe", choices=("moe", "dense"))
+    command.add_argument("--task", default="chain", choices=("chain", "trail"))
+    command.add_argument("--style", default="steps", choices=("steps", "operands", "copy"), help="of chain")
+    command.add_argument("--operators", default="+", help="of chain: some of +-*")
+    command.add_argument("--architecture", default="moe", choices=("moe", "experts", "dense"))
     command.add_argument("--error-rate", type=float, default=0.21, help="chance that the teacher errs at a step")
     command.add_argument("--steps", type=int, default=1500)
+    command.add_argument("--batch-size", type=int, default=128, help="demonstrations of a step")
     command.add_argument("--lr", type=float, default=1e-3)
     command.add_argument("--seed", type=int, default=0)
     return parser

@@ -218,8 +218,8 @@ def test_cold_start_writes_a_model_with_its_record(tmp_path, capsys):
     assert main(["cold-start", "--out", str(out), *flags]) == 0
     record = json.loads((out / "cold_start.json").read_text())
     assert record["command"] == (
-        "minirl cold-start --style copy --operators + --architecture dense --error-rate 0.21 --steps 3 --lr 0.001 "
-        "--seed 4 --out mine"
+        "minirl cold-start --task chain --style copy --operators + --architecture dense --error-rate 0.21 --steps 3 "
+        "--batch-size 128 --lr 0.001 --seed 4 --out mine"
     )
     assert 0 <= record["metrics"]["score"] <= 1
     assert sum(p.numel() for p in load_model(str(out)).parameters()) == record["parameters"]

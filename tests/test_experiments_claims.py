@@ -190,6 +190,9 @@ def test_learning_is_judged_within_a_run():
     assert verdict(Criterion("learns", A), {A: seeds(0.9, start=0.4)}) == "holds"
     assert verdict(Criterion("learns", A), {A: seeds(0.4, start=0.4)}) == "inconclusive"
     assert verdict(Criterion("learns", A), {A: seeds(0.3, start=0.4)}) == "opposite"
+    assert verdict(Criterion("unlearns", A), {A: seeds(0.3, start=0.4)}) == "holds"
+    assert verdict(Criterion("unlearns", A), {A: seeds(0.4, start=0.4)}) == "inconclusive"
+    assert verdict(Criterion("unlearns", A), {A: seeds(0.9, start=0.4)}) == "opposite"
 
 
 # ---------------------------------------------------------------------------------------------------------- collapse
@@ -396,6 +399,7 @@ def test_claims_markdown_warns_of_few_seeds():
         (Criterion("more_collapse", A, B), "*MiniRL* collapses more often than *hot | fast*"),
         (Criterion("collapses", A, share=0.25), "more than 25 % of the runs of *MiniRL* collapse"),
         (Criterion("learns", A), "*MiniRL* ends above its score before training"),
+        (Criterion("unlearns", A), "*MiniRL* ends below its score before training"),
     ],
 )
 def test_criteria_in_words(criterion, words):

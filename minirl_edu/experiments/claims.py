@@ -34,7 +34,7 @@ VERDICTS = {
 
 _SMALLEST = 1e-8  # nats; ratios of anything below would compare rounding errors of fp32
 _T_TEST, _TOST = "t-interval, sign-flip p", "two one-sided t-tests"
-_SCORES = ("collapses", "stable", "more_collapse", "learns")
+_SCORES = ("collapses", "stable", "more_collapse", "learns", "unlearns")
 
 Summaries = Mapping[Run, Mapping[int, dict[str, Any]]]
 """`statistics.summary` of each run, by seed."""
@@ -90,6 +90,7 @@ def judge(spec: Spec, results: Mapping[Run, Sequence[RunResult]]) -> list[Judgem
         stable         fewer than `share` of the runs collapse; the exact reverse of `collapses`
         more_collapse  `run` collapses on more seeds than `than`, by the exact paired sign test; opposite: on fewer
         learns         final score above the score before training; opposite: below
+        unlearns       the same the other way round
 
     A claim is `reproduced` if all its criteria hold, else `opposite` if any is, else `inconclusive`; `not run` if
     results of a run are missing. It is judged a second time with the scores through the rollout engine.
@@ -173,7 +174,7 @@ def _finding(criterion: Criterion, summaries: Summaries, suffix: str = "") -> Fi
         return _rate(criterion, column(runs, f"collapsed{suffix}"))
     if criterion.kind == "more_collapse":
         return _more_collapse(criterion, *(column(side, f"collapsed{suffix}") for side in (runs, thans)))
-    if criterion.kind == "learns":
+    if criterion.kind in ("learns", "unlearns"):
         run, than = column(runs, f"final_score{suffix}"), column(runs, f"first_score{suffix}")
     else:
         key = f"{criterion.metric}{suffix}"
@@ -220,7 +221,7 @@ def _means(criterion: Criterion, run: np.ndarray, than: np.ndarray) -> Finding:
     if criterion.kind == "comparable":
         effect, test, outcome = _equivalence(run, than, margin)
     else:
-        sign = -1 if criterion.kind == "lower" else 1
+        sign = -1 if criterion.kind in ("lower", "unlearns") else 1
         effect, test = paired_difference(run, than, null=sign * margin), _T_TEST
         low, high = sorted((sign * effect.low, sign * effect.high))
         outcome = _outcome(low > margin, high < min(0.0, margin))
@@ -475,6 +476,8 @@ def _words(spec: Spec, criterion: Criterion, *, across: bool) -> str:
             return f"{run} collapses more often than {than}"
         case "learns":
             return f"{run} ends above its score before training"
+        case "unlearns":
+            return f"{run} ends below its score before training"
     assert criterion.metric is not None
     metric = METRICS[criterion.metric]
     if criterion.kind == "comparable":

@@ -71,6 +71,7 @@ KINDS = {
     "stable": _Kind((), ("share",)),
     "more_collapse": _Kind(("than",)),
     "learns": _Kind(()),
+    "unlearns": _Kind(()),
 }
 """Kinds of criteria and the fields of each beside `run`; `claims.judge` says what each means."""
 
@@ -264,9 +265,10 @@ def _spec(data: Any) -> Spec:
             name,
             _text(entry["title"], f"{at}.title"),
             tuple(_run(run, settings, variants, f"{at}.runs[{i}]") for i, run in _list(entry["runs"], f"{at}.runs")),
+            seeds=_integer(entry["seeds"], f"{at}.seeds", 1) if "seeds" in entry else None,
             error_parts=_flag(entry, "error_parts", at),
         )
-        for at, name, entry in _entries(data["figures"], "figures", ("title", "runs"), ("error_parts",))
+        for at, name, entry in _entries(data["figures"], "figures", ("title", "runs"), ("seeds", "error_parts"))
     }
     grids: dict[str, Grid] = {}
     axes = ("title", "about", "set", "across", "up", "variants")
@@ -520,9 +522,9 @@ def _flat(data: Any, at: str) -> dict[str, Any]:
 
 
 def _nested(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted names as the nested mapping that `Config.from_dict` reads."""
+    """Dotted names as the nested mapping that `Config.from_dict` reads; one with the value None is left out."""
     data: dict[str, Any] = {}
-    for dotted, value in overrides.items():
+    for dotted, value in ((dotted, value) for dotted, value in overrides.items() if value is not None):
         *sections, name = dotted.split(".")
         node = data
         for section in sections:

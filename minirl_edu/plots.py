@@ -314,6 +314,24 @@ def four_curves(runs: Runs, *, columns: int = 2) -> Figure:
     return figure
 
 
+def cases(runs: Mapping[str, Runs]) -> Figure:
+    """The same methods in several settings, side by side: token entropy above, held-out score below, on one scale each.
+
+    `runs` maps a setting's title to its runs by method.
+    """
+    figure, axes = _panels(2 * len(runs), len(runs), panel=(4.1, 2.9))
+    for row, (key, title, unit) in enumerate(
+        [("entropy", "Token entropy", "nats per token"), ("score", "Held-out score", "score, 0 to 1")]
+    ):
+        panels = axes[row * len(runs) : (row + 1) * len(runs)]
+        drawn = [_draw(ax, of, key, smooth=key == "entropy") for ax, of in zip(panels, runs.values(), strict=True)]
+        _fit(*panels, values=np.concatenate(drawn), bottom=0.0)
+        for ax, name in zip(panels, runs, strict=True):
+            _name(ax, name if row == 0 else "", f"{title.lower()}, {unit}" if ax is panels[0] else "")
+    _legend(figure, method_styles({label: () for of in runs.values() for label in of}))
+    return figure
+
+
 def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
     """The two factors of equation (5) on one scale, and what the first-order approximation drops because of them.
 

@@ -78,9 +78,12 @@ def _method(config: Mapping[str, Any], otherwise: str) -> str:
     objective = config.get("algorithm.objective")
     if objective is None:
         return otherwise
+    correction = config.get("algorithm.correction", "token_truncated")
+    if not config.get("algorithm.is_correction", True):
+        correction = "none"
     parts = [
         {"minirl": "MiniRL", "grpo": "GRPO", "cispo": "CISPO"}.get(objective, objective),
-        "" if config.get("algorithm.is_correction", True) else "− IS",
+        {"token_truncated": "", "none": "− IS"}.get(correction, f"weight: {correction.replace('_', ' ')}"),
         "+ length norm" if config.get("algorithm.length_norm") else "",
         "" if config.get("algorithm.clip", True) else "no clipping",
         "" if config.get("algorithm.replay", "none") == "none" else f"+ {config['algorithm.replay']}",

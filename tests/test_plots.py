@@ -434,3 +434,18 @@ def test_the_interval_of_two_seeds_does_not_set_the_scale():
     # Its 95 % interval is 0.5 ± 12.7 · 0.1.
     bottom, top = plots.four_curves(runs).axes[1].get_ylim()
     assert 0.35 < bottom < 0.4 and 0.6 < top < 0.65
+
+
+def test_cases_share_their_scales_and_show_each_method_in_each_setting():
+    settings = {
+        "wrong ones longer": {"MiniRL": metrics(entropy=np.full(21, 0.4)), "− IS": metrics(entropy=np.full(21, 0.1))},
+        "all alike": {"MiniRL": metrics(entropy=np.full(21, 0.3)), "− IS": metrics(entropy=np.full(21, 0.3))},
+    }
+    figure = plots.cases(settings)
+    above, below = figure.axes[:2], figure.axes[2:]
+    assert [ax.get_title(loc="left") for ax in above] == list(settings)
+    assert len({ax.get_ylim() for ax in above}) == len({ax.get_ylim() for ax in below}) == 1
+    for ax, runs in zip(above, settings.values(), strict=True):
+        for label, run in runs.items():
+            (drawn,) = [line for line in ax.lines if line.get_gid() == f"entropy:{label}"]
+            np.testing.assert_allclose(np.asarray(drawn.get_ydata(), float), run["entropy"][0])

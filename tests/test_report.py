@@ -318,6 +318,10 @@ def test_one_run_is_named_by_its_method_and_compared_with_the_defaults(tmp_path)
     off = run_folder(tmp_path / "a", [0.4, 0.9], settings={"algorithm": {"is_correction": False, "replay": "R3"}})
     html = page(off, tmp_path)
     assert "<b>MiniRL − IS + R3</b> went from 0.40 to 0.90" in html
+    other = run_folder(tmp_path / "c", [0.4, 0.9], settings={"algorithm": {"correction": "token_masked"}})
+    assert "<b>MiniRL weight: token masked</b> went from" in page(other, tmp_path)
+    none = run_folder(tmp_path / "d", [0.4, 0.9], settings={"algorithm": {"correction": "none"}})
+    assert "<b>MiniRL − IS</b> went from" in page(none, tmp_path)
     assert table(html, "algorithm.is_correction") == ["true", "false"]
 
 

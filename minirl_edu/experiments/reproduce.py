@@ -168,8 +168,24 @@ def _save(drawing: Drawing, out: Path, name: str) -> None:
 
 
 def draw(spec: Spec, name: str, results: Results) -> Drawing:
-    """The figure's four panels (score, reward, entropy, KL), a line per run: mean over seeds with its 95 % interval."""
+    """The figure's four panels (score, reward, entropy, KL), a line per run: mean over seeds with its 95 % interval.
+
+    Of a figure of `cases`: entropy and score in each setting.
+    """
     settings = {setting for setting, _ in results}
+    if spec.figures[name].cases:
+        titles = {setting: spec.settings[setting].about.rpartition(": ")[2] for setting, _ in spec.figures[name].runs}
+        return plots.cases(
+            {
+                title: {
+                    spec.variants[variant].label: [result.metrics for result in results[at, variant]]
+                    for at, variant in spec.figures[name].runs
+                    if at == setting and results.get((at, variant))
+                }
+                for setting, title in titles.items()
+                if setting in settings
+            }
+        )
     curves: dict[str, list[Metrics]] = {}
     for setting, variant in spec.figures[name].runs:
         if found := results.get((setting, variant)):

@@ -112,6 +112,8 @@ class Figure:
     """Made to choose settings by: on seeds that no verdict uses."""
     error_parts: bool = False
     """Measure as well what part of each setting's engine error is systematic."""
+    cases: bool = False
+    """Drawn with the settings side by side: entropy and score, the same methods in each."""
 
 
 @dataclass(frozen=True)
@@ -267,8 +269,11 @@ def _spec(data: Any) -> Spec:
             tuple(_run(run, settings, variants, f"{at}.runs[{i}]") for i, run in _list(entry["runs"], f"{at}.runs")),
             seeds=_integer(entry["seeds"], f"{at}.seeds", 1) if "seeds" in entry else None,
             error_parts=_flag(entry, "error_parts", at),
+            cases=_flag(entry, "cases", at),
         )
-        for at, name, entry in _entries(data["figures"], "figures", ("title", "runs"), ("seeds", "error_parts"))
+        for at, name, entry in _entries(
+            data["figures"], "figures", ("title", "runs"), ("seeds", "error_parts", "cases")
+        )
     }
     grids: dict[str, Grid] = {}
     axes = ("title", "about", "set", "across", "up", "variants")

@@ -332,6 +332,20 @@ def cases(runs: Mapping[str, Runs]) -> Figure:
     return figure
 
 
+def prediction(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Predicted against measured change of the entropy where the weight is left out, a dot for each seed."""
+    figure, (ax,) = _panels(1, 1, panel=(6.4, 4.4))
+    ax.axhline(0, color=_SOFT, linewidth=0.8)
+    ax.axvline(0, color=_SOFT, linewidth=0.8)
+    for (name, found), style in zip(pairs.items(), METHOD_STYLE.values(), strict=False):
+        x, y = np.array(found).T
+        mark = {"color": style["color"], "marker": style["marker"]}
+        ax.scatter(x, y, s=40, edgecolor="white", linewidth=0.6, label=name, zorder=3, **mark)
+    _name(ax, "Entropy without the weight minus with it", "measured, nats per token", "predicted: mean entropy_drift")
+    ax.legend(frameon=False, fontsize=10, labelcolor=_INK)
+    return figure
+
+
 def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
     """The two factors of equation (5) on one scale, and what the first-order approximation drops because of them.
 

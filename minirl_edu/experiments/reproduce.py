@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minirl_edu import plots
 from minirl_edu.config import ConfigError
-from minirl_edu.experiments import early_warning, systematic
+from minirl_edu.experiments import early_warning, prediction, systematic
 from minirl_edu.experiments.claims import claims_markdown, judge
 from minirl_edu.experiments.early_warning import PREDICTORS, Watched
 from minirl_edu.experiments.runner import finished_runs, jobs_for, run_all
@@ -90,6 +90,9 @@ def write_results(spec: Spec, figures: Sequence[str], out: Path, *, tier: str, s
         drawing = draw_grid(spec, spec.grids[name], results) if name in spec.grids else draw(spec, name, results)
         _save(drawing, out, name)
         written.append(f"{name}: {out / 'figures' / name}.png")
+        if spec.figures[name].cases:
+            command = f"minirl reproduce {name} --tier {tier} --seeds {seeds} --out {out.name}"
+            written += _prediction(spec, name, results, out, command)
         if spec.figures[name].error_parts:
             written += _error_parts(spec, name, out, tier=tier, seeds=min(seeds, 3))
     if any(name in spec.grids for name in figures):
@@ -141,6 +144,22 @@ def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]
     _save(drawing, out, "early_warning")
     (out / "EARLY_WARNING.md").write_text(text, encoding="utf-8")
     return [f"early warning: {out / 'EARLY_WARNING.md'}"]
+
+
+def _prediction(spec: Spec, name: str, results: Results, out: Path, command: str) -> list[str]:
+    """Write PREDICTION.md and its figure, where there are enough pairs of runs with the weight and without it."""
+    found = {}
+    for setting in dict.fromkeys(setting for setting, _ in spec.figures[name].runs):
+        with_weight, without = (list(results.get((setting, variant), ())) for variant in ("minirl", "no_is"))
+        if both := prediction.pairs(with_weight, without):
+            found[spec.settings[setting].about.rpartition(": ")[2]] = both
+    everything = [pair for both in found.values() for pair in both]
+    if len(everything) < 4:
+        return []
+    _save(plots.prediction(found), out, "prediction")
+    text = prediction.markdown(found, prediction.agreement(everything), command)
+    (out / "PREDICTION.md").write_text(text, encoding="utf-8")
+    return [f"prediction: {out / 'PREDICTION.md'}"]
 
 
 def _error_parts(spec: Spec, name: str, out: Path, *, tier: str, seeds: int) -> list[str]:

@@ -6,7 +6,7 @@ against the difference between the two runs' entropies over the second third.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
@@ -51,7 +51,7 @@ def agreement(found: Sequence[Pair]) -> Agreement:
     if len(found) < 4:
         raise ValueError(f"pairs: {len(found)}; a correlation with an interval needs four")
     predicted, measured = np.array(found).T
-    result = pearsonr(predicted, measured)
+    result: Any = pearsonr(predicted, measured)
     interval = result.confidence_interval(0.95)
     return Agreement(
         pearson=float(result.statistic),
@@ -78,7 +78,7 @@ def markdown(settings: dict[str, list[Pair]], all_of_them: Agreement, command: s
         [
             "# Predicted and measured: what leaving out the weight does to the entropy",
             "",
-            "*Predicted* is the mean `entropy_drift` over the first third of the run **with** the weight: nats per unit",
+            "*Predicted* is the mean `entropy_drift` over the first third of a run **with** the weight: nats per unit",
             "step on the logits, so its sign and its order mean something, its size does not. *Measured* is the mean",
             "entropy of the run without the weight minus that of the run with it, same seed, over the second third. In",
             "brackets the range over seeds. Written by",

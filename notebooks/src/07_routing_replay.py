@@ -694,7 +694,7 @@ check("07.7", gradients_of_experts)
 # trainer's own experts learn everything, the others stay as they were.
 
 # %%
-NOISE, SEEDS, STEPS = 0.3, pick(fast=3, full=8), pick(fast=250, full=400)
+NOISE, (SEEDS, STEPS) = 0.3, pick(fast=(2, 200), full=(8, 400))
 METHODS = {"MiniRL": (ORANGE, "-"), "− IS": (BLUE, ":"), "R3": (GREEN, "--")}
 learned = {name: who_gets_the_gradient(VARIANTS[name], seeds=SEEDS, noise=NOISE, steps=STEPS) for name in METHODS}
 ceiling = who_gets_the_gradient_ceiling(seeds=SEEDS, noise=NOISE)
@@ -715,7 +715,7 @@ Image(to_png(figure), width=850)
 
 # %%
 rows = []
-for noise in (0.1, 0.3, 0.6, 1.0):
+for noise in pick(fast=(0.1, 0.6), full=(0.1, 0.3, 0.6, 1.0)):
     computed = who_gets_the_gradient_ceiling(seeds=SEEDS, noise=noise)
     ends = [who_gets_the_gradient(VARIANTS[name], seeds=SEEDS, noise=noise, steps=STEPS) for name in ("MiniRL", "R3")]
     of_engine = [f"{end['engine_score'][:, -1].mean():.3f}" for end in ends]

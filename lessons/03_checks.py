@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minirl_edu.diagnostics import kl_k1, kl_k3, token_ess
+from minirl_edu.drift import action_values, drift, entropy_gradient, sampler_bias, signal, values, visits
 from minirl_edu.exact import TabularPolicy, sequence_objective, token_ratios
 from minirl_edu.experiments.systematic import error_parts
 from minirl_edu.objectives import minirl_loss
@@ -263,3 +264,127 @@ def check_03_parts() -> None:
     wanted = float(means.square().mean())
     average = torch.tensor([systematic, random, naive], dtype=torch.float64).mean(1)
     _close(average, torch.tensor([wanted, sigma**2, wanted + sigma**2 / syncs], dtype=torch.float64))
+
+
+def check_03_baseline() -> None:
+    """A number for every prefix under four weights, against the bracket; only the exact weight leaves nothing of it."""
+    pi, mu, _ = _engines()
+    p, m, d = pi.logits.softmax(-1), mu.logits.softmax(-1), visits(mu)[:, None]
+    beta = torch.randn(len(d), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ratio = p / m
+    weights = {
+        "exact": ratio,
+        "none": torch.ones_like(ratio),
+        "capped": ratio.clamp(max=1.2),
+        "masked": ratio.masked_fill((ratio < 0.5) | (ratio > 1.5), 0.0),
+    }
+    for name, w in weights.items():
+        drawn = w[pi.prefix, pi.tokens]
+        left = pi.score_sum(mu.response_probs()[:, None] * drawn * beta[pi.prefix])
+        nu = w * m
+        _close(left, d * beta[:, None] * (nu - p * nu.sum(1, keepdim=True)))
+        assert (left.abs().max() < 1e-12) == (name == "exact"), name
+
+
+def check_03_signal_drift() -> None:
+    """The gradient of minirl_loss without the weight against signal + drift; each part against the library's.
+
+    The signal is (03.6)'s gradient, the sampler's own; with the token weight no drift is left.
+    """
+    pi, mu, rewards = _engines()
+    b = (mu.response_probs() * rewards).sum()
+    d, q, v = visits(mu)[:, None], action_values(mu, rewards), values(mu, rewards)[:, None]
+    p, m = pi.logits.softmax(-1), mu.logits.softmax(-1)
+    parts = d * m * (q - v), d * (v - b) * (m - p)
+    logp = pi.log_probs().requires_grad_()
+    args = pi.log_probs(), mu.log_probs(), mu.response_probs() * (rewards - b), pi.mask
+    (pull,) = torch.autograd.grad(minirl_loss(logp, *args, num_responses=1, is_correction=False).loss, logp)
+    _close(pi.score_sum(-pull), parts[0] + parts[1])
+    for part, of_library in zip(parts, (signal(pi, mu, rewards), drift(pi, mu, rewards)), strict=True):
+        _close(part, of_library)
+        assert part.norm() > 1e-3
+    _close(parts[0], mu.score_sum((mu.response_probs() * rewards)[:, None].expand(mu.mask.shape)))
+    assert drift(pi, mu, rewards, token_ratios(pi, mu)).abs().max() < 1e-12
+
+
+def _alike() -> tuple[TabularPolicy, TabularPolicy, Tensor]:
+    """The same π and the same μ in all contexts, and rewards, for responses of up to four tokens."""
+    pi = TabularPolicy(torch.tensor([[0.5, 0.0, -0.4]]).double().expand(15, 3), 4)
+    mu = TabularPolicy(torch.tensor([[0.1, 0.3, -0.9]]).double().expand(15, 3), 4)
+    return pi, mu, torch.rand(len(pi.tokens), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def check_03_total() -> None:
+    """The sum of the drifts where all contexts are alike, with wrong responses longer, right ones longer, and neither.
+
+    Where contexts differ, the covariance over contexts of μ − π with d (V − b) makes up the rest.
+    """
+    pi, mu, noise = _alike()
+    difference = (mu.logits.softmax(-1) - pi.logits.softmax(-1))[0]
+    probs, lengths = mu.response_probs(), mu.mask.sum(1).double()
+
+    def covariance(rewards: Tensor) -> Tensor:
+        return (probs * lengths * rewards).sum() - (probs * lengths).sum() * (probs * rewards).sum()
+
+    slope = covariance(noise) / covariance(lengths)
+    for extra, sign in ((-0.3, -1), (0.3, 1), (0.0, 0)):
+        rewards = noise + (extra - slope) * lengths
+        _close(drift(pi, mu, rewards).sum(0), covariance(rewards) * difference)
+        assert (abs(covariance(rewards)) < 1e-12) if sign == 0 else (sign * covariance(rewards) > 0.1)
+    pi, mu, rewards = _engines()
+    apart = mu.logits.softmax(-1) - pi.logits.softmax(-1)
+    ahead = visits(mu) * (values(mu, rewards) - values(mu, rewards)[0])
+    over_contexts = ((ahead - ahead.mean())[:, None] * (apart - apart.mean(0))).sum(0)
+    _close(drift(pi, mu, rewards).sum(0), ahead.sum() * apart.mean(0) + over_contexts)
+    assert over_contexts.abs().max() > 1e-3
+
+
+def check_03_flatter() -> None:
+    """E[μ] over all patterns of ±σ on four logits: what the formula leaves out falls by 16 when σ is halved.
+
+    The right-hand form by autograd of S; and the second term of the mean drift, where the token matters, also by
+    enumeration of the noise.
+    """
+    logits = TabularPolicy.random(4, 1, seed=3).logits[0].requires_grad_()
+    probs = logits.softmax(-1)
+    (climb,) = torch.autograd.grad(probs.square().sum(), logits)
+    probs = probs.detach()
+    _close(sampler_bias(probs, 0.3), -(0.3**2) / 2 * climb)
+    signs = [torch.tensor(pattern, dtype=torch.float64) for pattern in product((1.0, -1.0), repeat=4)]
+    errors = []
+    for sigma in (0.2, 0.1, 0.05):
+        mean = torch.stack([(logits.detach() + sigma * s).softmax(-1) for s in signs]).mean(0)
+        assert (mean - probs).norm() > 1e-4
+        errors.append(float((mean - probs - sampler_bias(probs, sigma)).norm()))
+    _is_of_order(errors, 4)
+
+    pi = TabularPolicy.random(3, 2, seed=6)
+    rewards = torch.rand(len(pi.tokens), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    p, q = pi.logits.softmax(-1), action_values(pi, rewards)
+    d, v = visits(pi)[:, None], values(pi, rewards)[:, None]
+    edge = p * (q - v)
+    second = d * (1 - d) * p * (edge - (p * edge).sum(1, keepdim=True))
+    patterns = [torch.tensor(x, dtype=torch.float64).view_as(p) for x in product((1.0, -1.0), repeat=p.numel())]
+    errors = []
+    for sigma in (0.2, 0.1, 0.05):
+        mean = torch.stack([drift(pi, pi.moved(x, sigma), rewards) for x in patterns]).mean(0)
+        errors.append(float((mean - d * (v - v[0]) * sampler_bias(p, sigma) - sigma**2 * second).norm()))
+    assert second.norm() > 1e-3
+    _is_of_order(errors, 4)
+
+
+def check_03_sharpens() -> None:
+    """⟨∇S, ∇H⟩ by autograd for many policies: the formula, its sign, and 0 where π is uniform on some of the tokens."""
+    logits = 2 * torch.randn(200, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    logits.requires_grad_()
+    probs = logits.softmax(-1)
+    entropy = -(probs * logits.log_softmax(-1)).sum(-1)
+    collision = probs.square().sum(-1)
+    up = [torch.autograd.grad(x.sum(), logits, retain_graph=True)[0] for x in (collision, entropy)]
+    p, s, h = probs.detach(), collision.detach()[:, None], entropy.detach()[:, None]
+    formula = -2 * (p.square() * (p - s) * (p.log() + h)).sum(-1)
+    _close((up[0] * up[1]).sum(-1), formula)
+    _close(up[1], entropy_gradient(logits.detach()))
+    assert (formula < 0).all()
+    uniform = torch.tensor([0.0, 0.0, 0.0, -800.0], dtype=torch.float64).softmax(-1)
+    assert (uniform.square() * (uniform - uniform.square().sum())).abs().max() < 1e-15

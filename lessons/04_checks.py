@@ -247,3 +247,34 @@ def check_04_local() -> None:
         mask = batch["mask"][cut]
         share = tokens / (len(cuts) * mask.sum())
         _close(pull[cut], (share * mask / tokens).double())
+
+
+def check_04_drift() -> None:
+    """π and μ alike in all contexts: (03.14) with the advantage per token, context by context, and its sum.
+
+    Together with the signal of that advantage it is the gradient of minirl_loss(length_norm=True) without the weight.
+    Undivided, the same sum is not 0.
+    """
+    pi = TabularPolicy(torch.tensor([[0.5, 0.0, -0.4]]).double().expand(15, 3), 4)
+    mu = TabularPolicy(torch.tensor([[0.1, 0.3, -0.9]]).double().expand(15, 3), 4)
+    _, rewards, lengths = _problem()
+    rewards = rewards - 0.3 * lengths  # wrong responses are longer
+    probs, apart = mu.response_probs(), (mu.logits.softmax(-1) - pi.logits.softmax(-1))[0]
+    advantages = rewards - (probs * rewards).sum()
+
+    def passing(coefficient: Tensor) -> Tensor:
+        """E_μ[coefficient · 1[y passes c, and draws a there]], [P, V]."""
+        mass = torch.where(mu.mask, (probs * coefficient)[:, None], 0.0)
+        return torch.zeros_like(mu.logits).index_put((mu.prefix, mu.tokens), mass, accumulate=True)
+
+    drawn = passing(advantages / lengths)
+    drift = drawn.sum(1, keepdim=True) * apart
+    _close(drift.sum(0), torch.zeros(3).double())
+    assert drift.norm() > 1e-2
+    assert (passing(advantages).sum() * apart).abs().max() > 1e-2
+    logp = pi.log_probs().requires_grad_()
+    args = pi.log_probs(), mu.log_probs(), probs * advantages, pi.mask
+    loss = minirl_loss(logp, *args, num_responses=1, is_correction=False, length_norm=True).loss
+    (pull,) = torch.autograd.grad(loss, logp)
+    signal = drawn - drawn.sum(1, keepdim=True) * mu.logits.softmax(-1)
+    _close(pi.score_sum(-pull), signal + drift)

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from minirl_edu.exact import TabularPolicy, objective_remainder
 from minirl_edu.models import tiny_moe
+from minirl_edu.objectives import minirl_loss
 from minirl_edu.routing import Routes, RoutingReplay
+from minirl_edu.worlds.simulations import VARIANTS, who_gets_the_gradient, who_gets_the_gradient_ceiling
 
 
 def normal(seed: int, *shape: int) -> Tensor:
@@ -318,3 +320,77 @@ def check_07_rows() -> None:
         assert not moved[:, :row].any()
         assert moved[:, row].all(), "row s enters the distribution of the token right behind s"
         assert torch.equal(of_tokens(other), of_tokens(native)) == (row == 13), "the last row reaches no token"
+
+
+# ------------------------------------------------------------------------------------------- who gets the gradient
+
+
+def gradient_of_experts(
+    table: Tensor, own: int, shares: Tensor, advantages: Tensor, *, replay: bool, is_correction: bool = True
+) -> Tensor:
+    """−∇ of minirl_loss in the logits [E, V] of one context: expert e writes token a with probability f_e π_e(a)."""
+    z = table.clone().requires_grad_()
+    logp = z.log_softmax(-1)
+    chosen = logp if replay else logp[own].expand_as(logp)
+    rollout = logp.detach().reshape(-1, 1)
+    weighted = (shares[:, None] * logp.detach().exp() * advantages).reshape(-1, 1)
+    chosen, mask = chosen.reshape(-1, 1), torch.ones(z.numel(), 1)
+    loss = minirl_loss(
+        *(chosen, chosen.detach(), rollout, weighted, mask),
+        num_responses=1,
+        is_cap=1e9,
+        is_correction=is_correction,
+    ).loss
+    return -torch.autograd.grad(loss, z)[0]
+
+
+def check_07_writer() -> None:
+    """Both sides by enumeration of who writes which token, through minirl_loss, with the exact weight and with none.
+
+    Without replay and without the weight it is still expert o alone that moves, in another direction.
+    """
+    table, advantages = 1.5 * normal(0, 3, 4), normal(1, 4)
+    shares, own = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64), 1
+    p = table.softmax(-1)
+    centred = p * (advantages - (p * advantages).sum(1, keepdim=True))
+    live = torch.where(torch.arange(3)[:, None] == own, centred, 0.0)
+    for replay, expected in ((False, live), (True, shares[:, None] * centred)):
+        found = gradient_of_experts(table, own, shares, advantages, replay=replay)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    without = gradient_of_experts(table, own, shares, advantages, replay=False, is_correction=False)
+    assert without[own].norm() > 1e-2 and (without[own] - live[own]).norm() > 1e-2
+    assert without[[0, 2]].abs().max() == 0
+    replayed = gradient_of_experts(table, own, shares, advantages, replay=True, is_correction=False)
+    torch.testing.assert_close(replayed, shares[:, None] * centred, rtol=1e-10, atol=1e-12)
+
+
+def check_07_ceiling() -> None:
+    """Exact ascent along (07.12) in three contexts ends at (07.13), and at 1 with R3. So do the world's runs."""
+    right, own, length = torch.tensor([0, 3, 2]), torch.tensor([0, 1, 1]), 6
+    shares = (0.8 * normal(3, 3, 3)).softmax(-1)
+    start = normal(2, 3, 3, 4)
+
+    def through_the_engine(table: Tensor, learned: bool) -> float:
+        each = []
+        for c in range(3):
+            good = table[c].softmax(-1)[:, right[c]]
+            each.append(sum(shares[c, e] * (1.0 if learned and e == own[c] else good[e]) for e in range(3)))
+        return float(sum(each) / 3) ** length
+
+    ends = {}
+    for replay in (False, True):
+        table = start.clone()
+        for _ in range(60):
+            for c in range(3):
+                rewards = torch.nn.functional.one_hot(right[c], 4).double()
+                table[c] += 50 * gradient_of_experts(table[c], int(own[c]), shares[c], rewards, replay=replay)
+        ends[replay] = through_the_engine(table, False)
+    assert abs(ends[False] - through_the_engine(start, True)) < 0.01 < 0.9 - ends[False], ends
+    assert ends[True] > 0.97, ends
+
+    ceiling = who_gets_the_gradient_ceiling(seeds=2, noise=0.3)
+    for name, end, tolerance in (("MiniRL", ceiling, 0.01), ("− IS", ceiling, 0.01), ("R3", 1.0, 0.1)):
+        curves = who_gets_the_gradient(VARIANTS[name], seeds=2, noise=0.3)
+        assert abs(curves["engine_score"][:, -1].mean() - end) < tolerance, name
+        assert curves["score"][:, -1].min() > 0.9
+    assert ceiling < 0.6

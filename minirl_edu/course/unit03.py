@@ -1,4 +1,4 @@
-"""Exercises of lab 03: training–inference discrepancy, importance weights, their cap, and KL estimators."""
+"""Exercises of lab 03: training–inference discrepancy, importance weights, their cap, KL estimators, and the drift."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -353,4 +353,184 @@ EX6 = exercise(
     },
 )
 
-EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6)
+
+_GROUP = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+_GROUP_LENGTHS = {
+    "wrong responses are longer": torch.tensor([3.0, 40.0, 25.0, 60.0], dtype=torch.float64),
+    "all are alike": torch.full((4,), 12.0, dtype=torch.float64),
+    "right ones are longer": torch.tensor([40.0, 3.0, 5.0, 2.0], dtype=torch.float64),
+}
+_D_PI = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+_D_MU = torch.tensor([0.5, 0.35, 0.15], dtype=torch.float64)
+
+
+def _drift(
+    lengths: Tensor,
+    rewards: Tensor,
+    pi: Tensor,
+    mu: Tensor,
+    *,
+    per_token: Callable[[Tensor], Tensor] = torch.ones_like,
+    baseline: bool = True,
+    std: bool = False,
+    direction: Callable[[Tensor, Tensor], Tensor] = lambda pi, mu: mu - pi,
+) -> Tensor:
+    advantages = rewards - rewards.mean() * baseline
+    if std:
+        advantages = advantages / rewards.std(correction=0)
+    return (lengths * advantages * per_token(lengths)).mean() * direction(pi, mu)
+
+
+EX7 = exercise(
+    """03.7 The drift of a group (difficulty 3, importance 5, 12 minutes)
+
+    1. Every token of a response pushes with the response's advantage. How often does a response of 40 tokens push?
+    2. A sum over a response's tokens is its length times its advantage. The mean of that over the group is a
+       covariance.
+    3. The direction is the same for every token of the context: what the sampler draws on average, minus π.
+
+    - towards the trainer: the sign is reversed. A response that does better than its group pulls π towards what drew
+      it, the sampler: the direction is μ − π.
+    - no baseline: the rewards were not measured against the group's mean. That is what the group subtracts before
+      anything is pushed; without it the drift would not vanish where all responses are equally long.
+    - divided by the length: each response was divided by its length, so that it pushes once. The sum of the advantages
+      is 0, and the drift's total with it. That is the objective with length norm.
+    - divided by the standard deviation: these are GRPO's advantages. The direction is right; MiniRL does not divide by
+      the standard deviation.
+    - sum over the group: that is the sum over the group's responses. The loss has their mean.
+    - divided by G minus 1: that is the covariance as it is estimated from a sample. The loss has a mean over the
+      responses, the divisor is G.
+    - difference of the logarithms: the direction is log μ − log π. The gradient is taken in the logits, and the mean
+      of onehot(y) − π over what the sampler draws is a difference of probabilities.
+    - only the first token: every response pushed once. It pushes at each of its tokens.
+
+    Its sign is that of Cov(|y|, R), and a noisy μ is flatter than π: long losers sharpen, long winners flatten.
+    """,
+    observe=lambda answer: {
+        f"the drift where {case}": answer(lengths.clone(), _GROUP.clone(), _D_PI.clone(), _D_MU.clone())
+        for case, lengths in _GROUP_LENGTHS.items()
+    },
+    solution=_drift,
+    mistakes={
+        "towards the trainer": partial(_drift, direction=lambda pi, mu: pi - mu),
+        "no baseline": partial(_drift, baseline=False),
+        "divided by the length": partial(_drift, per_token=lambda lengths: 1 / lengths),
+        "divided by the standard deviation": partial(_drift, std=True),
+        "sum over the group": lambda *case: 4 * _drift(*case),
+        "divided by G minus 1": lambda *case: 4 / 3 * _drift(*case),
+        "difference of the logarithms": partial(_drift, direction=lambda pi, mu: mu.log() - pi.log()),
+        "only the first token": lambda lengths, rewards, pi, mu: rewards.mean() * (mu - pi),
+    },
+)
+
+
+_RUNS = {
+    "a long wrong answer, no weight": (3, 96, False, False),
+    "equal lengths, no weight": (96, 96, False, False),
+    "a long right answer, no weight": (96, 3, False, False),
+    "a long wrong answer, the weight": (3, 96, True, False),
+    "a long right answer, the weight": (96, 3, True, False),
+    "a long wrong answer, no weight, divided by the length": (3, 96, False, True),
+}
+_ENTROPIES = ("falls", "rises", "neither")
+
+
+def _observe_entropy(answer: Callable[[int, int, bool, bool], str]) -> Observations:
+    given = {f"the entropy with {run}": str(answer(*case)).strip().lower() for run, case in _RUNS.items()}
+    if wrong := [entropy for entropy in given.values() if entropy not in _ENTROPIES]:
+        raise ValueError(f"{wrong[0]!r} is none of {', '.join(_ENTROPIES)}")
+    return given
+
+
+def _entropy(right: int, wrong: int, weight: bool, divided: bool) -> str:
+    if weight or divided or right == wrong:
+        return "neither"
+    return "falls" if wrong > right else "rises"
+
+
+EX8 = exercise(
+    """03.8 Which run collapses? (difficulty 2, importance 5, 6 minutes)
+
+    1. Which sign has Cov(|y|, R) if wrong responses are longer?
+    2. A noisy engine is flatter than π. Pushed away from it, π gets sharper; pulled towards it, flatter.
+    3. Two things make the total 0 whatever the lengths are. Which?
+
+    - sign reversed: falling and rising are exchanged. Long losers push π away from the engine, and the engine is the
+      flatter one: π gets sharper.
+    - the missing weight alone: without the weight you let the entropy fall everywhere. Leaving out the weight lets
+      a drift in, and the drift's sign depends on the lengths. In our own runs all are alike, and nothing happens.
+    - weight overlooked: with the weight there is no drift: what is drawn by μ and weighted by π/μ is an expectation
+      under π, and the mean of onehot(y) − π under π is 0.
+    - division overlooked: divided by its length a response pushes once in total, by its advantage, and advantages add
+      up to 0.
+    - never rises: where right responses are longer the sign turns: π is pulled towards the flatter engine.
+
+    Predict the sign from the lengths before you run anything; then see whether the signal is stronger.
+    """,
+    observe=_observe_entropy,
+    solution=_entropy,
+    mistakes={
+        "sign reversed": lambda right, wrong, weight, divided: _entropy(wrong, right, weight, divided),
+        "the missing weight alone": lambda right, wrong, weight, divided: "neither" if weight else "falls",
+        "weight overlooked": lambda right, wrong, weight, divided: _entropy(right, wrong, False, divided),
+        "division overlooked": lambda right, wrong, weight, divided: _entropy(right, wrong, weight, False),
+        "never rises": lambda *case: {"rises": "neither"}.get(_entropy(*case), _entropy(*case)),
+    },
+)
+
+
+_PURPOSES = (
+    "all responses are equally long",
+    "nobody knows which responses will be longer",
+    "turns the drift around",
+    "hardly any drift, but too much noise",
+)
+_WEIGHTS = ("none", "token truncated", "token masked", "sequence")
+
+
+def _observe_correction(answer: Callable[[], Mapping[str, str]]) -> Observations:
+    chosen = answer()
+    given = {purpose: str(chosen[purpose]).strip().lower() for purpose in _PURPOSES}
+    if wrong := [weight for weight in given.values() if weight not in _WEIGHTS]:
+        raise ValueError(f"{wrong[0]!r} is none of {', '.join(_WEIGHTS)}")
+    return {f"the choice for “{purpose}”": weight for purpose, weight in given.items()}
+
+
+def _correction(*weights: str) -> Callable[[], dict[str, str]]:
+    return lambda: dict(zip(_PURPOSES, weights, strict=True))
+
+
+EX9 = exercise(
+    """03.9 Choose the correction (difficulty 2, importance 4, 8 minutes)
+
+    1. Where the drift's total is 0 there is nothing to correct. What does a weight still cost?
+    2. In the table, look at the smallest of the three scores of each row.
+    3. A product over a response is exact and has few limits; how large does it get over 96 tokens?
+
+    - the weight everywhere: the first is wrong. With equal lengths there is no drift to remove, and a weight only adds
+      variance: without it the runs end higher.
+    - mask for cap: the second is wrong. A two-sided mask sounds safer than a cap, but ratios of rare tokens vary most:
+      it drops them most often, and what it keeps is sharper than π. Its runs fail in two of the three cases.
+    - the exact one for all: the second is wrong. A sequence's weight leaves hardly any drift, but over 96 tokens its
+      variance stops learning.
+    - no weight for all: the second is wrong. Without a weight the runs fail wherever lengths depend on the reward.
+    - cap turns the drift around: the third is wrong. The cap at 5 binds rarely and leaves a small drift; the mask
+      drops every ratio outside [0.5, 5].
+    - mask for noise: the last is wrong. The mask's variance is below the cap's. What is large is the product of 96
+      ratios.
+
+    A correction has two costs: the drift that it leaves, and the variance that it brings.
+    """,
+    observe=_observe_correction,
+    solution=_correction("none", "token truncated", "token masked", "sequence"),
+    mistakes={
+        "the weight everywhere": _correction("token truncated", "token truncated", "token masked", "sequence"),
+        "mask for cap": _correction("none", "token masked", "token masked", "sequence"),
+        "the exact one for all": _correction("none", "sequence", "token masked", "sequence"),
+        "no weight for all": _correction("none", "none", "token masked", "sequence"),
+        "cap turns the drift around": _correction("none", "token truncated", "token truncated", "sequence"),
+        "mask for noise": _correction("none", "token truncated", "token masked", "token masked"),
+    },
+)
+
+EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7, EX8, EX9)

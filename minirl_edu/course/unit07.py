@@ -1,4 +1,4 @@
-"""Exercises of unit 07: replaying a selection with live gates, R2 and R3, rows, and what replay takes off the KL."""
+"""Exercises of unit 07: replay of a selection with live gates, R2 and R3, rows, the KL that R3 removes, who learns."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -335,4 +335,82 @@ EX6 = exercise(
     },
 )
 
-EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6)
+
+_G_LOGITS = torch.tensor([[0.5, 1.0, -0.5], [1.5, 0.2, 0.0], [0.0, -0.5, 1.0]], dtype=torch.float64)
+_G_SHARES = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+_G_ADVANTAGES = torch.tensor([0.7, -0.2, -0.4], dtype=torch.float64)
+
+
+def _observe_experts(answer: Answer) -> Observations:
+    found = answer(_G_LOGITS.clone(), 1, _G_SHARES.clone(), _G_ADVANTAGES.clone())
+    return {
+        "without replay, the gradient of the trainer's expert": found[0][1],
+        "without replay, the gradients of the other experts": torch.stack([found[0][0], found[0][2]]),
+        "the gradients with R3": found[1],
+    }
+
+
+def _centred(probs: Tensor, advantages: Tensor, drawn: Tensor | None = None) -> Tensor:
+    """E[A (onehot − π)] over tokens that are drawn from π, or with probabilities `drawn`."""
+    drawn = probs if drawn is None else drawn
+    return drawn * advantages - (drawn * advantages).sum(-1, keepdim=True) * probs
+
+
+def _experts(
+    logits: Tensor,
+    own: int,
+    shares: Tensor,
+    advantages: Tensor,
+    *,
+    weighted: bool = True,
+    share_of_own: bool = False,
+    shared: bool = True,
+    centred: bool = True,
+) -> Tensor:
+    """What each expert gets, [2, E, V]: all to the trainer's own, and to each its share."""
+    probs = logits.softmax(-1)
+    written = _centred(probs, advantages) if centred else probs * advantages
+    live = torch.zeros_like(probs)
+    drawn = probs[own] if weighted else shares @ probs
+    live[own] = _centred(probs[own], advantages, drawn) if centred else probs[own] * advantages
+    live[own] *= shares[own] if share_of_own else 1.0
+    return torch.stack([live, shares[:, None] * written if shared else written])
+
+
+EX7 = exercise(
+    """07.7 Which expert gets the gradient? (difficulty 3, importance 5, 15 minutes)
+
+    1. Without replay, which expert's log-probabilities does the trainer compute for a token that expert 0 wrote?
+    2. The weight of such a token is π_own/π_0. Weighted so, tokens of any expert are an expectation under π_own.
+    3. With R3 the trainer computes a token with the expert that wrote it. The weight is 1, and expert e sees its share
+       of the tokens.
+    4. For tokens drawn from π itself, E[A (onehot − π)] is π ∘ (A − E_π[A]).
+
+    - the writer learns without replay: your two answers are the same. Without replay the trainer never calls the expert
+      that wrote the token: its parameters are not in the forward, so no gradient can reach them.
+    - no weight: without replay you left the weight out: tokens of other experts count as they were drawn, and not as
+      the trainer's expert would draw them.
+    - only its own tokens: without replay the trainer's expert was given its own share alone. It computes all tokens,
+      and the weight makes those of the others count as its own.
+    - shares left out: with R3 every expert got as much as if it had written all tokens. It sees the share that the
+      router gave it.
+    - all to one under R3: with R3 the trainer's own choice got everything. R3 replays what the engine chose.
+    - softmax forgotten: the logits of the tokens that were not drawn move as well: the score is onehot(y) − π.
+    - exchanged: the two rows are exchanged. The first is without replay.
+
+    A weight changes how much a token counts. Replay changes who learns from it.
+    """,
+    observe=_observe_experts,
+    solution=_experts,
+    mistakes={
+        "the writer learns without replay": lambda *case: _experts(*case)[[1, 1]],
+        "no weight": partial(_experts, weighted=False),
+        "only its own tokens": partial(_experts, share_of_own=True),
+        "shares left out": partial(_experts, shared=False),
+        "all to one under R3": lambda *case: _experts(*case)[[0, 0]],
+        "softmax forgotten": partial(_experts, centred=False),
+        "exchanged": lambda *case: _experts(*case)[[1, 0]],
+    },
+)
+
+EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7)

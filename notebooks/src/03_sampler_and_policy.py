@@ -11,8 +11,8 @@
 #
 # The lab of [lesson 03](../lessons/03_sampler_and_policy.md). An inference engine samples, a training engine learns,
 # and both hold the same weights. This page measures how far apart they are, weights each token so that the difference
-# drops out of the expectation, sees what happens without the weight, and pays for the weight with as little noise as
-# possible.
+# drops out of the expectation, sees what happens without the weight, pays for the weight with as little noise as
+# possible, and finds out when leaving it out collapses and when it costs nothing.
 #
 # **A picture to keep: one recipe, two stoves.** The recipe is the weights. The restaurant cooks on a fast gas stove
 # with nine marks on its dial: that is the sampler. The test kitchen, where the recipe is rewritten from the guests'
@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from minirl_edu import exact
-from minirl_edu.course import check, checkout
+from minirl_edu.course import check, checkout, pick
 from minirl_edu.diagnostics import kl_k1, kl_k3, mean_interval, token_ess
 from minirl_edu.experiments.spec import load_spec, read_runs
 from minirl_edu.experiments.statistics import paired_difference, summary
@@ -44,6 +44,7 @@ from minirl_edu.plots import four_curves, to_png
 from minirl_edu.precision import Precision, quantise
 from minirl_edu.rollout import HFEngine, Sampling
 from minirl_edu.tasks import ChainTask
+from minirl_edu.worlds.simulations import VARIANTS, WORLDS, doomed_tails, doomed_tails_border
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
@@ -245,7 +246,7 @@ def problem(seed, size):
     return policy, error, rewards
 
 
-def unweighted_gradient(pi, mu, rewards):
+def gradient_without_weight(pi, mu, rewards):
     """E_{y~μ}[ R(y) ∇log π(y) ]: the sampler's tokens taken as if the trainer had drawn them."""
     return pi.score_sum((mu.response_probs() * rewards)[:, None].expand(pi.mask.shape))
 
@@ -253,7 +254,7 @@ def unweighted_gradient(pi, mu, rewards):
 GRADIENTS = {
     "sequence weight": exact.sequence_gradient,
     "token weight": exact.token_gradient,
-    "no weight": unweighted_gradient,
+    "no weight": gradient_without_weight,
 }
 
 
@@ -268,7 +269,7 @@ def compare_gradients(size):
         pi, error, rewards = problem(seed, size)
         mu = pi.moved(error)
         advantages = rewards - (mu.response_probs() * rewards).sum()
-        of_trainer, of_sampler = (unweighted_gradient(policy, policy, rewards) for policy in (pi, mu))
+        of_trainer, of_sampler = (gradient_without_weight(policy, policy, rewards) for policy in (pi, mu))
         for name, gradient in GRADIENTS.items():
             g = gradient(pi, mu, advantages)
             found[name].append((cosine(g, of_trainer), cosine(g, of_sampler)))
@@ -294,9 +295,10 @@ Image(to_png(figure), width=850)
 # **What to see.** Left: with sequence weights the direction is exact, however bad the sampler; with token weights it
 # drifts off (that is lesson 02's remainder); without weights it drifts further. Right: the same gradients measured
 # against *another* target, the gradient that improves the **sampler's** policy. There the order is reversed. Leaving
-# the weight out does not make the gradient wrong at random: it makes it nearly right for the other stove. (With a
-# baseline for every prefix instead of one mean, it is exactly that gradient, as the lesson proves.) The bands are 95 %
-# intervals over problems, which differ a lot; the methods met the same ones.
+# the weight out does not make the gradient wrong at random: on these short responses it makes it nearly right for the
+# other stove. With a baseline for every prefix instead of one mean it is exactly that gradient, as the lesson proves.
+# What one mean leaves over is small here. In section 7 it is not. The bands are 95 % intervals over problems, which
+# differ a lot; the methods met the same ones.
 #
 # Now train. Each policy takes 60 exact gradient steps on its advantages. Either the sampler's error stays **the same**
 # at every sync (a stove that always runs hot), or it is **drawn anew** (a flame that flickers).
@@ -721,10 +723,11 @@ show_table(["", "MiniRL", "− IS", "difference (95 % over seeds)"], compare_run
 # %% [markdown]
 # **What to see.** In this small setting removing the weight does **not** collapse training. No run without it
 # collapses, and they end *higher*, on both engines; the verdict in [CLAIMS.md](../lessons/results/CLAIMS.md) is
-# "opposite". The entropy hardly differs, and the KL is lower, not higher. Nor does section 3 predict this: there is no
-# error here that comes back. Why it is so is not settled. The best guess is in `LOG.md`: an update here sees a few
-# thousand tokens, the paper's a thousand long responses, and with so few tokens the variance that weights add can cost
-# more than the bias they remove. A regime of ours is no refutation of theirs.
+# "opposite". The entropy hardly differs, and the KL is lower, not higher. Section 3 does not predict this: there is no
+# error here that comes back. A first guess was variance: an update here sees about a thousand tokens, and with so few a
+# weight could cost more than it saves. That was tested with four times as many responses in an update, and it failed:
+# training without the weight was as good or better again (`LOG.md`). Section 7 has another reason, and a case in which
+# the collapse is there. A regime of ours is no refutation of the paper's.
 #
 # The sharper test is our own question D2: one size of engine error, made to come back (*nearest*, *frozen*) or to
 # average out (*random*), with and without the weight. Its runs are compared here as soon as they are stored:
@@ -739,7 +742,155 @@ for setting in ("nearest", "frozen", "random"):
     show_table(["", "MiniRL", "− IS", "difference (95 % over seeds)"], compare_runs(*pairs))
 
 # %% [markdown]
-# ## 7 · A real engine: turn the dial
+# ## 7 · A signal and a drift
+#
+# The lesson splits the gradient without the weight into two parts. The *signal* knows which token was better. The
+# *drift* only knows how the whole response does: every token of a response that does worse than its group pushes $\pi$
+# away from the sampler, every token of one that does better pulls it towards the sampler. Where all contexts are alike
+# the drifts add up to
+#
+# $$\mathrm{Cov}(|y|, R)\;(\mu-\pi).$$
+#
+# With the weight $\pi/\mu$ there is no drift. By hand: a context with three tokens, of which the second is right, an
+# engine with noise on its logits, and groups of eight in which one response is right.
+
+# %%
+one_pi = torch.tensor([0.6, 0.3, 0.1])
+jitter = torch.randn(20000, 3, generator=torch.Generator().manual_seed(0))
+one_mu = (one_pi.log() + torch.cat([jitter, -jitter])).softmax(-1).mean(0)
+print("trainer π     ", "  ".join(f"{p:.3f}" for p in one_pi))
+print("engine, mean μ", "  ".join(f"{p:.3f}" for p in one_mu), "  flatter: likely tokens lose, unlikely ones gain")
+
+solved = torch.tensor([1.0] + [0.0] * 7)
+rows = []
+for name, (right_length, wrong_length) in {"wrong longer": (3, 96), "alike": (96, 96), "right longer": (96, 3)}.items():
+    lengths = torch.where(solved == 1, right_length, wrong_length)
+    covariance = ((lengths - lengths.mean(dtype=torch.float)) * (solved - solved.mean())).mean()
+    moves = (covariance * (one_mu - one_pi)).tolist()
+    rows.append([name, f"{covariance:+.2f}", *(f"{move + 0.0:+.3f}" for move in moves)])
+show_table(["responses", "Cov(\\|y\\|, R)", "wrong mode", "right token", "another token"], rows)
+
+# %% [markdown]
+# **What to see.** In the first line the wrong mode's logit rises and the right token's falls, although the right token
+# is what is rewarded: the drift sharpens whatever mode is there. In the last line it flattens. In between it is 0.
+
+# %% [markdown]
+# {exercise} 03.7
+# The drift of a group. From `lengths` and `rewards` `[G]` of a group, and the probabilities `pi` and `mu` `[V]` of a
+# token in a context that stands for all others: the total of the drift, `[V]`, as a mean over the group's responses.
+# It is the direction in which training without the weight moves the logits, as far as the drift moves them.
+
+
+# %%
+def drift_of_a_group(lengths, rewards, pi, mu):
+    # solution
+    advantages = rewards - rewards.mean()
+    return (lengths * advantages).mean() * (mu - pi)
+    # end
+
+
+check("03.7", drift_of_a_group)
+
+# %% [markdown]
+# Now a world. Tokens are drawn in contexts of ten tokens each. The first three decide: all three must be right. Then
+# the response is over for a winner and goes on for a loser (or the other way round). Three quarters of the contexts
+# start with a wrong mode. The engine's logits are the trainer's plus noise, drawn anew at every step. Predict before
+# you look.
+
+# %% [markdown]
+# {exercise} 03.8
+# What does the drift's total do to the entropy? `right_length` and `wrong_length` are the lengths of right and wrong
+# responses, `weight` says whether the exact token weight is used, `divided` whether each response is divided by its
+# length. Return `"falls"`, `"rises"` or `"neither"`.
+
+
+# %%
+def entropy_of_the_drift(right_length, wrong_length, weight, divided):
+    # solution
+    if weight or divided or right_length == wrong_length:
+        return "neither"
+    return "falls" if wrong_length > right_length else "rises"
+    # end
+
+
+check("03.8", entropy_of_the_drift)
+
+# %%
+SEEDS, STEPS = pick(fast=(3, 120), full=(8, 300))
+CASES = WORLDS["doomed_tails"].scenarios  # lengths: 3 and 96, 96 and 96, 96 and 3
+worlds = {
+    (case, method): doomed_tails(VARIANTS[method], seeds=SEEDS, steps=STEPS, **options)
+    for case, options in CASES.items()
+    for method in ("MiniRL", "− IS")
+}
+
+figure = Figure(figsize=(9.5, 5.6), layout="constrained")
+panels = figure.subplots(2, 3, sharex=True, sharey="row")
+for column_of, case in zip(panels.T, CASES, strict=True):
+    for ax, metric in zip(column_of, ("entropy", "score"), strict=True):
+        for method, colour, style, label in (("MiniRL", BLUE, "-", "with"), ("− IS", ORANGE, "--", "without")):
+            curves = worlds[case, method]
+            mean, half = mean_interval(curves[metric])
+            ax.plot(curves["step"], mean, color=colour, linestyle=style, label=f"{label} the weight")
+            ax.fill_between(curves["step"], mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+        tidy(ax, case if metric == "entropy" else "", "step", "")
+panels[0, 0].set_ylabel("entropy, nats")
+panels[1, 0].set_ylabel("score, exact")
+panels[0, 0].legend(frameon=False)
+Image(to_png(figure), width=850)
+
+# %%
+rows = []
+for case, options in CASES.items():
+    with_weight, without = worlds[case, "MiniRL"], worlds[case, "− IS"]
+    at = len(without["step"]) // 3
+    gap = paired_difference(without["entropy"][:, at], with_weight["entropy"][:, at])
+    rows.append(
+        [case, f"{without['length_reward_cov'][:, 0].mean():+.1f}", f"{without['entropy_drift'][:, 0].mean():+.3f}",
+         f"{doomed_tails_border(**options):+.2f}", f"{gap.estimate:+.2f} ({gap.low:+.2f} to {gap.high:+.2f})"]
+    )  # fmt: skip
+show_table(
+    ["responses", "Cov(\\|y\\|, R), step 0", "entropy_drift, step 0", "drift ÷ signal, computed beforehand",
+     f"entropy at step {without['step'][at]}: without − with, nats (95 %)"], rows
+)  # fmt: skip
+
+# %% [markdown]
+# **What to see.** Top left the entropy falls without the weight, top right it rises, in the middle both methods do
+# nearly the same. The table has the sign before the first step: `length_reward_cov` and `entropy_drift` are read off a
+# batch, and every run of the library logs them. `entropy_drift` is how fast leaving out the weight *would* change the
+# entropy. The fourth column is computed from the policy at the start: above 1 the drift outweighs the signal where the
+# mode is wrong. Below: on the left and on the right the score without the weight ends where it began, or lower. In the
+# middle nothing is lost without the weight. That is the case of our runs in section 6: the length of a response is
+# given by its problem, and within a group all are alike.
+
+# %% [markdown]
+# {exercise} 03.9
+# Choose the correction. The lesson's section 7 has a table of weights: which part of the drift each leaves, its
+# variance, and how runs end. For each purpose return one of `"none"`, `"token truncated"`, `"token masked"` or
+# `"sequence"` (a product over the whole response, truncated or masked):
+#
+# * `all responses are equally long`: the highest score of the four;
+# * `nobody knows which responses will be longer`: learns in each of the three cases;
+# * `turns the drift around`: the entropy rises where it would fall without a weight;
+# * `hardly any drift, but too much noise`: learns where losers are long, and stops where winners are as long as they.
+
+
+# %%
+def chosen_corrections():
+    # solution
+    return {
+        "all responses are equally long": "none",
+        "nobody knows which responses will be longer": "token truncated",
+        "turns the drift around": "token masked",
+        "hardly any drift, but too much noise": "sequence",
+    }
+    # end
+
+
+check("03.9", chosen_corrections)
+
+# %% [markdown]
+# ## 8 · A real engine: turn the dial
 #
 # The whole lesson in one picture. The tiny model samples 256 responses through an engine of your choice; the trainer
 # reads the same tokens in full precision. Each dot is a token. On the line, the two stoves agree.
@@ -823,5 +974,7 @@ else:
 # 2. In section 2 set `tokens=2_000_000`. Does a larger batch make $k_1$ good enough at a KL of $10^{-6}$ nats?
 # 3. In section 3 give `problem` a larger share of rewarded responses, or `train_exactly` a smaller `rate`. Does the
 #    order of the two methods on the *trainer's* reward change? On the sampler's?
+# 4. In section 7 give `doomed_tails` a smaller `sigma`, or `wrong=0.0`, so that every mode is right. What does
+#    `doomed_tails_border` say before you run it?
 #
 # Back to the [lesson](../lessons/03_sampler_and_policy.md), for the proofs and for what to remember.

@@ -110,6 +110,63 @@ def choice_by_elimination() -> dict[str, str]:
     return {**choices, "survives a huge ratio": min(size, key=lambda k: size[k]), "drawn by the trainer": "None"}
 
 
+def drift_by_tokens(lengths: Tensor, rewards: Tensor, pi: Tensor, mu: Tensor) -> Tensor:
+    """Token by token: each pushes with its response's advantage."""
+    total = torch.zeros_like(pi)
+    for length, reward in zip(lengths.tolist(), rewards.tolist(), strict=True):
+        for _ in range(int(length)):
+            total += (reward - float(rewards.mean())) * (mu - pi) / len(rewards)
+    return total
+
+
+def drift_by_covariance(lengths: Tensor, rewards: Tensor, pi: Tensor, mu: Tensor) -> list[float]:
+    """torch's covariance, in plain numbers."""
+    covariance = torch.cov(torch.stack([lengths, rewards]), correction=0)[0, 1]
+    return [float(covariance * (m - p)) for m, p in zip(mu, pi, strict=True)]
+
+
+def entropy_by_sign(right_length: int, wrong_length: int, weight: bool, divided: bool) -> str:
+    """The sign of the covariance, 0 where nothing is left of it."""
+    sign = (right_length > wrong_length) - (right_length < wrong_length)
+    return {-1: "falls", 0: "neither", 1: "rises"}[sign * (not weight) * (not divided)]
+
+
+def entropy_by_moving(right_length: int, wrong_length: int, weight: bool, divided: bool) -> str:
+    """One step of the drift on three logits, and the entropy before and after."""
+    pi, mu = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.5, 0.35, 0.15])
+    pushes = 0.25 * 0.75 * ((1 - 1) if divided else (right_length - wrong_length))
+    step = pushes * ((pi if weight else mu) - pi)
+    before, after = (torch.distributions.Categorical(logits=pi.log() + 0.01 * x).entropy() for x in (0 * step, step))
+    return "neither" if after == before else "falls" if after < before else "rises"
+
+
+def corrections_in_another_order() -> dict[str, str]:
+    """The same choices, from the last to the first."""
+    return {
+        "hardly any drift, but too much noise": "sequence",
+        "turns the drift around": "token masked",
+        "nobody knows which responses will be longer": "token truncated",
+        "all responses are equally long": "none",
+    }
+
+
+def corrections_from_the_table() -> dict[str, str]:
+    """From the lesson's numbers: drift left, scores with wrong responses longer, alike, and right ones longer."""
+    table = {
+        "token truncated": (-0.14, 0.71, 0.85, 0.96),
+        "None": (1.00, 0.08, 0.94, 0.04),
+        "Token masked": (-1.13, 0.02, 0.84, 0.07),
+        "sequence": (0.18, 0.95, 0.08, 0.75),
+    }
+    stopped = [name for name, (left, first, alike, _) in table.items() if abs(left) < 0.5 and alike < 0.1 < first]
+    return {
+        "all responses are equally long": max(table, key=lambda name: table[name][2]),
+        "nobody knows which responses will be longer": max(table, key=lambda name: min(table[name][1:])),
+        "turns the drift around": min(table, key=lambda name: table[name][0]),
+        "hardly any drift, but too much noise": stopped[0],
+    }
+
+
 RIGHT: dict[str, list[Callable[..., Any]]] = {
     "03.1": [k3_loop, k3_where],
     "03.2": [choice_in_another_order, choice_by_elimination],
@@ -117,4 +174,7 @@ RIGHT: dict[str, list[Callable[..., Any]]] = {
     "03.4": [weight_loop, weight_product],
     "03.5": [cap_moments, cap_loop],
     "03.6": [tempered_logsumexp, tempered_powers],
+    "03.7": [drift_by_tokens, drift_by_covariance],
+    "03.8": [entropy_by_sign, entropy_by_moving],
+    "03.9": [corrections_in_another_order, corrections_from_the_table],
 }

@@ -101,6 +101,29 @@ def step_with_two_contexts(model: nn.Module, replay: RoutingReplay, routes: Rout
         (value / 2).backward()
 
 
+def experts_by_autograd(logits: Tensor, own: int, shares: Tensor, advantages: Tensor) -> Tensor:
+    """The surrogate of every token that every expert may write, differentiated."""
+    gradients = []
+    for replayed in (False, True):
+        z = logits.clone().requires_grad_()
+        logp = z.log_softmax(-1)
+        surrogate = torch.zeros((), dtype=logits.dtype)
+        for e in range(len(logits)):
+            mu = logp[e].detach()
+            used = logp[e] if replayed else logp[own]
+            surrogate = surrogate + (shares[e] * mu.exp() * (used.detach() - mu).exp() * advantages * used).sum()
+        gradients.append(torch.autograd.grad(surrogate, z)[0])
+    return torch.stack(gradients)
+
+
+def experts_by_jacobian(logits: Tensor, own: int, shares: Tensor, advantages: Tensor) -> Tensor:
+    """The gradient of E_π[A] is (diag(π) − ππᵀ) A; a mask says who gets it."""
+    probs = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    jacobian = torch.diag_embed(probs) - probs[:, :, None] * probs[:, None, :]
+    only = nn.functional.one_hot(torch.tensor(own), len(logits)).to(probs.dtype)
+    return torch.stack([only, shares])[..., None] * (jacobian @ advantages)
+
+
 RIGHT = {
     "07.1": (choice_by_loops, choice_by_masking),
     "07.2": (plan_by_rules, plan_by_lookup),
@@ -111,4 +134,5 @@ RIGHT = {
     "07.4": (removed_by_sums, removed_by_where),
     "07.5": (rows_by_loops, rows_by_counting),
     "07.6": (step_with_gradients_set, step_with_two_contexts),
+    "07.7": (experts_by_autograd, experts_by_jacobian),
 }

@@ -279,3 +279,12 @@ def test_without_its_extra_a_name_or_a_command_says_which_to_install(bare):
     assert fresh(train, python) == f"minirl train: pyyaml {advice}2\n"
     said = fresh(command.format(["doctor"]), python)
     assert said.endswith("healthy\n0\n") and "plots: matplotlib not installed, scipy not installed" in said
+
+
+@pytest.mark.slow
+def test_training_needs_no_plots(tmp_path):
+    words = ["train", "--out", str(tmp_path / "run"), "--set", "train.global_steps=1", "--set", "eval.problems=16"]
+    blocked = "import sys\nsys.modules.update(matplotlib=None, scipy=None)  # as if not installed\n"
+    said = fresh(f"{blocked}from minirl_edu.cli import main\nprint(main({words!r}))")
+    assert re.fullmatch(rf"no report: .*matplotlib.*; then: minirl report {tmp_path}/run\n0\n", said)
+    assert len(read_records(tmp_path / "run" / "metrics.jsonl")) == 2

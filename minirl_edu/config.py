@@ -66,7 +66,7 @@ class TaskConfig(_Section):
     """What the model is asked to do."""
 
     name: str = "chain"
-    """A task of `minirl_edu.tasks`."""
+    """A task of `minirl_edu.tasks`, or a class of your own as `my_package.my_module:MyTask`."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of that task; the task checks them."""
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.special import stdtrit
 from torch import Tensor
 
 _MAX_LOG_RATIO = 20.0
@@ -92,10 +91,15 @@ def log_ratio_quantiles(
 
 
 def mean_interval(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean over seeds and half-width of its 95 % t-interval; `values` is [seeds, steps]. NaN widths with one seed."""
+    """Mean over seeds and half-width of its 95 % t-interval; `values` is [seeds, steps]. NaN widths with one seed.
+
+    The quantile is SciPy's, which comes with the extra `plots`.
+    """
     n = len(values)
     if n == 1:
         return values[0], np.full(values.shape[1], math.nan)
+    from scipy.special import stdtrit  # here: whoever imports the metrics need not have it
+
     return values.mean(0), stdtrit(n - 1, 0.975) * values.std(0, ddof=1) / math.sqrt(n)
 
 
@@ -187,7 +191,12 @@ def policy_metrics(
         response_length        mean number of response tokens
 
     Weights and clipping are the objective's, which returns their metrics (`objectives.PolicyLoss`).
+
+    Raises TypeError for a list or an array in the place of a tensor.
     """
+    for name, values in (("logp", logp), ("logp_old", logp_old), ("logp_rollout", logp_rollout), ("mask", mask)):
+        if not isinstance(values, Tensor):
+            raise TypeError(f"{name} is a {type(values).__name__}; pass a tensor [B, T]: torch.as_tensor({name})")
     return {
         "kl_rollout_old": kl_k1(logp_rollout, logp_old, mask),
         "k3_rollout_old": kl_k3(logp_rollout, logp_old, mask),

@@ -48,6 +48,20 @@ def report() -> tuple[str, int]:
     return "\n".join(lines), 0 if healthy else 1
 
 
+def how_to_install(error: ModuleNotFoundError) -> str:
+    """What is missing and the command that installs it: the smallest extra that brings it.
+
+    Where no extra does, the error as it is.
+    """
+    module = (error.name or "").partition(".")[0]
+    name = {"yaml": "pyyaml"}.get(module, module)
+    extras = {extra: wanted for extra, wanted in _requirements().items() if name in wanted and extra}
+    if not extras:
+        return str(error)
+    extra = min(extras, key=lambda extra: len(extras[extra]))
+    return f"{name} is not installed; it comes with the extra {extra!r}: {_install_command(extra)}"
+
+
 def environment() -> dict[str, Any]:
     """What a result may depend on, as JSON: versions, platform, cores, memory (bytes), threads, accelerators.
 
@@ -95,7 +109,15 @@ def _requirements() -> dict[str, dict[str, Requirement]]:
         applies = [e for e in found if requirement.marker is None or requirement.marker.evaluate({"extra": e})]
         for extra in [""] if "" in applies else applies:
             found[extra][requirement.name] = requirement
-    return found
+    return {extra: _resolved(wanted, found) for extra, wanted in found.items()}
+
+
+def _resolved(wanted: dict[str, Requirement], found: dict[str, dict[str, Requirement]]) -> dict[str, Requirement]:
+    """With what the package's own extras, such as minirl-edu[train], stand for."""
+    own = wanted.get(_DISTRIBUTION)
+    parts = [_resolved(found[extra], found) for extra in sorted(own.extras)] if own else []
+    merged = {name: requirement for part in parts for name, requirement in part.items()}
+    return merged | {name: requirement for name, requirement in wanted.items() if name != _DISTRIBUTION}
 
 
 def installed_version(name: str) -> str | None:

@@ -84,6 +84,7 @@ def minirl_loss(
         num_responses: B of the whole mini-batch where this call sees a part of it.
 
     Raises:
+        TypeError: a list or an array in the place of a tensor.
         ValueError: a shape does not fit that of `logp`; a value inside the mask is not finite; a log-probability
             inside it is above 0, as a probability is; no `logp_rollout`; no correction of that name.
     """
@@ -317,6 +318,10 @@ what stands outside the mask is ignored, and so should be the weight there.
 
 def _response_tokens(mask: Tensor, *, logp: Tensor, **inputs: Tensor) -> list[Tensor]:
     """The mask as bool, then every input as `[B, T]` in the working dtype, finite inside the mask and zero outside."""
+    for name, values in {"logp": logp, "mask": mask, **inputs}.items():
+        if not isinstance(values, Tensor):
+            shape = "[B] or [B, T]" if name == "advantages" else "[B, T]"
+            raise TypeError(f"{name} is a {type(values).__name__}; pass a tensor {shape}: torch.as_tensor({name})")
     if logp.ndim != 2:
         raise ValueError(f"logp has shape {list(logp.shape)}; expected [B, T], responses × response tokens")
     if mask.shape != logp.shape:

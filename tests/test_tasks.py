@@ -33,6 +33,7 @@ from minirl_edu.tasks import (
     Problem,
     ReasoningGymTask,
     Task,
+    brings_tokenizer,
     make_task,
     verified_rewards,
 )
@@ -61,6 +62,46 @@ def test_make_task_names_the_choices():
         make_task("reasoning_gym")
     with pytest.raises(ValueError, match="needs path"):
         make_task("math_jsonl", tokenizer=byte_tokenizer())
+
+
+OWN = """
+from minirl_edu.tasks.chain import chain_tokenizer
+number = 3
+class Unfinished:
+    def __init__(self, tokenizer, limit=1): ...
+    def sample(self, n, *, seed): ...
+class Whole(Unfinished):
+    name, max_new_tokens, prompt_width = "whole", 4, None
+    def __init__(self, limit=1): self.tokenizer, self.limit = chain_tokenizer(), limit
+    def evaluation(self, n): ...
+    def encode(self, problem): ...
+    def reward(self, problem, response): ...
+"""
+
+
+def test_a_task_of_ones_own_is_named_by_module_and_class(tmp_path, monkeypatch):
+    (tmp_path / "own_house").mkdir()
+    (tmp_path / "own_house" / "of_tasks.py").write_text(OWN)
+    (tmp_path / "own_house" / "hungry.py").write_text("import not_installed_anywhere")
+    monkeypatch.syspath_prepend(tmp_path)
+    task: Any = make_task("own_house.of_tasks:Whole", limit=2)
+    assert task.limit == 2 and isinstance(task, Task)
+    assert brings_tokenizer("own_house.of_tasks:Whole") and not brings_tokenizer("own_house.of_tasks:Unfinished")
+    for name, message in {
+        "own_house.of_tasks:3": r"there is no task .* the tasks are chain, .* my_package.my_module:MyTask",
+        ":Whole": r"my_package.my_module:MyTask",
+        "own_house.of_tasks:number": r"own_house.of_tasks has no class 'number'",
+        "own_house.of_tusks:Whole": r"there is no module 'own_house.of_tusks'; install it, .* PYTHONPATH",
+        "no_house.of_tasks:Whole": r"there is no module 'no_house'; ",
+        "own_house.of_tasks:Unfinished": r"has no name, tokenizer, max_new_tokens, prompt_width, evaluation, .*; ",
+    }.items():
+        given = {"tokenizer": byte_tokenizer()} if "Unfinished" in name else {}
+        with pytest.raises(ValueError, match=message):
+            make_task(name, **given)
+    with pytest.raises(ValueError, match="has no option length; it has limit"):
+        make_task("own_house.of_tasks:Whole", length=2)
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):  # not ours to explain
+        make_task("own_house.hungry:Whole")
 
 
 def test_chain_is_a_task_with_demonstrations():

@@ -101,8 +101,8 @@ def _page(module: Module, links: dict[str, tuple[Path, str]]) -> str:
 
 def _index(root: Path, modules: list[Module], shown: list[Module]) -> str:
     """The reference's first page: the floors of CONTRIBUTING's table, with the first sentence of each module."""
-    table = re.findall(r"^\| (\d) \| (.+) \|$", (root / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
-    floors = {floor: [name.strip("/") for name in re.findall(r"`([\w/]+)`", names)] for floor, names in table}
+    table = re.findall(r"^\| (\d+) \| (.+) \|$", (root / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
+    floors = {int(floor): [name.strip("/") for name in re.findall(r"`([\w/]+)`", names)] for floor, names in table}
     parts_of_the_house = {module.name.split(".")[1] for module in modules if "." in module.name}
     if parts_of_the_house != (named := {name for names in floors.values() for name in names}):
         raise ValueError(f"CONTRIBUTING.md's table of floors differs from the sources: {parts_of_the_house ^ named}")

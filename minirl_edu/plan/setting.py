@@ -284,7 +284,12 @@ def complete(config: Config, cluster: Cluster, prompt_tokens: int | None, respon
         response_tokens=response_tokens or limit,
         max_new_tokens=limit,
         batch=micro_batch(
-            config, model, prompt_tokens, limit, gpus=gpus, padded=not brings_tokenizer(config.task.name)
+            config,
+            model,
+            prompt_tokens,
+            limit,
+            gpus=gpus,
+            padded=not (config.task.name in TASKS and brings_tokenizer(config.task.name)),
         ),
         loaded=loaded,
         # Under mixed precision, accelerate's FSDP2 raises the weights that it trains to fp32.
@@ -307,7 +312,7 @@ def task_of(config: Config) -> Task:
     """The task that the config names, with the model's tokenizer. Raises ConfigError where either is not at hand."""
     settings, model, tokenizer = config.task, config.model, None
     try:
-        if settings.name in TASKS and not brings_tokenizer(settings.name):
+        if not brings_tokenizer(settings.name):
             tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
         return make_task(settings.name, tokenizer=tokenizer, **settings.options)
     except (ValueError, TypeError, OSError, ImportError) as error:

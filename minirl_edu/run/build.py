@@ -25,7 +25,7 @@ from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling, make_engine
 from minirl_edu.rollout.hf import check_sampling, evaluating
 from minirl_edu.routing import RoutingReplay, UnsupportedRouter
 from minirl_edu.streaming import local_part
-from minirl_edu.tasks import TASKS, Task, brings_tokenizer, make_task
+from minirl_edu.tasks import Task, brings_tokenizer, make_task
 
 _ENOUGH = 0.9  # share of the weights that a step has to be able to move, or a warning says that it cannot
 
@@ -44,9 +44,9 @@ def task(config: Config) -> Task:
     """The task, with the model's tokenizer unless it brings its own."""
     settings, model = config.task, config.model
     tokenizer = None
-    if settings.name in TASKS and not brings_tokenizer(settings.name):
-        tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
     try:
+        if not brings_tokenizer(settings.name):
+            tokenizer = load_tokenizer(model.name, trust_remote_code=model.trust_remote_code)
         return make_task(settings.name, tokenizer=tokenizer, **settings.options)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"task: {error}") from error

@@ -274,7 +274,9 @@ def test_no_link_is_dead(site):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["index", "lessons/00_quickstart", "lessons/site/metrics", LONGEST])
+@pytest.mark.parametrize(
+    "name", ["index", "lessons/00_quickstart", "lessons/site/metrics", "lessons/site/own_loop", LONGEST]
+)
 def test_a_page_fits_a_telephone(site, browser, name):
     page = browser.new_page(viewport={"width": 420, "height": 900})
     page.goto((site / f"{name}.html").as_uri())

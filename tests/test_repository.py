@@ -319,9 +319,9 @@ def test_continuous_integration_can_be_executed():
 
 
 def test_a_clone_stays_small():
-    """Results, notebooks and figures are what grows. Cold starts (12 MB) count apart: stored runs need them in fp32."""
+    """Results, notebooks and figures are what grows. Cold starts (16 MB) count apart: stored runs need them as they are."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [ROOT / name for name in listed.split("\0") if name and "/cold_starts/" not in name]
-    assert sum(path.stat().st_size for path in paths if path.is_file()) < 15e6
+    assert sum(path.stat().st_size for path in paths if path.is_file()) < 20e6

@@ -30,7 +30,7 @@ from minirl_edu.tasks import Task, brings_tokenizer, make_task
 _ENOUGH = 0.9  # share of the weights that a step has to be able to move, or a warning says that it cannot
 
 
-def accelerator(config: Config, out: Path) -> Accelerator:
+def build_accelerator(config: Config, out: Path) -> Accelerator:
     """accelerate's object for this process, with the trackers of `output.trackers`."""
     try:
         return make_accelerator(
@@ -40,7 +40,7 @@ def accelerator(config: Config, out: Path) -> Accelerator:
         raise ConfigError(f"accelerate: {error}") from error
 
 
-def task(config: Config) -> Task:
+def build_task(config: Config) -> Task:
     """The task, with the model's tokenizer unless it brings its own."""
     settings, model = config.task, config.model
     tokenizer = None
@@ -52,7 +52,7 @@ def task(config: Config) -> Task:
         raise ConfigError(f"task: {error}") from error
 
 
-def model(config: Config, task: Task, given: PreTrainedModel | None = None) -> PreTrainedModel:
+def build_model(config: Config, task: Task, given: PreTrainedModel | None = None) -> PreTrainedModel:
     """The policy (`given`, or loaded, or drawn from the seed), with the end tokens of the task's tokenizer."""
     settings = config.model
     kind: dict[str, Any] = {
@@ -85,7 +85,7 @@ def routing_replay(config: Config, model: PreTrainedModel) -> RoutingReplay | No
         return None
 
 
-def sampling(config: Config, task: Task, model: PreTrainedModel) -> Sampling:
+def build_sampling(config: Config, task: Task, model: PreTrainedModel) -> Sampling:
     """How responses are sampled; they have to leave a position for a prompt."""
     length, positions = config.rollout.max_new_tokens or task.max_new_tokens, max_positions(model)
     if positions is not None and length >= positions:
@@ -96,7 +96,7 @@ def sampling(config: Config, task: Task, model: PreTrainedModel) -> Sampling:
     return Sampling(length, config.rollout.temperature)
 
 
-def batcher(config: Config, model: PreTrainedModel, replay: RoutingReplay | None, ranks: Ranks) -> Batcher:
+def build_batcher(config: Config, model: PreTrainedModel, replay: RoutingReplay | None, ranks: Ranks) -> Batcher:
     """How rollouts are cut; on several ranks, a `RankedBatcher`."""
     settings: dict[str, Any] = {
         "group_size": config.train.group_size,
@@ -111,7 +111,7 @@ def batcher(config: Config, model: PreTrainedModel, replay: RoutingReplay | None
     return RankedBatcher(ranks, () if replay is None else replay.layers, **settings)
 
 
-def engine(
+def build_engine(
     config: Config, model: PreTrainedModel, given: RolloutEngine | None, ranks: Ranks, *, routes: bool
 ) -> RolloutEngine | None:
     """Rank 0's rollout engine (`given`, or a new one with the model's weights; `routes` records experts)."""
@@ -176,7 +176,7 @@ def prepare(config: Config, model: PreTrainedModel, accelerator: Accelerator) ->
     return prepared, optimizer, scheduler
 
 
-def shards(config: Config, accelerator: Accelerator) -> bool:
+def is_sharding(config: Config, accelerator: Accelerator) -> bool:
     """Whether `prepare` spreads the parameters over several processes."""
     return accelerator.num_processes > 1 and (accelerator.is_fsdp2 or config.model.expert_parallel > 1)
 

@@ -61,7 +61,7 @@ class TrainingRun(ABC):
         on_step: Callable[[list[dict[str, Any]]], object] | None = None,
     ) -> None:
         self.config, self.out, self.on_step = config, Path(out), on_step
-        self.accelerator = build.accelerator(config, self.out)
+        self.accelerator = build.build_accelerator(config, self.out)
         self.ranks = Ranks(self.accelerator, silent=config.ranks.silent)
         self.folder = RunFolder(self.out, config, self.accelerator)
         self.progress = progress and self.ranks.is_main
@@ -82,17 +82,17 @@ class TrainingRun(ABC):
     def _build(self, model: PreTrainedModel | None, task: Task | None, resume: bool) -> None:
         config, is_main = self.config, self.ranks.is_main
         self.folder.open(resume=resume)
-        self.task = task or build.task(config)
-        model = build.model(config, self.task, model)
+        self.task = task or build.build_task(config)
+        model = build.build_model(config, self.task, model)
         self.replay = build.routing_replay(config, model)
-        self.sampling = build.sampling(config, self.task, model)
+        self.sampling = build.build_sampling(config, self.task, model)
         self.objective = OBJECTIVES[config.algorithm.objective]
         self.compute_advantages = ADVANTAGES[config.algorithm.advantages or self.objective.advantages]
-        self.batcher = build.batcher(config, model, self.replay, self.ranks)
+        self.batcher = build.build_batcher(config, model, self.replay, self.ranks)
         if is_main and config.rollout.engine == "hf":
             model.to(self.ranks.device)  # type: ignore[arg-type]
         if is_main or self._made_engine:  # from the model while it is whole
-            self.engine = build.engine(config, model, self.engine, self.ranks, routes=self.replay is not None)
+            self.engine = build.build_engine(config, model, self.engine, self.ranks, routes=self.replay is not None)
         self.prompts = Prompts(
             config,
             self.task,
@@ -103,7 +103,12 @@ class TrainingRun(ABC):
         )
         build.for_training(config, model)
         self.unsharded: PreTrainedModel | None = None  # to evaluate with, where parameters are spread
-        if build.shards(config, self.accelerator) and is_main and config.eval.every and config.eval.through_trainer:
+        if (
+            build.is_sharding(config, self.accelerator)
+            and is_main
+            and config.eval.every
+            and config.eval.through_trainer
+        ):
             self.unsharded = copy.deepcopy(model).requires_grad_(False)
         self.model, self.optimizer, self.scheduler = build.prepare(config, model, self.accelerator)
         build.warn_of_rounding(config, self.model, self.ranks)

@@ -406,7 +406,7 @@ drifts = [words_only(TabularPolicy.random(3, LONGEST, seed=seed).logits) for see
 lengths = np.arange(2, LONGEST + 1)
 
 
-def geometric_mean(values):
+def mean_size(values):
     """Over the drifts, and without the first token, [T − 1]."""
     return torch.stack(values).log().mean(0).exp()[1:].numpy()
 
@@ -431,8 +431,8 @@ def by_length(distance):
         chi.append((sampler_probs[:, None] * (rho - 1) ** 2).sum(0).mean())
         for name, reward in judges.items():
             remainder[name].append((sampler_probs[:, None] * d * reward).sum(0).abs().clamp(min=1e-12))
-    remainders = {name: geometric_mean(values) for name, values in remainder.items()}
-    return geometric_mean(dropped), geometric_mean(weight), torch.stack(chi).mean().item(), remainders
+    remainders = {name: mean_size(values) for name, values in remainder.items()}
+    return mean_size(dropped), mean_size(weight), torch.stack(chi).mean().item(), remainders
 
 
 measured = {distance: by_length(distance) for distance in (0.03, 0.1, 0.3, 1.0)}

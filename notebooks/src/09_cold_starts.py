@@ -132,7 +132,7 @@ print(f"mixed groups      {mixed:.1%} of {len(blind)}")
 
 
 # %%
-def signal(group_sizes=(2, 4, 8, 16), p=0.44):
+def group_signal(group_sizes=(2, 4, 8, 16), p=0.44):
     """Left: chance of a mixed group, right: mean size of an advantage, over the probability of success."""
     grid = np.linspace(0, 1, 201)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -153,7 +153,7 @@ def signal(group_sizes=(2, 4, 8, 16), p=0.44):
 
 
 started = json.loads(Path(model_path("chain-steps"), "cold_start.json").read_text())
-Image(to_png(signal(p=started["metrics"]["score"])), width=850)
+Image(to_png(group_signal(p=started["metrics"]["score"])), width=850)
 
 # %% [markdown]
 # **What to see.** Left: at $p = \tfrac12$ nearly every group of 8 is mixed; near the ends the curves fall off steeply,
@@ -183,7 +183,7 @@ check("09.2", mean_size_of_advantage)
 try:
     from ipywidgets import FloatSlider, IntSlider, interact
 except ImportError:
-    print("no ipywidgets here; try signal((2, 4, 8, 64), p=0.02)")
+    print("no ipywidgets here; try group_signal((2, 4, 8, 64), p=0.02)")
 else:
 
     @interact(
@@ -191,7 +191,7 @@ else:
         largest=IntSlider(value=64, min=16, max=128, step=16, continuous_update=False),
     )
     def turn(p, largest):
-        display(signal((2, 4, 8, largest), p))
+        display(group_signal((2, 4, 8, largest), p))
 
 
 # %% [markdown]

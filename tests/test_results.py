@@ -35,7 +35,7 @@ def test_every_stored_run_is_one_of_the_specs_and_made_with_its_config(spec: Spe
 
 def test_every_stored_run_is_in_its_archive_and_the_results_are_small():
     assert not [path for path in RESULTS.rglob("*.csv") if ".old" not in path.name]
-    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.suffix != ".svg" and path.is_file()) < 7e6
+    assert sum(path.stat().st_size for path in RESULTS.rglob("*") if path.suffix != ".svg" and path.is_file()) < 9e6
 
 
 @pytest.mark.slow

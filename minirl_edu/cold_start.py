@@ -26,13 +26,11 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
     "moe": tiny_moe,
     "experts": partial(tiny_moe, experts=16, top_k=1, expert_hidden=64),
     "dense": tiny_dense,
-    "dense-large": partial(tiny_dense, ffn_hidden=1024),
 }
 """Fresh models by name.
 
 `moe`'s experts learn the same, so another choice of experts hardly matters. `experts` has as many parameters and one
-expert per token: there each choice matters. `dense` has the parameters that serve one token of `moe`, `dense-large` as
-many as the two in all.
+expert per token: there each choice matters. `dense` has the parameters that serve one token of `moe`.
 """
 
 

@@ -57,7 +57,7 @@ def readme_table() -> str:
         if not line.startswith("|"):
             break
         claim, finding, verdict, effect, _figure = line.removeprefix("| ").removesuffix(" |").split(" | ")
-        effect = re.sub(r"<br>\[and \d+ more\]\(#\w+\)", "", effect).replace("<br>", ": ", 1)
+        effect = re.sub(r"<br>\[and \d+ more\]\(#[\w-]+\)", "", effect).replace("<br>", ": ", 1)
         claim = claim.replace("(#", "(lessons/results/CLAIMS.md#")
         table.append(f"| {claim} | {finding} | {verdict} | {effect} |")
     return "\n".join(table)

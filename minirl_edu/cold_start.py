@@ -30,7 +30,7 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedModel]] = {
 """Fresh models by name.
 
 `moe`'s experts learn the same, so another choice of experts hardly matters. `experts` has as many parameters and one
-expert per token: there each choice matters.
+expert per token: there each choice matters. `dense` has the parameters that serve one token of `moe`.
 """
 
 

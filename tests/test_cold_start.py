@@ -146,8 +146,8 @@ def test_a_new_model_has_the_vocabulary_and_the_special_tokens_of_the_task():
         assert (config.eos_token_id, config.pad_token_id) == (task.tokenizer.eos_token_id, task.tokenizer.pad_token_id)
     with pytest.raises(ValueError, match=r"architecture: 'mamba'.* moe, experts, dense"):
         new_model(task, "mamba", seed=0)
-    sizes = {name: new_model(task, name, seed=0).num_parameters() for name in ("moe", "experts")}
-    assert sizes["experts"] == pytest.approx(sizes["moe"], rel=0.01)
+    sizes = {new_model(task, name, seed=0).num_parameters() for name in ("moe", "experts")}
+    assert max(sizes) < 1.01 * min(sizes)
 
 
 # --------------------------------------------------------------------------------------------------- what is measured

@@ -319,7 +319,7 @@ def test_continuous_integration_can_be_executed():
 
 
 def test_a_clone_stays_small():
-    """Results, notebooks and figures are what grows. Cold starts (16 MB) count apart: stored runs need them as they are."""
+    """Results, notebooks and figures are what grows. Cold starts (16 MB) count apart: stored runs need them."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -17,14 +17,14 @@ from typing import Any
 
 from minirl_edu import __version__
 
-DEMO_VARIANTS = {"MiniRL": [], "no clipping": ["algorithm.clip=false", "algorithm.is_cap=.inf"]}
+DEMO_VARIANTS = {"MiniRL + R3": [], "no replay, no clipping": ["algorithm.replay=none", "algorithm.clip=false"]}
 """The demo's runs: label and what differs from recipes/demo.yaml."""
-DEMO_TITLE = "MiniRL on a laptop: what the clip is for"
+DEMO_TITLE = "MiniRL on a laptop: what routing replay and the clip are for"
 DEMO_ABOUT = (
-    "A Mixture-of-Experts of 0.9 M parameters learns running sums modulo 10: after 3+4+6= it is to write ,7,3. An int4 "
-    "engine samples its answers; each batch of answers serves 64 updates in a row, in which the policy moves away from "
-    "the one that wrote them. MiniRL's clip leaves out the tokens that have moved too far. The other run has no clip, "
-    "and no cap on the importance weight."
+    "A Mixture-of-Experts of 0.9 M parameters learns running sums modulo 10: after 3+4+6= it is to write ,7,3. The engine "
+    "that samples its answers often picks another expert than the trainer would. MiniRL with R3 trains the experts that "
+    "wrote the answer, and its clip leaves out tokens that have moved too far in the eight updates that each batch "
+    "serves. The other run does neither."
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -122,6 +122,11 @@ def _train(arguments: argparse.Namespace) -> None:
         print(f"report: {write_report(out, out / 'report.html')}")
 
 
+def demo_folder(name: str) -> str:
+    """The folder of a demo's run."""
+    return re.sub(r"\W+", "-", name)
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     import torch
 
@@ -134,7 +139,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     _quiet()
     torch.set_num_threads(1)  # so small a model gains nothing from a second thread, and loses much on a busy machine
     for name, overrides in DEMO_VARIANTS.items():
-        folder = runs[name] = out / name.replace(" ", "-")
+        folder = runs[name] = out / demo_folder(name)
         config = load_config(RECIPES / "demo.yaml", [*overrides, *arguments.set])
         resume = (folder / "config.yaml").exists()
         trainer = MiniRLTrainer(config, folder, resume=resume)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from minirl_edu import plots
-from minirl_edu.cli import DEMO_VARIANTS
+from minirl_edu.cli import DEMO_VARIANTS, demo_folder
 from minirl_edu.config import RECIPES, Config, load_config
 from minirl_edu.report import PAPER, write_report
 from tests.conftest import outside
@@ -256,7 +256,7 @@ def test_every_figure_of_the_demos_report_shows_all_its_data(tmp_path, monkeypat
     """The metrics of a real demo (seed 0): every line lies inside its axes, in the wide and in the narrow layout."""
     drawn = []
     monkeypatch.setattr(plots, "to_png", lambda figure, **_: drawn.append(figure) or b"\x89PNG")
-    html = page({name: DEMO / name.replace(" ", "-") for name in DEMO_VARIANTS}, tmp_path)
+    html = page({name: DEMO / demo_folder(name) for name in DEMO_VARIANTS}, tmp_path)
     assert len(drawn) == html.count("data:image/png") == 7  # four figures, three of them in two layouts
     panels = [ax for figure in drawn for ax in figure.axes]
     assert len(panels) == 2 * 4 + 2 * 3 + 1 + 2 * 2
@@ -265,15 +265,15 @@ def test_every_figure_of_the_demos_report_shows_all_its_data(tmp_path, monkeypat
 
 
 def test_the_demos_report_tells_the_fall_and_calls_the_healthy_run_healthy(tmp_path):
-    runs = {name: DEMO / name.replace(" ", "-") for name in DEMO_VARIANTS}
+    runs = {name: DEMO / demo_folder(name) for name in DEMO_VARIANTS}
     for name, overrides in DEMO_VARIANTS.items():
         assert load_config(runs[name] / "config.yaml") == load_config(RECIPES / "demo.yaml", overrides), (
             "a new demo: run it"
         )
     healthy, fallen = re.findall(r"<p><b>(.*?)</p>", page(runs, tmp_path))[-2:]
-    assert re.match(r"MiniRL</b> went from 0\.4\d to 0\.9\d on held-out problems", healthy)
+    assert re.match(r"MiniRL \+ R3</b> went from 0\.3\d to 0\.[78]\d on held-out problems", healthy)
     assert "No collapse warnings." in healthy
-    assert re.match(r"no clipping</b> fell from 0\.4\d to 0\.[01]\d on held-out problems", fallen)
+    assert re.match(r"no replay, no clipping</b> rose from 0\.3\d to 0\.\d\d .*, then fell to 0\.[01]\d by step 192", fallen)
     assert re.search(r"the first at gradient step \d+: score fell from 0\.\d\d \(step \d+\) to 0\.\d\d", fallen)
 
 

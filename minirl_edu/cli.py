@@ -21,10 +21,10 @@ DEMO_VARIANTS = {"MiniRL + R3": [], "no replay, no clipping": ["algorithm.replay
 """The demo's runs: label and what differs from recipes/demo.yaml."""
 DEMO_TITLE = "MiniRL on a laptop: what routing replay and the clip are for"
 DEMO_ABOUT = (
-    "A Mixture-of-Experts of 0.9 M parameters learns running sums modulo 10: after 3+4+6= it is to write ,7,3. The engine "
-    "that samples its answers often picks another expert than the trainer would. MiniRL with R3 trains the experts that "
-    "wrote the answer, and its clip leaves out tokens that have moved too far in the eight updates that each batch "
-    "serves. The other run does neither."
+    "A Mixture-of-Experts of 0.9 M parameters learns running sums modulo 10: after 3+4+6= it is to write ,7,3. The "
+    "engine that samples its answers often picks another expert than the trainer would. MiniRL with R3 trains the "
+    "experts that wrote the answer, and its clip leaves out tokens that have moved too far in the eight updates that "
+    "each batch serves. The other run does neither."
 )
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

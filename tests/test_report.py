@@ -273,7 +273,7 @@ def test_the_demos_report_tells_the_fall_and_calls_the_healthy_run_healthy(tmp_p
     healthy, fallen = re.findall(r"<p><b>(.*?)</p>", page(runs, tmp_path))[-2:]
     assert re.match(r"MiniRL \+ R3</b> went from 0\.3\d to 0\.[78]\d on held-out problems", healthy)
     assert "No collapse warnings." in healthy
-    assert re.match(r"no replay, no clipping</b> rose from 0\.3\d to 0\.\d\d .*, then fell to 0\.[01]\d by step 192", fallen)
+    assert re.match(r"no replay, no clipping</b> rose from 0\.3\d to .*, then fell to 0\.[01]\d by step 192", fallen)
     assert re.search(r"the first at gradient step \d+: score fell from 0\.\d\d \(step \d+\) to 0\.\d\d", fallen)
 
 

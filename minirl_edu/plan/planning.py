@@ -10,7 +10,7 @@ from minirl_edu.plan.memory import PHASES, PLACES, Item, engine_memory, host_mem
 from minirl_edu.plan.setting import Cluster, Setting, complete
 from minirl_edu.plan.sizes import Number, kv_cache_bytes, rollout_bytes_per_token
 from minirl_edu.plan.time import seconds_of, traffic_of
-from minirl_edu.rollout import VLLM_DTYPES
+from minirl_edu.rollout import NOT_EMULATED, VLLM_DTYPES
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _changes(config: Config, cluster: Cluster, now: Plan) -> Iterator[tuple[str,
     if cluster.hardware.name == "cpu" or now.setting["placement"] == "separate":
         return
     precision = config.rollout.precision if config.rollout.precision in VLLM_DTYPES else "bf16"
-    server = {"engine": "vllm_server", "precision": precision, "rounding": "nearest", "quantise_router": False}
+    server = {"engine": "vllm_server", "precision": precision, **NOT_EMULATED}
     options = {name: v for name, v in config.rollout.options.items() if name == "kv_cache_dtype"}
     yield (
         "a vLLM server on GPUs of its own",

@@ -31,6 +31,12 @@ VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """What vLLM computes in, by the names of `rollout.precision`."""
 
 
+NOT_EMULATED: dict[str, Any] = {
+    name: getattr(RolloutConfig, name) for name in ("rounding", "quantise_router", "router_noise", "head_precision")
+}
+"""The settings of an emulated engine that others do not have, as they stand where nothing is emulated."""
+
+
 def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, routes: bool) -> RolloutEngine:
     """The engine that a config's `rollout` section describes, with the weights of `model`; `routes` records experts.
 
@@ -58,8 +64,7 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
             f"rollout.precision = {config.precision!r}: vLLM computes in {', '.join(VLLM_DTYPES)}; its other formats "
             "are among its options, such as kv_cache_dtype: fp8 (engine 'hf' emulates the rest)"
         )
-    emulated = ("rounding", "quantise_router", "router_noise", "head_precision")
-    if given := [name for name in emulated if getattr(config, name) != getattr(RolloutConfig, name)]:
+    if given := [name for name, value in NOT_EMULATED.items() if getattr(config, name) != value]:
         raise ConfigError(f"rollout.{', '.join(given)}: engine {config.engine!r} emulates nothing; leave it out")
     if "api_key" in config.options:
         raise ConfigError(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minirl_edu.experiments.prediction import Pair, agreement, markdown, pairs
+from minirl_edu.experiments.prediction import Pair, agreement, markdown, paired
 from minirl_edu.experiments.spec import COLUMNS, RunResult
 
 
@@ -22,9 +22,9 @@ def test_the_first_third_predicts_and_the_second_is_measured():
         run(5, [1] * 6, [1] * 6),
     ]
     without = [run(0, [7] * 6, [2] * 6), run(1, [7] * 6, [9, 9, 0.2, 0.2, 9, 9])]
-    np.testing.assert_allclose(pairs(with_weight, without), [(1.0, 1.0), (-3.0, -0.4)])
+    np.testing.assert_allclose(paired(with_weight, without), [(1.0, 1.0), (-3.0, -0.4)])
     unlogged = [run(0, [np.nan] * 6, [1] * 6)]
-    assert pairs(unlogged, without) == []
+    assert paired(unlogged, without) == []
 
 
 def test_agreement_is_pearsons_with_its_interval():

@@ -34,7 +34,7 @@ class Agreement(NamedTuple):
     pairs: int
 
 
-def pairs(with_weight: Sequence[RunResult], without: Sequence[RunResult]) -> list[Pair]:
+def paired(with_weight: Sequence[RunResult], without: Sequence[RunResult]) -> list[Pair]:
     """The pairs of the seeds that both have, in order. Seeds whose runs did not log the prediction are left out."""
     found, others = [], {run.seed: run for run in without}
     for run in sorted(with_weight, key=lambda run: run.seed):

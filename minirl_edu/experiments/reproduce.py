@@ -151,7 +151,7 @@ def _prediction(spec: Spec, name: str, results: Results, out: Path, command: str
     found = {}
     for setting in dict.fromkeys(setting for setting, _ in spec.figures[name].runs):
         with_weight, without = (list(results.get((setting, variant), ())) for variant in ("minirl", "no_is"))
-        if both := prediction.pairs(with_weight, without):
+        if both := prediction.paired(with_weight, without):
             found[spec.settings[setting].about.rpartition(": ")[2]] = both
     everything = [pair for both in found.values() for pair in both]
     if len(everything) < 4:

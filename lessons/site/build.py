@@ -24,7 +24,8 @@ SITE = Path("lessons/site")
 LANDING = SITE / "index.md"
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "lessons/README.md", "lessons/[0-9][0-9]_*.md"),
-    *("lessons/site/*.md", "lessons/results/*.md", "notebooks/README.md", "notebooks/[0-9][0-9]_*.ipynb"),
+    *("lessons/site/*.md", "lessons/results/*.md", "lessons/results/worlds/README.md", "notebooks/README.md"),
+    "notebooks/[0-9][0-9]_*.ipynb",
     *("notebooks/solutions/[0-9][0-9]_*.md", "scale/README.md", "benchmarks/README.md"),
 )
 # What the side bar lists below a page: how its entries begin, and the files.

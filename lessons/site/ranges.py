@@ -17,7 +17,7 @@ GROUPS = {
     "N = 8, R3": ("n8", "r3"),
     "N = 4, R3, no clipping": ("n4", "r3_no_clip"),
 }
-LEFT_OUT = ("global_step", "grad_step", "lr")
+LEFT_OUT = ("global_step", "grad_step", "lr", "length_reward_cov", "entropy_drift")  # these runs lack the last two
 
 
 def cell(values: np.ndarray) -> str:

@@ -270,7 +270,7 @@ def phases_agreement(rows: Sequence[dict[str, float]]) -> dict[tuple[bool, bool]
 
 
 def phases_figure(rows: Sequence[dict[str, float]]) -> Figure:
-    """Where leaving out the weight fails: Cov(|y|, R) × σ², the score it costs as colour, and the predicted border."""
+    """Where leaving out the weight fails: Cov(|y|, R) × σ², the score that it costs, and the predicted border."""
     cells = _cells(rows)
     grid = (len(PHASES_SIGMAS), len(PHASES_LENGTHS))
     of = {
@@ -279,11 +279,11 @@ def phases_figure(rows: Sequence[dict[str, float]]) -> Figure:
     }
     drawing = Figure(figsize=(9.6, 4.8), layout="constrained", facecolor="white")
     ax = drawing.subplots()
-    image = ax.imshow(of["without"] - of["with"], origin="lower", aspect="auto", cmap="RdBu", vmin=-1, vmax=1)
+    lost = of["with"] - of["without"]
+    image = ax.imshow(lost.clip(min=0), origin="lower", aspect="auto", cmap="Reds", vmin=0, vmax=1)
     for row, column in np.ndindex(grid):
-        value = of["without"][row, column]
-        dark = abs(value - of["with"][row, column]) > 0.6
-        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if dark else "#222222")
+        color = "white" if lost[row, column] > 0.6 else "#222222"
+        ax.text(column, row, f"{of['without'][row, column]:.2f}", ha="center", va="center", color=color)
     for row, column in np.ndindex(grid):  # the border runs between cells on its two sides
         beyond = abs(of["border"]) > 1
         if column + 1 < grid[1] and beyond[row, column] != beyond[row, column + 1]:
@@ -297,12 +297,12 @@ def phases_figure(rows: Sequence[dict[str, float]]) -> Figure:
     ax.set_ylabel("σ², the noise on the engine's logits")
     seeds = len({row["seed"] for row in rows})
     ax.set_title(
-        f"Final score without the weight (number), and minus that with it (colour); {seeds} seeds\n"
-        "Black line: where the drift is predicted to outweigh the signal",
+        f"Number: final score without the weight, mean of {seeds} seeds. Colour: what the weight adds to it.\n"
+        "Black line: above it the drift is predicted to outweigh the signal.",
         loc="left",
         fontsize=11,
     )
-    drawing.colorbar(image, ax=ax, label="score without − with the weight")
+    drawing.colorbar(image, ax=ax, label="score with − without the weight")
     return drawing
 
 

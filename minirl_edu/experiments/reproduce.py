@@ -134,7 +134,7 @@ def early_warning_page(spec: Spec, out: Path, *, tier: str, seeds: int) -> tuple
         watched[spec.figures[name].calibration] += [run for _, run in _watched(spec, [name], out, tier, seeds)]
     verdicts = early_warning.judge(watched[True], watched[False])
     curves = {name: early_warning.curve(watched[False], predictor) for name, predictor in PREDICTORS.items()}
-    names = [name for group in ("experts", "lengths") for name in spec.expand([group])]
+    names = [name for group in ("experts", "lengths_all") for name in spec.expand([group])]
     others = _watched(spec, names, out, tier, seeds)
     odd, even = ([run for seed, run in others if seed % 2 == rest] for rest in (1, 0))
     every = PREDICTORS | DRIFT_PREDICTORS

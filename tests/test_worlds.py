@@ -231,3 +231,14 @@ def test_readme_shows_the_table_of_the_stored_runs(monkeypatch):
         name, _, _, *scores = row.strip("| ").split(" | ")
         (found,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
         assert found.strip("| ").split(" | ")[3:] == scores
+
+
+def test_readme_counts_the_cells_of_the_stored_phase_diagram():
+    rows = report.read_phases(RESULTS / "phases.csv")
+    assert len(rows) == 8 * len(report.PHASES_LENGTHS) * len(report.PHASES_SIGMAS)
+    assert all(row["border"] == 0 for row in rows if row["win"] == row["lose"])
+    counts = report.phases_agreement(rows)
+    right, failing, others = counts[True, True] + counts[False, False], counts[True, True], counts[False, False]
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert f"held in {right} of {sum(counts.values())} cells" in text
+    assert f"{failing} fail" in text and f"others {others} do not" in " ".join(text.split())

@@ -160,7 +160,7 @@ def minirl_loss(logp: Tensor, logp_old: Tensor, part: Rollout, responses: int) -
     a, fixed = part.advantages[:, None], logp.detach()
     weight = (fixed - part.logp).exp().clamp(max=5)  # π_θ/μ_old = π_old/μ_old · π_θ/π_old, equation (5)
     r = (fixed - logp_old).exp()  # π_θ/π_old
-    m = ~((a > 0) & (r > 1.27) | (a < 0) & (r < 0.8))
+    m = ~((a > 0) & (r > 1.27) | (a < 0) & (r < 0.8))  # M_t: 1 + ε_high and 1 − ε_low
     return -(m * weight * a * logp).sum() / responses, weight, m
 
 
@@ -181,7 +181,7 @@ def train(replay: str, seed: int, N=4, steps=30, bits=4, prompts=16, group_size=
             loss, weight, m = minirl_loss(logp, logp_old, part, size)
             loss.backward()  # micro-batches add up
             clipped, largest = clipped + (~m).sum(), max(largest, weight.max())
-            if i * micro_batch % size == 0:  # the end of a mini-batch
+            if i * micro_batch % size == 0:  # the end of a mini-batch; micro_batch divides size
                 torch.nn.utils.clip_grad_norm_(policy.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -121,12 +121,13 @@ def test_the_defaults_are_the_papers_and_a_wrong_correction_is_refused():
 
 @by_choices
 def test_lists_and_padded_tensors_have_the_same_sum(batch, choices):
-    expected = tuple(B * part for part in batch.expected(choices))
+    loss, gradient = batch.expected(choices)
+    expected = B * loss, B * gradient
     others = batch.logp_old, batch.logp_rollout, batch.advantages, batch.mask
-    agree(batch, summed_loss(batch.logp, *others, choices).loss, expected)
+    agree(batch, summed_loss(batch.logp, *others, choices=choices).loss, expected)
     streams = batch.logp, *others[:2], batch.advantages[:, None].expand(B, T), batch.mask
     lists = [[row[:n] for row, n in zip(values, LENGTHS, strict=True)] for values in streams]
-    agree(batch, summed_loss(*lists, choices).loss, expected)
+    agree(batch, summed_loss(*lists, choices=choices).loss, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- verl
@@ -171,9 +172,9 @@ def verl_arguments(batch: Batch, rows: list[int], ranks: int) -> dict[str, Any]:
 def test_verl(batch, verl_registry, choices):
     loss = verl_registry[f"minirl_{CHOICES.index(choices)}"]
     # verl sums the micro-batches of a rank and averages the gradients of ranks.
-    total = sum(loss(**verl_arguments(batch, rows, 2))[0] for rank in UNEVEN for rows in rank) / 2
+    losses = [loss(**verl_arguments(batch, rows, 2))[0] for rank in UNEVEN for rows in rank]
     # log(exp(x)) is not x to the last bit.
-    agree(batch, total, batch.expected(choices), rtol=1e-11)
+    agree(batch, torch.stack(losses).sum() / 2, batch.expected(choices), rtol=1e-11)
 
 
 def test_verl_alone_on_one_rank_and_its_metrics(batch, verl_registry):
@@ -238,7 +239,7 @@ def test_nemo_rl(batch, nemo_rl, choices):
         )
         for rows in ([0, 1, 2], [3], [4, 5], [6, 7, 8])  # on any ranks: NeMo-RL sums over both
     ]
-    agree(batch, sum(loss for loss, _ in parts), batch.expected(choices))
+    agree(batch, torch.stack([loss for loss, _ in parts]).sum(), batch.expected(choices))
 
     summed = {name: sum(metrics[name] for _, metrics in parts) for name in parts[0][1]}
     assert summed.keys() == loss_fn.metric_normalizations.keys()
@@ -318,11 +319,9 @@ def slime_args(**others: Any) -> SimpleNamespace:
 
 
 def slime_and_megatron(losses: list[list[Tensor]]) -> Tensor:
-    """slime's factor, then Megatron's division by the rank's number of micro-batches and its mean over ranks."""
-    ranks = len(losses)
-    return sum(
-        sum(loss * len(rank) / B * ranks for loss in rank) / len(rank) for rank in losses  # type: ignore[misc]
-    ) / ranks  # fmt: skip
+    """slime's factor, num_microbatches · ranks / B; then Megatron's means over micro-batches and over ranks."""
+    scaled = [torch.stack(rank) * len(rank) * len(losses) / B for rank in losses]
+    return torch.stack([rank.mean() for rank in scaled]).mean()
 
 
 @by_choices

@@ -86,8 +86,8 @@ def trl_inputs(batch: Batch, rows: list[int], **others: Tensor | None) -> dict[s
 @by_choices
 def test_the_loss_over_two_ranks_of_two_micro_batches(trl, batch, choices):
     trainer = on_fixed_tensors(batch, choices)
-    total = sum(trainer._compute_loss(None, trl_inputs(batch, rows)) for rank in EVEN for rows in rank) / 2
-    agree(batch, total, batch.expected(choices))
+    losses = [trainer._compute_loss(None, trl_inputs(batch, rows)) for rank in EVEN for rows in rank]
+    agree(batch, torch.stack(losses).sum() / 2, batch.expected(choices))
     assert len(trainer._metrics["train"]["is_weight_max"]) == 4 and trainer._metrics["train"]["entropy"] == [1.0] * 4
 
 
@@ -288,7 +288,7 @@ def test_the_pages_lines_run(trl, monkeypatch, tmp_path):
     monkeypatch.setattr(GRPOTrainer, "train", lambda self: None)
     on_cpu = functools.partial(GRPOConfig, output_dir=str(tmp_path), bf16=False, use_cpu=True, report_to="none")
     monkeypatch.setattr(trl, "GRPOConfig", on_cpu)
-    names: dict[str, Any] = {"model": load_model("chain-experts"), "reward_funcs": [], "train_dataset": None}
+    names: dict[str, Any] = {"model": load_model("chain-experts"), "reward_funcs": [], "data": None}
     exec(compile(blocks("python")[0], "plugins.md", "exec"), names)
     trainer = names["trainer"]
     assert trainer.choices == PAPER and trainer.replay.num_experts == 16

@@ -24,6 +24,8 @@ from minirl_edu.objectives import CORRECTIONS, PolicyLoss, minirl_loss
 
 __all__ = ["PAPER", "Choices", "summed_loss"]
 
+_BY_RESPONSE = ("sequence_truncated", "sequence_masked", "geometric_mean")
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -47,9 +49,7 @@ class Choices:
     @property
     def by_token(self) -> bool:
         """Whether each token's term needs no other token, so that parts of a response add up to the whole."""
-        return not self.length_norm and self.correction not in (
-            *("sequence_truncated", "sequence_masked", "geometric_mean"),
-        )
+        return not self.length_norm and self.correction not in _BY_RESPONSE
 
 
 PAPER = Choices()

@@ -41,13 +41,9 @@ if missing := [name for name in OVERRIDDEN if name not in vars(GRPOTrainer)]:
     raise ImportError(f"this TRL has no GRPOTrainer.{missing[0]}, which MiniRL overrides: install trl==1.16.0")
 
 EXACT = {
-    **{
-        "scale_rewards": "none",
-        "multi_objective_aggregation": "sum_then_normalize",
-        "mask_truncated_completions": False,
-    },
-    **{"beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0},
-    **{"importance_sampling_level": "token", "off_policy_mask_threshold": None},
+    **{"scale_rewards": "none", "multi_objective_aggregation": "sum_then_normalize", "beta": 0.0, "entropy_coef": 0.0},
+    **{"importance_sampling_level": "token", "off_policy_mask_threshold": None, "mask_truncated_completions": False},
+    **{"use_adaptive_entropy": False, "top_entropy_quantile": 1.0},
     **{"top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0},
 }
 """Settings of `GRPOConfig` that would change the objective, with the one value that each must have."""
@@ -75,7 +71,8 @@ class MiniRLGRPOTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             raise ValueError("GRPOConfig.router_aux_loss_coef adds a load-balancing loss; with MiniRL it must be 0.0")
         self.choices = choices
-        self.replay = RoutingReplay(self.model) if replay else None
+        policy: Any = self.model
+        self.replay = RoutingReplay(policy) if replay else None
         self._recorded: list[Routes] | None = None
         self._until_backward = ExitStack()
 
@@ -110,7 +107,8 @@ class MiniRLGRPOTrainer(GRPOTrainer):
         return torch.cat(logps), None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        training, completion = self.model.training, inputs["completion_ids"]
+        policy: Any = self.model
+        training, completion = policy.training, inputs["completion_ids"]
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         if training and self.replay and "experts_old" in inputs:
             routes = Routes(inputs["experts_old"], inputs["experts_valid"], self.replay.layers)
@@ -128,7 +126,7 @@ class MiniRLGRPOTrainer(GRPOTrainer):
         loss, metrics = summed_loss(logp, logp_old, logp_rollout, inputs["advantages"], mask, self.choices)
         metrics |= {"entropy": (entropy * mask).sum() / mask.sum().clamp(min=1)}
         for name, value in metrics.items():
-            values = self.accelerator.gather(value)
+            values: Any = self.accelerator.gather(value)
             logged = self._metrics["train" if training else "eval"][name]
             logged.append((values.max() if name == "is_weight_max" else values.mean()).item())
         return loss / (len(logp) * (self.current_gradient_accumulation_steps if training else 1))

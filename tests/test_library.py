@@ -274,6 +274,8 @@ def test_without_its_extra_a_name_or_a_command_says_which_to_install(bare):
     advice = "is not installed; it comes with the extra 'train': python -m pip install \"minirl-edu[train]\"\n"
     assert fresh(code.format("load_config"), python) == f"load_config: pyyaml {advice}"
     assert fresh(code.format("MiniRLTrainer"), python).endswith(advice)
+    plug_in = "try:\n    import minirl_edu.plugins.trl\nexcept ImportError as error:\n    print(error)"
+    assert 'python -m pip install "minirl-edu[trl]"' in fresh(plug_in, python)  # the wheel has the plug-ins
     command = "from minirl_edu.cli import main\nprint(main({0}))"
     train = command.format(["train", "--out", "x"]).replace("from", "import sys; sys.stderr = sys.stdout\nfrom", 1)
     assert fresh(train, python) == f"minirl train: pyyaml {advice}2\n"

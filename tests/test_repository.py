@@ -31,7 +31,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
     0: "advantages archives diagnostics doctor exact objectives precision routing seeding streaming",
-    1: "config drift models tasks",
+    1: "config drift models plugins tasks",
     2: "rollout",
     3: "lm_head",
     4: "logprobs",

@@ -56,11 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run the command; its own errors become a line and an exit status."""
-    with _quitting_at_once():
+    with quitting_at_once():
         from minirl_edu.config import ConfigError
         from minirl_edu.ranks import RankFailed
         from minirl_edu.rollout import EngineError
         from minirl_edu.run.checkpoint import CheckpointError
+        from minirl_edu.tasks import RewardError
         from minirl_edu.trainer import TrainingDiverged
 
     try:
@@ -71,7 +72,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except (TrainingDiverged, CheckpointError) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except (EngineError, OSError, RankFailed) as error:  # OSError: a full disk, no permission
+    except (EngineError, OSError, RankFailed, RewardError) as error:  # OSError: a full disk, no permission
         where = "the rollout engine: " if isinstance(error, EngineError | ConnectionError | TimeoutError) else ""
         print(f"minirl {arguments.command}: {where}{error}", file=sys.stderr)
         if arguments.command == "train":
@@ -85,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _quitting_at_once() -> Iterator[None]:
+def quitting_at_once() -> Iterator[None]:
     """Ctrl-C ends the process here and now. An exception would not do while modules are imported: C extensions turn it
     into errors of their own, and callbacks print and drop it."""
     if threading.current_thread() is not threading.main_thread():
@@ -201,7 +202,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _doctor() -> int:
     from minirl_edu.doctor import report
 
-    with _quitting_at_once(), suppress(ImportError, OSError):
+    with quitting_at_once(), suppress(ImportError, OSError):
         import torch  # noqa: F401  # here, because a report can be interrupted like any command, and an import cannot
 
     text, status = report()

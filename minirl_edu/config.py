@@ -5,9 +5,10 @@ same errors, and an unknown key is refused rather than ignored. The defaults tra
 """
 
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from math import inf, isinf
 from pathlib import Path
 from types import NoneType
@@ -120,8 +121,6 @@ class RolloutConfig(_Section):
     """How values reach that format. Nearest errs the same way each time, which training can learn to compensate;
     stochastic is unbiased, with other draws at every sync; frozen keeps the first draws, so that random errors come
     back each time, too."""
-    quantise_router: bool = False
-    """Round the MoE routers as well; deployments usually keep them in full precision."""
     router_noise: _NonNegative = 0.0
     """Noise on what the MoE routers read, and on nothing else (hf): Gaussian, so many times the root mean square of a
     token's input, drawn anew for each token. The engine is exact but for the experts that it chooses."""
@@ -176,6 +175,14 @@ class AlgorithmConfig(_Section):
                 f"algorithm.correction = {self.correction!r}: algorithm.is_correction: false leaves every correction "
                 "out; drop one of the two"
             )
+        taken = inspect.signature(OBJECTIVES[self.objective].loss).parameters
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if own.name not in {"objective", "advantages", "replay", *taken} and value != own.default:
+                raise ConfigError(
+                    f"algorithm.{own.name} = {value!r}: algorithm.objective {self.objective!r} does not take it; leave "
+                    "it out, or choose another objective"
+                )
 
 
 @dataclass(frozen=True)

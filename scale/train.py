@@ -171,7 +171,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _dry_run(arguments: argparse.Namespace) -> int:
     """One process of the dry run; the first says in one line what ran, what came of it and how to run it in full."""
-    from minirl_edu.plots import read_records
+    from minirl_edu.records import read_records
     from minirl_edu.trainer import MiniRLTrainer
 
     config = shrink(load_config(arguments.config, arguments.set))

@@ -13,9 +13,10 @@ import torch
 
 from minirl_edu import __version__, plots
 from minirl_edu.cli import DEMO_VARIANTS, _folder_name, demo_folder, main
-from minirl_edu.config import RECIPES, load_config
+from minirl_edu.config import load_config
 from minirl_edu.models import load_model, load_tokenizer
-from minirl_edu.plots import read_records
+from minirl_edu.recipes import RECIPES
+from minirl_edu.records import read_records
 from minirl_edu.rollout import EngineError, HFEngine
 from minirl_edu.run.checkpoint import load_checkpoint
 
@@ -106,7 +107,7 @@ def test_the_demo_with_overrides_runs_in_a_folder_of_its_own(capsys, monkeypatch
     runs = []
     monkeypatch.setattr("minirl_edu.trainer.MiniRLTrainer", Finished)
     monkeypatch.setattr("minirl_edu.report.write_report", lambda runs, out, **_: out)
-    monkeypatch.setattr("minirl_edu.plots.read_records", lambda path: [{"score": 0.5}])
+    monkeypatch.setattr("minirl_edu.records.read_records", lambda path: [{"score": 0.5}])
     assert main(["demo", *arguments]) == 0
     assert runs == [Path(folder) / demo_folder(name) for name in DEMO_VARIANTS]
     assert f"report: {folder}/report.html" in capsys.readouterr().out

@@ -10,8 +10,9 @@ import torch
 from transformers import get_scheduler
 
 from minirl_edu import config as config_module
-from minirl_edu.config import RECIPES, Config, ConfigError, TrainConfig, load_config, save_config
+from minirl_edu.config import Config, ConfigError, TrainConfig, load_config, save_config
 from minirl_edu.objectives import OBJECTIVES
+from minirl_edu.recipes import RECIPES
 
 EVERY_FIELD = {  # a value other than the default for each field, as YAML would give it
     "seed": 7,

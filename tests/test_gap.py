@@ -38,12 +38,13 @@ def test_a_model_with_more_rows_than_its_tokenizer_is_measured_as_it_is_trained(
     with torch.no_grad():
         rows = model.get_output_embeddings().weight
         rows[18:] = rows[:2]
-    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path)
     load_tokenizer("chain-steps").save_pretrained(tmp_path)
     workload = gap.Workload(gap.prompts_for("chain-steps", None, 12), sampling=Sampling(12), seeds=1)
     row = gap.run_setting(gap.Setting(), gap.models_for(str(tmp_path), 1), workload, examined=True)
-    assert end_tokens(gap.models_for(str(tmp_path), 1)[0]) == [17]
+    (measured,) = gap.models_for(str(tmp_path), 1)
+    assert (end_tokens(measured), measured.generation_config.suppress_tokens) == ([17], [18, 19])
     assert row["seeds"][0]["plain"]["k3"] < 1e-9 and "healthy" in row["diagnosis"]
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from minirl_edu import plots
 from minirl_edu.cli import DEMO_VARIANTS, demo_folder
-from minirl_edu.config import RECIPES, Config, load_config
+from minirl_edu.config import Config, load_config
+from minirl_edu.recipes import RECIPES
 from minirl_edu.report import PAPER, write_report
 from tests.conftest import outside
 

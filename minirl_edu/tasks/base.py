@@ -102,8 +102,7 @@ def verified_rewards(task: Task, problems: Sequence[Problem], responses: Sequenc
         rewards = [task.reward(problem, response) for problem, response in zip(problems, responses, strict=True)]
     if len(rewards) != len(responses):
         raise RewardError(
-            f"task {task.name!r}: rewards() returned {len(rewards)} for {len(responses)} responses; it has to return one "
-            "for each"
+            f"task {task.name!r}: rewards() returned {len(rewards)} for {len(responses)} responses; return one for each"
         )
     return [_in_range(task, reward) for reward in rewards]
 
@@ -121,8 +120,7 @@ def _in_range(task: Task, reward: Any) -> float:
         number = float("nan")
     if not 0 <= number <= 1:
         raise RewardError(
-            f"task {task.name!r}: the reward {reward!r} of a response is no number in [0, 1]; correct what its reward() "
-            "returns"
+            f"task {task.name!r}: the reward {reward!r} of a response is no number in [0, 1]; correct its reward()"
         )
     return number
 

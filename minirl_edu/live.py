@@ -46,18 +46,19 @@ def sparkline(steps: np.ndarray, values: np.ndarray, width: int) -> str:
 
 
 def screen(folder: Path, width: int = 80) -> str:
-    """A run so far, in lines of at most `width` characters: how far it is; its curves over the same steps, with the
-    last value, the lowest and the highest; its collapse warnings. Raises as `read_records`."""
+    """A run so far, below its folder in lines of at most `width` characters: how far it is; its curves over the same
+    steps, with the last value, the lowest and the highest; its collapse warnings. Raises as `read_records`."""
     path = folder / "metrics.jsonl"
     records, metrics = read_records(path), read_metrics(path)
-    lines = [f"{folder}: {_progress(folder, records[-1], metrics, time.time() - path.stat().st_mtime)}"]
+    lines = [_progress(folder, records[-1], metrics, time.time() - path.stat().st_mtime)]
     for key, name in CURVES.items():
         values = metrics.get(key, np.empty(0))
         if (known := values[np.isfinite(values)]).size:
             bars = sparkline(metrics["grad_step"], values, max(8, width - 46))
             lines.append(f"{name:<16}{bars}{known[-1]:9.3g}  {known.min():.2g} to {known.max():.2g}")
     warnings = [str(warning) for record in records for warning in record.get("warnings", [])]
-    return "\n".join(line[:width] for line in [*lines, *(f"warning: {warning}" for warning in warnings)])
+    lines += [f"warning: {warning}" for warning in warnings]
+    return "\n".join([str(folder), *(line[:width] for line in lines)])
 
 
 def planned_steps(folder: Path) -> int | None:
@@ -101,7 +102,7 @@ def follow(folders: Sequence[Path], stream: IO[str], *, every: float = 2.0, widt
             except (FileNotFoundError, RecordsError):
                 if not (again and folder.is_dir()):
                     raise
-                texts.append(f"{folder}: no step yet")
+                texts.append(f"{folder}\nno step yet")
                 running = True
         text = "\n\n".join(texts) + "\n"
         stream.write(f"\x1b[H\x1b[J{text}Ctrl-C ends watching, not the run\n" if again and running else text)

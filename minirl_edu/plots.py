@@ -96,7 +96,7 @@ def _align(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 
 
 def _canonical(label: str) -> str:
-    return label.replace("-", "−").removeprefix("MiniRL").strip(" +") or "MiniRL"
+    return label.replace("-", "−").removeprefix("MiniRL").strip(" +,") or "MiniRL"
 
 
 def method_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -184,14 +184,12 @@ def _legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _mark(axes: Sequence[Axes], events: Events | None, runs: Runs) -> None:
-    """A dotted line at each event in the colour of its method, with the step beside it where there are few."""
+    """A thin line at each event in the colour of its method, with the step beside it where there are few."""
     styles, few = method_styles(runs), sum(map(len, (events or {}).values())) <= 3
     for label, steps in (events or {}).items():
         for ax in (ax for ax in axes if ax.lines):
             color, across = styles[label]["color"], ax.get_xaxis_transform()
-            ax.vlines(
-                list(steps), 0, 1, transform=across, color=color, linestyle=":", linewidth=1.6, gid=f"event:{label}"
-            )
+            ax.vlines(list(steps), 0, 1, transform=across, color=color, linewidth=0.9, gid=f"event:{label}")
             for step in steps if few else ():
                 ax.annotate(
                     f"step {step}", (step, 1), (3, -1), xycoords=across, textcoords="offset points", va="top",

@@ -16,7 +16,7 @@ from minirl_edu import plots
 from tests.conftest import outside
 
 KEYS = ["reward", "entropy", "kl_rollout_old", "log_ratio_mismatch", "log_ratio_staleness", "first_order_gap"]
-KEYS += ["k3_rollout_old", "routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
+KEYS += ["entropy_drift", "length_reward_cov", "k3_rollout_old", "routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
 
 
 def metrics(steps: int = 20, *, mini_batches: int = 1, **columns) -> plots.Metrics:
@@ -58,6 +58,7 @@ def test_methods_look_the_same_in_every_company():
     among = plots.method_styles(["something", "MiniRL + R3", "GRPO"])["MiniRL + R3"]
     assert alone == among == plots.METHOD_STYLE["R3"]
     assert plots.method_styles(["MiniRL - IS"])["MiniRL - IS"] == plots.METHOD_STYLE["− IS"]
+    assert plots.method_styles(["MiniRL, no clipping"])["MiniRL, no clipping"] == plots.METHOD_STYLE["no clipping"]
 
 
 def test_methods_differ_in_greyscale():
@@ -191,7 +192,7 @@ def test_everything_that_is_drawn_lies_inside_its_axes(shape):
     for other in ("of one size", shape):
         columns = {key: DECADES[shape if i % 2 else other]() for i, key in enumerate(KEYS)}
         runs = {"MiniRL": metrics(160, mini_batches=8, **columns), "R3": [metrics(160), metrics(40, mini_batches=8)]}
-        draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.clipping)
+        draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping)
         assert [text for function in draw for text in outside(function(runs))] == []
 
 
@@ -208,10 +209,31 @@ def test_gaps_and_infinities_do_not_break_a_figure():
         broken[key] = np.where(np.arange(21) % 3 == 0, math.nan, broken[key])
         broken[key][-1] = math.inf
     runs = {"MiniRL": [broken, metrics(7)], "− IS": metrics(0), "odd $x_1$ _label": metrics()}
-    draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.clipping)
+    draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping)
     for figure in (function(runs) for function in draw):
         assert plots.to_png(figure, scale=1).startswith(b"\x89PNG")
         assert [t.get_text() for t in figure.legends[0].get_texts()] == list(runs)
+
+
+def test_events_are_marked_where_there_is_a_curve_and_named_where_they_are_few():
+    run, flat = metrics(), metrics()
+    del flat["routing_flip_rate"]
+    runs, few = {"MiniRL": [run, run], "R3": run}, {"MiniRL": [7, 9]}
+    for draw in (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping):
+        for ax in draw(runs, events=few).axes:
+            (mark,) = (drawn for drawn in ax.collections if drawn.get_gid() == "event:MiniRL")
+            assert [segment[0][0] for segment in mark.get_segments()] == [7, 9]
+            assert to_hex(mark.get_color()[0]) == plots.METHOD_STYLE["MiniRL"]["color"].lower()
+            assert [text.get_text() for text in ax.texts] == ["step 7", "step 9"]
+        assert texts(draw(runs, events={"MiniRL": [7, 9], "R3": [11, 12]})) == []
+        assert not any(ax.collections for ax in draw({"R3": run}).axes)
+    (ax,) = plots.routing_flips({"MiniRL": flat}, events={"MiniRL": [7]}).axes
+    assert not ax.collections and texts(ax.figure) == ["not recorded"]
+
+
+def test_zero_is_on_the_axis_of_the_drift():
+    figure = plots.drift({"MiniRL": metrics(entropy_drift=np.linspace(0.4, 0.5, 21))})
+    assert figure.axes[0].get_ylim()[0] <= 0 <= figure.axes[1].get_ylim()[1]
 
 
 def test_figures_can_be_drawn_in_threads():

@@ -159,10 +159,9 @@ def method_name(config: Mapping[str, Any], otherwise: str) -> str:
         {"minirl": "MiniRL", "grpo": "GRPO", "cispo": "CISPO"}.get(objective, objective),
         {"token_truncated": "", "none": "− IS"}.get(correction, f"weight: {correction.replace('_', ' ')}"),
         "+ length norm" if config.get("algorithm.length_norm") else "",
-        "" if config.get("algorithm.clip", True) else "no clipping",
         "" if config.get("algorithm.replay", "none") == "none" else f"+ {config['algorithm.replay']}",
     ]
-    return " ".join(filter(None, parts))
+    return " ".join(filter(None, parts)) + ("" if config.get("algorithm.clip", True) else ", no clipping")
 
 
 def each(runs: Labelled) -> dict[str, Run]:

@@ -184,6 +184,7 @@ def settings(runs: Labelled) -> str:
 
 
 def environments(runs: Labelled) -> str:
+    """How to make each run again, and where it was made, as HTML."""
     parts = []
     for label, run in each(runs).items():
         command = run.environment.get("command", "minirl train --config config.yaml --out again" if run.config else "")
@@ -214,8 +215,10 @@ def warned(runs: Labelled) -> tuple[str, str]:
 
 
 def folded(summary: str, html: str) -> str:
+    """HTML that opens at a click on its summary."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
 def subscripts(text: str) -> str:
+    """Indices of π and μ as HTML."""
     return re.sub("_(old|θ)", r"<sub>\1</sub>", text)

@@ -6,12 +6,12 @@ SAMPLES = """<p>The first held-out problems with one answer each, drawn as in tr
 answer.</p>"""
 WARNINGS = """<p>A warning says when the reward (a mean over ten gradient steps) or the held-out score had fallen by a
 quarter of the scale, or to half of its best.</p>"""
-MARKED = """<p class=soft>A dotted line marks the step at which a fall was noticed, in the colour of its run. The fall
+MARKED = """<p class=soft>A vertical line marks the step at which a fall was noticed, in the colour of its run. The fall
 itself began earlier; the tables below have both moments.</p>"""
 BEST = """<p class=soft>Start, best and final are over a run’s own length; the best of many noisy evaluations flatters
 a little.</p>"""
 MEANS = f"""<p class=soft>Means over {WINDOW} gradient steps, rounded up to whole global steps; of the score, the latest
-value.</p>"""
+value. A run that did not fall is shown in the same steps.</p>"""
 FACTORS = """<p>The engine that samples a token and the trainer that learns from it give it different probabilities.
 Their ratio has two factors: <b>π_θ/μ_old = π_old/μ_old × π_θ/π_old</b>, the <i>training–inference discrepancy</i> (two
 engines, the same weights) and the <i>policy staleness</i> (the weights have moved since). Training is sound while both

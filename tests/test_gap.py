@@ -36,7 +36,7 @@ def test_a_model_with_more_rows_than_its_tokenizer_is_measured_as_it_is_trained(
     model = load_model("chain-steps")
     model.resize_token_embeddings(20, mean_resizing=False)
     with torch.no_grad():
-        rows = model.get_output_embeddings().weight
+        rows = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
         rows[18:] = rows[:2]
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -222,13 +223,14 @@ def test_events_are_marked_where_there_is_a_curve_and_named_where_they_are_few()
     for draw in (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping):
         for ax in draw(runs, events=few).axes:
             (mark,) = (drawn for drawn in ax.collections if drawn.get_gid() == "event:MiniRL")
+            assert isinstance(mark, LineCollection)
             assert [segment[0][0] for segment in mark.get_segments()] == [7, 9]
             assert to_hex(mark.get_color()[0]) == plots.METHOD_STYLE["MiniRL"]["color"].lower()
             assert [text.get_text() for text in ax.texts] == ["step 7", "step 9"]
         assert texts(draw(runs, events={"MiniRL": [7, 9], "R3": [11, 12]})) == []
         assert not any(ax.collections for ax in draw({"R3": run}).axes)
-    (ax,) = plots.routing_flips({"MiniRL": flat}, events={"MiniRL": [7]}).axes
-    assert not ax.collections and texts(ax.figure) == ["not recorded"]
+    figure = plots.routing_flips({"MiniRL": flat}, events={"MiniRL": [7]})
+    assert not figure.axes[0].collections and texts(figure) == ["not recorded"]
 
 
 def test_zero_is_on_the_axis_of_the_drift():

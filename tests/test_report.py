@@ -6,6 +6,7 @@ import random
 import re
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -197,7 +198,7 @@ def test_runs_that_were_never_evaluated_together_are_not_ranked(tmp_path):
 
 
 def test_seeds_are_told_as_mean_and_range_and_those_that_fell_are_counted(tmp_path):
-    factors = {"log_ratio_mismatch": 0.1, "log_ratio_staleness": 0.1}
+    factors: dict[str, Any] = {"log_ratio_mismatch": 0.1, "log_ratio_staleness": 0.1}
 
     def seeds(name: str, *all_scores: list[float]) -> list[Path]:
         return [

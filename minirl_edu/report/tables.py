@@ -86,8 +86,9 @@ def moment_table(runs: Labelled, label: str, measures: Sequence[str]) -> str:
         return [span(own, form, to="…") for own in values]
 
     rows = [("Up to gradient step", cells(lambda run, window: window.stop - 1.0, ".0f"))]
-    forms = dict.fromkeys(("score", "reward"), ".2f")
-    rows += [(MEASURES[key], cells(partial(_measured, key), forms.get(key, ""))) for key in measures]
+    rows += [
+        (MEASURES[key], cells(partial(_measured, key), ".2f" if key in ("score", "reward") else "")) for key in measures
+    ]
     return table([label, *names], [(name, row) for name, row in rows if set(row) != {"–"}], across=5)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minirl_edu.advantages import group_mean_advantages
     from minirl_edu.config import load_config
     from minirl_edu.diagnostics import CollapseDetector, policy_metrics
+    from minirl_edu.live import watch
     from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
     from minirl_edu.routing import RoutingReplay
     from minirl_edu.trainer import MiniRLTrainer
@@ -39,12 +40,14 @@ __all__ = [
     "load_config",
     "minirl_loss",
     "policy_metrics",
+    "watch",
 ]
 
 _MODULES = {
     "advantages": ("group_mean_advantages",),
     "config": ("load_config",),
     "diagnostics": ("CollapseDetector", "policy_metrics"),
+    "live": ("watch",),
     "objectives": ("cispo_loss", "grpo_loss", "minirl_loss"),
     "routing": ("RoutingReplay",),
     "trainer": ("MiniRLTrainer",),

@@ -1,4 +1,7 @@
-"""The `minirl` command: train, demo, report, export, gap, reproduce, plan, cold-start, doctor."""
+"""The `minirl` command; without arguments it prints what there is.
+
+Completion in the shell, with the extra `completion`: eval "$(register-python-argcomplete minirl)".
+"""
 
 import argparse
 import errno
@@ -12,10 +15,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from minirl_edu import __version__
+from minirl_edu.recipes import RECIPES, recipes
 
 DEMO_VARIANTS = {"MiniRL + R3": [], "no replay, no clipping": ["algorithm.replay=none", "algorithm.clip=false"]}
 """The demo's runs: label and what differs from recipes/demo.yaml."""
@@ -35,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit status: 0 done, 1 the run failed (what to resume is printed), 2 a wrong argument, setting or file, 130 Ctrl-C.
     """
     parser = _parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        with suppress(ModuleNotFoundError):
+            import_module("argcomplete").autocomplete(parser)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -56,24 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     """Run the command; its own errors become a line and an exit status."""
-    with _quitting_at_once():
-        from minirl_edu.config import ConfigError
-        from minirl_edu.ranks import RankFailed
-        from minirl_edu.rollout import EngineError
-        from minirl_edu.run.checkpoint import CheckpointError
-        from minirl_edu.trainer import TrainingDiverged
-
+    with quitting_at_once():
+        import_module(f"minirl_edu.{arguments.loads}")
     try:
         return arguments.run(arguments) or 0
-    except (ConfigError, FileExistsError, FileNotFoundError) as error:
+    except (FileExistsError, FileNotFoundError, *_own("config.ConfigError", "records.RecordsError")) as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 2
-    except (TrainingDiverged, CheckpointError) as error:
+    except _own("trainer.TrainingDiverged", "run.checkpoint.CheckpointError") as error:
         print(f"minirl {arguments.command}: {error}", file=sys.stderr)
         return 1
-    except (EngineError, OSError, RankFailed) as error:  # OSError: a full disk, no permission
-        where = "the rollout engine: " if isinstance(error, EngineError | ConnectionError | TimeoutError) else ""
-        print(f"minirl {arguments.command}: {where}{error}", file=sys.stderr)
+    except (OSError, *_own("rollout.EngineError", "ranks.RankFailed", "tasks.RewardError")) as error:
+        engine = isinstance(error, (ConnectionError, TimeoutError, *_own("rollout.EngineError")))
+        print(f"minirl {arguments.command}: {'the rollout engine: ' if engine else ''}{error}", file=sys.stderr)
         if arguments.command == "train":
             room = "make room, " if isinstance(error, OSError) and error.errno in _NO_ROOM else ""
             out = shlex.quote(arguments.out)
@@ -84,8 +87,14 @@ def _run(arguments: argparse.Namespace) -> int:
         return 1
 
 
+def _own(*names: str) -> tuple[type[Exception], ...]:
+    """Exceptions of ours by module and name. A module that isn't loaded has raised none, and need not be loaded now."""
+    parts = [f"minirl_edu.{name}".rpartition(".") for name in names]
+    return tuple(getattr(sys.modules[module], name) for module, _, name in parts if module in sys.modules)
+
+
 @contextmanager
-def _quitting_at_once() -> Iterator[None]:
+def quitting_at_once() -> Iterator[None]:
     """Ctrl-C ends the process here and now. An exception would not do while modules are imported: C extensions turn it
     into errors of their own, and callbacks print and drop it."""
     if threading.current_thread() is not threading.main_thread():
@@ -130,8 +139,8 @@ def demo_folder(name: str) -> str:
 def _demo(arguments: argparse.Namespace) -> int:
     import torch
 
-    from minirl_edu.config import RECIPES, load_config
-    from minirl_edu.plots import read_records
+    from minirl_edu.config import load_config
+    from minirl_edu.records import read_records
     from minirl_edu.report import write_report
     from minirl_edu.trainer import MiniRLTrainer
 
@@ -171,11 +180,70 @@ def _folder_name(overrides: Sequence[str]) -> str:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    """The report of one run, beside it, or of several, in the folder that holds them all."""
     from minirl_edu.report import write_report
 
-    folders = [Path(folder) for folder in arguments.runs]
-    out = Path(arguments.out) if arguments.out else folders[0] / "report.html"
-    print(write_report(folders[0] if len(folders) == 1 else {folder.name: folder for folder in folders}, out))
+    runs = _labelled(arguments.runs)
+    folders = [folder for own in runs.values() for folder in own]
+    if folders == [Path(arguments.runs[0])]:  # one run without a label: its method is its name
+        print(write_report(folders[0], Path(arguments.out or folders[0] / "report.html")))
+    else:
+        together = Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
+        print(write_report(runs, Path(arguments.out or together / "compare.html")))
+
+
+def _labelled(words: Sequence[str]) -> dict[str, list[Path]]:
+    """Runs by label: that of LABEL=RUN, or the name of RUN's folder. Runs with one label are seeds of one kind.
+
+    Raises ConfigError for runs that share only the name of their folders: their settings differ in more than the seed.
+    """
+    from minirl_edu.config import ConfigError, load_config
+
+    runs: dict[str, list[Path]] = {}
+    for word in words:
+        label, equals, name = word.partition("=")
+        if equals and not Path(word).exists():  # a folder may have a = in its name
+            runs.setdefault(label, []).append(Path(name))
+            continue
+        folder = Path(word)
+        own = runs.setdefault(folder.resolve().name, [])
+        configs = [path / "config.yaml" for path in (*own[:1], folder)]
+        if own and all(config.is_file() for config in configs):
+            first, other = (load_config(config, ["seed=0"]) for config in configs)
+            if first != other:
+                raise ConfigError(
+                    f"{own[0]} and {folder} share a name and differ in more than the seed: give them labels, such as "
+                    + shlex.join([f"first={own[0]}", f"second={folder}"])
+                )
+        own.append(folder)
+    return runs
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    import shutil
+
+    from minirl_edu.live import follow
+
+    width = shutil.get_terminal_size().columns
+    follow([Path(folder) for folder in arguments.runs], sys.stdout, every=arguments.every, width=width)
+
+
+def _fields(arguments: argparse.Namespace) -> None:
+    import shutil
+    import textwrap
+
+    from minirl_edu.config import describe
+
+    width = min(100, shutil.get_terminal_size().columns)
+    for field in describe(arguments.section or ""):
+        if not field.default:  # a section
+            print(f"\n{textwrap.fill(f'{field.name}: {field.meaning}', width, subsequent_indent='  ')}\n")
+            continue
+        print(f"  {field.name} = {field.default}")
+        for text in (field.expected, field.meaning):
+            print(textwrap.fill(text, width, initial_indent="      ", subsequent_indent="      "))
+    if not arguments.section:
+        print("\nOne section alone: minirl fields train. To set a field: --set train.lr=1e-4, or in a YAML file.")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -201,7 +269,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _doctor() -> int:
     from minirl_edu.doctor import report
 
-    with _quitting_at_once(), suppress(ImportError, OSError):
+    with quitting_at_once(), suppress(ImportError, OSError):
         import torch  # noqa: F401  # here, because a report can be interrupted like any command, and an import cannot
 
     text, status = report()
@@ -379,38 +447,70 @@ def _cold_start(arguments: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="minirl", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="minirl", usage="minirl COMMAND …", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command")
+    commands = parser.add_subparsers(dest="command", prog="minirl", metavar="COMMAND", help=argparse.SUPPRESS)
+    groups: dict[str, list[str]] = {}
+    known = ", ".join(recipes())
 
-    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(run=run)
+    def add(group: str, name: str, run: Any, text: str, loads: str = "trainer") -> argparse.ArgumentParser:
+        command = commands.add_parser(name, description=text)
+        command.set_defaults(run=run, loads=loads)  # what it imports first
+        groups.setdefault(group, []).append(f"  {name:<12}{text}")
         return command
 
-    command = add("train", _train, "Train with MiniRL as a YAML config says; see config.py for every field.")
-    command.add_argument("--config", help="YAML file, or a recipe such as demo; without one, the defaults")
-    command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
-    command.add_argument("--out", required=True, help="folder of the run")
-    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    def add_config(command: argparse.ArgumentParser, which: str = "") -> None:
+        if not which:
+            text = f"YAML file, or a recipe: {known} (without one: the defaults)"
+            chosen: Any = command.add_argument("--config", metavar="FILE|RECIPE", help=text)
+            chosen.completer = _config_names
+        text = f"override one field{which}, such as train.lr=1e-4; repeatable (`minirl fields` lists them)"
+        field: Any = command.add_argument("--set", action="append", default=[], metavar="A.B=C", help=text)
+        field.completer = _field_names
 
-    command = add("demo", _demo, "Train the shipped tiny MoE with MiniRL beside one ablation and write a report.")
+    start = "Start here"
+    text = "Train the shipped tiny model with MiniRL and without its safeguards; write a report."
+    command = add(start, "demo", _demo, text)
     command.add_argument(
         "--out",
         help="folder for both runs and the report (default: runs/demo; with --set, a folder of its own in it)",
     )
-    command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field in both runs")
+    add_config(command, " in both runs")
 
-    command = add("report", _report, "Write the report of one run, or of several side by side.")
+    command = add(start, "train", _train, "Train as a config says: minirl train --config demo --out runs/mine")
+    add_config(command)
+    command.add_argument("--out", required=True, help="folder of the run")
+    command.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+
+    labels = "folders of runs, or LABEL=RUN; runs with the same label are seeds of one kind"
+    text = "Write what happened in a run as one page: minirl report runs/mine"
+    command = add(start, "report", _report, text, "report")
+    command.add_argument("runs", nargs="+", metavar="RUN", help=labels)
+    command.add_argument("--out", help="HTML file (default: report.html in the run's folder)")
+
+    look = "Look closer"
+    text = "Show a run's curves in the terminal while it goes on, from anywhere."
+    command = add(look, "watch", _watch, text, "live")
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-    command.add_argument("--out", help="HTML file (default: report.html in the first folder)")
+    command.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+    text = "Write the report of several runs: minirl compare A=runs/a B=runs/b"
+    command = add(look, "compare", _report, text, "report")
+    command.add_argument("runs", nargs="+", metavar="RUN", help=labels)
+    command.add_argument("--out", help="HTML file (default: compare.html in the folder that holds the runs)")
+    text = "List every field of a config: its default, what it may be, what it means."
+    command = add(look, "fields", _fields, text, "config")
+    command.add_argument("section", nargs="?", metavar="SECTION", help="such as train, or train.lr (default: all)")
 
-    command = add("export", _export, "Write a run's newest checkpoint as a model that transformers and vLLM can load.")
+    command = add(
+        "Models", "export", _export, "Write a run's newest checkpoint as a model that transformers and vLLM can load."
+    )
     command.add_argument("run_folder", metavar="RUN", help="folder of the run")
     command.add_argument("--out", required=True, help="folder for the model and its tokenizer")
 
-    text = "Measure how far a rollout engine is from the training engine, on the same weights and tokens."
-    command = add("gap", _gap, text)
+    text = "Measure how far a rollout engine is from the trainer, on the same weights and tokens."
+    command = add("Engines and clusters", "gap", _gap, text)
     command.description = (
         text
         + " Without --model: the paper's mechanism, random Mixture-of-Experts models and their dense twins in fp32 "
@@ -440,8 +540,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seeds", type=int, help="repetitions; another model each for the random ones")
     command.add_argument("--out", default="runs/gap", help="folder for gap.json, gap.png, gap.svg (default: runs/gap)")
 
-    text = "Run the paper's figures with several seeds, draw them, and judge its claims; goes on where it was stopped."
-    command = add("reproduce", _reproduce, text)
+    text = "Run the paper's figures over seeds and judge its claims; goes on where it was stopped."
+    command = add("The paper", "reproduce", _reproduce, text)
     command.add_argument(
         "figures", nargs="+", metavar="FIGURE", help="fig1 … fig5, appendix, questions, atlas, …, or all"
     )
@@ -456,10 +556,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=int, help="processes of one thread each (default: one per core)")
     command.add_argument("--spec", help="another spec file than the one that ships (experiments/paper.yaml)")
 
-    text = "Predict memory, time and traffic of a run, and say whether it fits (exit status 0) or what to change (1)."
-    command = add("plan", _plan, text)
-    command.add_argument("--config", help="YAML file, or a recipe such as demo; without one, the defaults")
-    command.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override one field; repeatable")
+    text = "Predict memory and time of a run, and say whether it fits (exit status 0) or what to change (1)."
+    command = add("Engines and clusters", "plan", _plan, text)
+    add_config(command)
     command.add_argument("--hardware", choices=("h100", "h200", "a100", "cpu"), default="h100", help="default: h100")
     command.add_argument("--gpus", "--processes", type=int, default=1, help="the trainer's processes (default: 1)")
     command.add_argument("--gpu-memory", metavar="SIZE", help="such as 80GB or 80GiB (default: the hardware's)")
@@ -474,9 +573,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", metavar="FILE", help="write everything there, too")
     command.add_argument("--out", metavar="FIGURE", help="draw the memory into this file, such as memory.png")
 
-    add("doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
+    add("Engines and clusters", "doctor", _doctor, "Print versions, threads, what is installed and what is missing.")
 
-    command = add("cold-start", _cold_start, "Fine-tune a fresh tiny model on a teacher's demonstrations.")
+    command = add("Models", "cold-start", _cold_start, "Fine-tune a fresh tiny model on a teacher's demonstrations.")
     command.add_argument("--out", required=True, help="folder for the model")
     command.add_argument("--task", default="chain", choices=("chain", "trail"))
     command.add_argument("--style", default="steps", choices=("steps", "operands", "copy"), help="of chain")
@@ -487,7 +586,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=128, help="demonstrations of a step")
     command.add_argument("--lr", type=float, default=1e-3)
     command.add_argument("--seed", type=int, default=0)
+    parser.description = "\n".join(
+        [
+            f"minirl {__version__}: stable reinforcement learning for language models, from a laptop CPU up.",
+            *(f"\n{group}\n" + "\n".join(lines) for group, lines in groups.items()),
+            f"\nRecipes for --config: {known}.",
+            "The arguments of a command: minirl COMMAND --help.",
+        ]
+    )
     return parser
+
+
+def _config_names(prefix: str, **_: Any) -> list[str]:
+    """What `--config` may be, for the shell: recipes and files."""
+    return [*recipes(), *(f"{path}{os.sep * path.is_dir()}" for path in sorted(Path().glob(f"{prefix}*")))]
+
+
+def _field_names(**_: Any) -> list[str]:
+    """What `--set` may begin with, for the shell."""
+    from minirl_edu.config import describe
+
+    return [f"{field.name}=" for field in describe() if field.default]
 
 
 if __name__ == "__main__":

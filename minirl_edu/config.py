@@ -4,10 +4,13 @@ Each section checks its fields when it is built, so a file, an override on the c
 same errors, and an unknown key is refused rather than ignored. The defaults train the `chain` task on a laptop CPU.
 """
 
+import ast
 import difflib
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from itertools import pairwise
 from math import inf, isinf
 from pathlib import Path
 from types import NoneType
@@ -17,10 +20,7 @@ import yaml
 
 from minirl_edu.advantages import ADVANTAGES
 from minirl_edu.objectives import CORRECTIONS, OBJECTIVES
-
-RECIPES = Path(__file__).parent / "recipes"
-"""The recipes that ship with the package."""
-_SCALE_RECIPES = Path(__file__).parents[1] / "scale" / "recipes"  # in a checkout
+from minirl_edu.recipes import recipes
 
 
 class ConfigError(ValueError):
@@ -120,8 +120,6 @@ class RolloutConfig(_Section):
     """How values reach that format. Nearest errs the same way each time, which training can learn to compensate;
     stochastic is unbiased, with other draws at every sync; frozen keeps the first draws, so that random errors come
     back each time, too."""
-    quantise_router: bool = False
-    """Round the MoE routers as well; deployments usually keep them in full precision."""
     router_noise: _NonNegative = 0.0
     """Noise on what the MoE routers read, and on nothing else (hf): Gaussian, so many times the root mean square of a
     token's input, drawn anew for each token. The engine is exact but for the experts that it chooses."""
@@ -176,6 +174,14 @@ class AlgorithmConfig(_Section):
                 f"algorithm.correction = {self.correction!r}: algorithm.is_correction: false leaves every correction "
                 "out; drop one of the two"
             )
+        taken = inspect.signature(OBJECTIVES[self.objective].loss).parameters
+        for own in fields(self):
+            value = getattr(self, own.name)
+            if own.name not in {"objective", "advantages", "replay", *taken} and value != own.default:
+                raise ConfigError(
+                    f"algorithm.{own.name} = {value!r}: algorithm.objective {self.objective!r} does not take it; leave "
+                    "it out, or choose another objective"
+                )
 
 
 @dataclass(frozen=True)
@@ -202,6 +208,7 @@ class TrainConfig(_Section):
     warmup_steps: _CountOrZero = 0
     """Gradient steps until lr is reached."""
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.95)
+    """AdamW's two rates of forgetting: of the gradient's mean, and of its mean square."""
     adam_eps: _Positive = 1e-8
     """Added to AdamW's denominator. A larger value keeps Adam from turning a vanishing gradient into full steps."""
     weight_decay: _NonNegative = 0.0
@@ -230,6 +237,7 @@ class EvalConfig(_Section):
     every: _CountOrZero = 10
     """Global steps between evaluations; 0: never."""
     problems: _Count = 256
+    """Held-out problems of an evaluation, one answer each: more make the score less noisy."""
     through_trainer: bool = True
     """Score them by the training engine in full precision too, not only through the rollout engine. Of a sharded model
     that takes a whole copy on rank 0."""
@@ -244,7 +252,7 @@ class OutputConfig(_Section):
     keep_last: _Count = 2
     """Checkpoints kept."""
     trackers: list[str] = field(default_factory=list)
-    """Trackers of accelerate that also get the metrics, such as `tensorboard`."""
+    """Trackers of accelerate that also get the metrics, such as `tensorboard` or `wandb`; each has to be installed."""
 
 
 @dataclass(frozen=True)
@@ -285,11 +293,6 @@ class Config(_Section):
         data = asdict(self)
         data["train"]["adam_betas"] = list(self.train.adam_betas)
         return data
-
-
-def recipes() -> dict[str, Path]:
-    """The files of the recipes by name: of those that ship, and in a checkout of scale/recipes too."""
-    return {path.stem: path for folder in (_SCALE_RECIPES, RECIPES) for path in sorted(folder.glob("*.yaml"))}
 
 
 def config_file(name: str | Path) -> Path:
@@ -432,6 +435,55 @@ def _dotted_names(cls: Any, prefix: str = "") -> list[str]:
     return names
 
 
+class Described(NamedTuple):
+    """A field of the config: its dotted name, default, what it may be, and what it means; of a section, the last."""
+
+    name: str
+    default: str
+    expected: str
+    meaning: str
+
+
+def describe(name: str = "") -> list[Described]:
+    """The section or field called `name`, such as `train` or `train.lr`, with what is in it; "": the whole config.
+
+    Names, defaults, choices and meanings are those of the dataclasses in this module. Raises ConfigError for another
+    name, with a suggestion.
+    """
+    everything = list(_described(Config, ""))
+    found = [one for one in everything if not name or one.name == name or one.name.startswith(f"{name}.")]
+    if not found:
+        known = [one.name for one in everything]
+        raise ConfigError(f"{name}: no section or field of the config{_suggestion(name, known)}")
+    return found
+
+
+def _described(cls: Any, prefix: str) -> Iterator[Described]:
+    meanings = _docstrings(cls)
+    hints, plain = get_type_hints(cls, include_extras=True), get_type_hints(cls)
+    for one in fields(cls):
+        name, kind = prefix + one.name, plain[one.name]
+        if is_dataclass(kind):
+            yield Described(name, "", "", " ".join((kind.__doc__ or "").split()))
+            yield from _described(kind, f"{name}.")
+        else:
+            default = getattr(cls(), one.name)
+            written = "null" if default is None else yaml.safe_dump(default, default_flow_style=True, width=inf)
+            yield Described(name, written.removesuffix("...\n").strip(), _expected(hints[one.name]), meanings[one.name])
+
+
+def _docstrings(cls: Any) -> dict[str, str]:
+    """The string below each field of a dataclass, which Python itself drops."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for node, after in pairwise(definition.body):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            told = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            found[node.target.id] = " ".join(str(told).split())
+    return found
+
+
 def _suggestion(seen: str, names: Sequence[str]) -> str:
     """What the writer may have meant: the same field in another section, then similar spellings, nearest first."""
     leaf = seen.rpartition(".")[2].lower()
@@ -445,19 +497,18 @@ def _suggestion(seen: str, names: Sequence[str]) -> str:
 def _checked(value: Any, hint: Any, path: str) -> Any:
     """`value` as the annotation `hint` wants it, or ConfigError."""
 
-    def refuse(expected: str) -> ConfigError:
-        return ConfigError(f"{path} = {value!r}: expected {expected}")
+    def refuse(remedy: str = "") -> ConfigError:
+        return ConfigError(f"{path} = {value!r}: expected {_expected(hint)}{remedy}")
 
     arguments = get_args(hint)
     if get_origin(hint) is Annotated and isinstance(arguments[1], _Bound):
         number = _checked(value, arguments[0], path)
         if not arguments[1].holds(number):
-            raise refuse(arguments[1].expected)
+            raise refuse()
         return number
-    if get_origin(hint) in (Annotated, Literal):
-        names = arguments if get_origin(hint) is Literal else tuple(arguments[1].names)
+    if names := _choices(hint):
         if value not in names:
-            raise refuse("one of " + ", ".join(names) + _suggestion(str(value), names) + _quotes(value))
+            raise refuse(_suggestion(str(value), names) + _quotes(value))
         return value
     if NoneType in arguments:  # X | None
         (inner,) = (a for a in arguments if a is not NoneType)
@@ -469,32 +520,62 @@ def _checked(value: Any, hint: Any, path: str) -> Any:
             raise ConfigError(f"{error}, or null") from None
     if get_origin(hint) is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(arguments):
-            raise refuse(f"a list of {len(arguments)} numbers")
+            raise refuse()
         return tuple(_checked(v, a, f"{path}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
     if get_origin(hint) is list:
         if not isinstance(value, list | tuple):
-            raise refuse("a list")
+            raise refuse()
         return [_checked(v, arguments[0], f"{path}[{i}]") for i, v in enumerate(value)]
     if get_origin(hint) is dict:
         if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-            raise refuse("a mapping with names for keys")
+            raise refuse()
         return dict(value)
     if hint is float:
         if isinstance(value, bool) or not isinstance(value, int | float | str):
-            raise refuse("a number")
+            raise refuse()
         try:  # of text, too: YAML 1.1 reads 1e-4, without a point, as text
             return float(value) + 0.0  # -0.0 becomes 0.0
         except (ValueError, OverflowError):
-            raise refuse("a number") from None
+            raise refuse() from None
     if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise refuse("an integer")
+        raise refuse()
     if hint is bool and not isinstance(value, bool):
-        raise refuse("true or false")
+        raise refuse()
     if hint is str and (not isinstance(value, str) or not value):
-        raise refuse("text" + _quotes(value))
+        raise refuse(_quotes(value))
     if is_dataclass(hint) and not isinstance(value, hint):
-        raise refuse(f"a {hint.__name__}")
+        raise refuse()
     return value
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The names that a field of this annotation may have; none for other annotations."""
+    arguments = get_args(hint)
+    if get_origin(hint) is Annotated and isinstance(arguments[1], _OneOf):
+        return tuple(arguments[1].names)
+    return arguments if get_origin(hint) is Literal else ()
+
+
+def _expected(hint: Any) -> str:
+    """What a field of this annotation may be, in words."""
+    arguments = get_args(hint)
+    if names := _choices(hint):
+        return f"one of {', '.join(names)}"
+    if get_origin(hint) is Annotated:
+        return arguments[1].expected
+    if NoneType in arguments:
+        return f"{_expected(next(a for a in arguments if a is not NoneType))}, or null"
+    if get_origin(hint) is tuple:
+        return f"a list of {len(arguments)} numbers"
+    if get_origin(hint) in _WORDS or hint in _WORDS:
+        return _WORDS[get_origin(hint) or hint]
+    return f"a {hint.__name__}"
+
+
+_WORDS = {
+    **{int: "an integer", float: "a number", bool: "true or false", str: "text"},
+    **{list: "a list", dict: "a mapping with names for keys"},
+}
 
 
 def _quotes(value: Any) -> str:

@@ -10,11 +10,9 @@ marker, so that figures read in greyscale.
 """
 
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +24,12 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from minirl_edu.diagnostics import mean_interval
+from minirl_edu.records import Metrics
 
-Metrics = dict[str, np.ndarray]
-"""One run: a column per key of metrics.jsonl, a row per gradient step, NaN where there is no value."""
 Runs = Mapping[str, Metrics | Sequence[Metrics]]
 """A label per method; under it one run, or one run per seed."""
+Events = Mapping[str, Sequence[int]]
+"""A label per method; under it the gradient steps at which its runs collapsed, which figures mark in every panel."""
 
 METHOD_STYLE: dict[str, dict[str, Any]] = {
     "MiniRL": {"color": "#0072B2", "linestyle": "-", "marker": "o"},
@@ -58,42 +57,6 @@ _INK, _SOFT = "#222222", "#767676"
 
 
 # ------------------------------------------------------------------------------------------------------------- data
-
-
-def read_records(path: Path | str) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, one dict per gradient step, in order of `grad_step`.
-
-    A run that was killed may leave half a last line: it is dropped. A step written twice (a resumed run) counts once;
-    the later line's values win. Raises FileNotFoundError where there is no file, ValueError where it holds no step or a
-    broken line.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no metrics at {path}: give a run's folder that holds a metrics.jsonl")
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    steps: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = int(record["grad_step"])
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number} is not a step with a grad_step: {line[:60]!r}") from error
-        steps[step] = steps.get(step, {}) | {key: value for key, value in record.items() if value is not None}
-    if not steps:
-        raise ValueError(f"{path} holds no complete step yet: wait for the first one, or check that training started")
-    return [steps[step] for step in sorted(steps)]
-
-
-def read_metrics(path: Path | str) -> Metrics:
-    """The numeric columns of a `metrics.jsonl` as float64 arrays, a row per gradient step; null and absent become NaN.
-
-    Raises as `read_records`.
-    """
-    records = read_records(path)
-    keys = dict.fromkeys(key for record in records for key, value in record.items() if isinstance(value, int | float))
-    return {key: np.array([record.get(key, math.nan) for record in records], dtype=np.float64) for key in keys}
 
 
 def _column(run: Metrics, key: str, *, smooth: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +96,7 @@ def _align(columns: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 
 
 def _canonical(label: str) -> str:
-    return label.replace("-", "−").removeprefix("MiniRL").strip(" +") or "MiniRL"
+    return label.replace("-", "−").removeprefix("MiniRL").strip(" +,") or "MiniRL"
 
 
 def method_styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -220,6 +183,21 @@ def _legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
         text.set_parse_math(False)  # a label is text: "$5" is no formula
 
 
+def _mark(axes: Sequence[Axes], events: Events | None, runs: Runs) -> None:
+    """A thin line at each event in the colour of its method, with the step beside it where there are few."""
+    styles, few = method_styles(runs), sum(map(len, (events or {}).values())) <= 3
+    for label, steps in (events or {}).items():
+        for ax in (ax for ax in axes if ax.lines):
+            color, across = styles[label]["color"], ax.get_xaxis_transform()
+            ax.vlines(list(steps), 0, 1, transform=across, color=color, linewidth=0.9, gid=f"event:{label}")
+            for step in steps if few else ():
+                ax.annotate(
+                    f"step {step}", (step, 1), (3, -1), xycoords=across, textcoords="offset points", va="top",
+                    fontsize=9, color=color, gid=f"event:{label}",
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+                )  # fmt: skip
+
+
 def _fit(*axes: Axes, values: np.ndarray, log: bool = False, bottom: float | None = None) -> None:
     """One scale for these panels and limits that hold all `values`, the scale first: limits depend on it.
 
@@ -293,12 +271,13 @@ def _draw(ax: Axes, runs: Runs, key: str, *, smooth: bool = False, faint: str = 
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def four_curves(runs: Runs, *, columns: int = 2) -> Figure:
+def four_curves(runs: Runs, *, columns: int = 2, events: Events | None = None) -> Figure:
     """The paper's four panels: held-out score, training reward, token entropy, training–inference KL.
 
     With several seeds per method: mean and 95 % t-interval. The faint score is the rollout engine's. The KL is drawn
     as `k3`, which has less noise, and faintly as `k1`, the paper's. Entropy and KL (nats per token) are on a log axis
-    where they span decades. `columns=1` stacks the panels for a narrow page. Source: figures 1 to 4 of the paper.
+    where they span decades. `columns=1` stacks the panels for a narrow page; `events` are marked in each. Source:
+    figures 1 to 4 of the paper.
     """
     figure, axes = _panels(4, columns)
     _fit(axes[0], values=_draw(axes[0], runs, "score", faint="score_rollout", markers=12))
@@ -310,6 +289,7 @@ def four_curves(runs: Runs, *, columns: int = 2) -> Figure:
     _name(axes[1], "Training reward", "mean reward", note="faint: each step")
     _name(axes[2], "Token entropy", "nats per token")
     _name(axes[3], "Training–inference KL", "nats per token", note="bold: k3, faint: k1")
+    _mark(axes, events, runs)
     _legend(figure, method_styles(runs))
     return figure
 
@@ -346,7 +326,7 @@ def prediction(pairs: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     return figure
 
 
-def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
+def ratio_decomposition(runs: Runs, *, columns: int = 3, events: Events | None = None) -> Figure:
     """The two factors of equation (5) on one scale, and what the first-order approximation drops because of them.
 
     `log π_θ/μ_old = log π_old/μ_old (training–inference discrepancy) + log π_θ/π_old (policy staleness)`, each drawn as
@@ -360,20 +340,36 @@ def ratio_decomposition(runs: Runs, *, columns: int = 3) -> Figure:
     _name(axes[0], "Training–inference discrepancy", r"mean $|\log\,\pi_{old}/\mu_{old}|$, nats")
     _name(axes[1], "Policy staleness", r"mean $|\log\,\pi_\theta/\pi_{old}|$, nats")
     _name(axes[2], "First-order gap", r"mean $|\Pi r - 1 - \Sigma(r - 1)|$")
+    _mark(axes, events, runs)
     _legend(figure, method_styles(runs))
     return figure
 
 
-def routing_flips(runs: Runs) -> Figure:
+def drift(runs: Runs, *, columns: int = 2, events: Events | None = None) -> Figure:
+    """What the gradient would contain if the importance weight were left out: `entropy_drift` and, which has its sign,
+    `length_reward_cov`."""
+    figure, axes = _panels(2, columns)
+    for ax, key in zip(axes, ("entropy_drift", "length_reward_cov"), strict=True):
+        values = _draw(ax, runs, key, smooth=True)
+        _fit(ax, values=np.append(values, 0.0) if values.size else values)
+    _name(axes[0], "Entropy drift", "nats per unit step on the logits")
+    _name(axes[1], "Covariance of length and reward", "tokens × reward")
+    _mark(axes, events, runs)
+    _legend(figure, method_styles(runs))
+    return figure
+
+
+def routing_flips(runs: Runs, *, events: Events | None = None) -> Figure:
     """Fraction of tokens whose set of experts differs between the two engines, per MoE layer."""
     figure, (ax,) = _panels(1, 1)
     _fit(ax, values=_draw(ax, runs, "routing_flip_rate", smooth=True), bottom=0)
     _name(ax, "Routing flips", "fraction of tokens, per layer")
+    _mark([ax], events, runs)
     _legend(figure, method_styles(runs))
     return figure
 
 
-def clipping(runs: Runs, *, columns: int = 2) -> Figure:
+def clipping(runs: Runs, *, columns: int = 2, events: Events | None = None) -> Figure:
     """Fraction of tokens that the clip mask `M_t` of equation (7) drops, by the sign of the advantage.
 
     Of a run without clipping: the fraction that it would drop.
@@ -383,6 +379,7 @@ def clipping(runs: Runs, *, columns: int = 2) -> Figure:
     _fit(*axes, values=np.concatenate(values), bottom=0)
     _name(axes[0], "Clipped, advantage above 0", "fraction of tokens")
     _name(axes[1], "Clipped, advantage below 0", "fraction of tokens")
+    _mark(axes, events, runs)
     _legend(figure, method_styles(runs))
     return figure
 

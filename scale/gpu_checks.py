@@ -425,7 +425,7 @@ def stream() -> dict[str, Any]:
 def learn() -> dict[str, Any]:
     """The shipped tiny MoE with R3, N = 8 and an int4 engine: it learns as on a CPU (0.2 in 8 global steps)."""
     from minirl_edu.config import load_config
-    from minirl_edu.plots import read_records
+    from minirl_edu.records import read_records
     from minirl_edu.trainer import MiniRLTrainer
 
     config = load_config(

@@ -17,12 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from minirl_edu import cli
-from minirl_edu.config import Config, ConfigError, RolloutConfig, TaskConfig, config_file, load_config
-from minirl_edu.models import load_architecture
-from minirl_edu.precision import FORMATS
-from minirl_edu.ranks import RankFailed
-from minirl_edu.tasks import ChainTask, Problem
-from minirl_edu.tasks.chain import VOCABULARY
+
+with cli.quitting_at_once():
+    from minirl_edu.config import Config, ConfigError, RolloutConfig, TaskConfig, config_file, load_config
+    from minirl_edu.models import load_architecture
+    from minirl_edu.precision import FORMATS
+    from minirl_edu.ranks import RankFailed
+    from minirl_edu.tasks import ChainTask, Problem
+    from minirl_edu.tasks.chain import VOCABULARY
 
 ACCELERATE = Path(__file__).parent / "accelerate"
 SIZES = {
@@ -169,7 +171,7 @@ def _launch(arguments: argparse.Namespace) -> int:
 
 def _dry_run(arguments: argparse.Namespace) -> int:
     """One process of the dry run; the first says in one line what ran, what came of it and how to run it in full."""
-    from minirl_edu.plots import read_records
+    from minirl_edu.records import read_records
     from minirl_edu.trainer import MiniRLTrainer
 
     config = shrink(load_config(arguments.config, arguments.set))

@@ -3,23 +3,27 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minirl_edu import __version__, plots
-from minirl_edu.cli import DEMO_VARIANTS, _folder_name, demo_folder, main
-from minirl_edu.config import RECIPES, load_config
+from minirl_edu.cli import DEMO_VARIANTS, _folder_name, _parser, demo_folder, main
+from minirl_edu.config import load_config
 from minirl_edu.models import load_model, load_tokenizer
-from minirl_edu.plots import read_records
+from minirl_edu.recipes import RECIPES, recipes
+from minirl_edu.records import read_records
 from minirl_edu.rollout import EngineError, HFEngine
 from minirl_edu.run.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "tests" / "data" / "demo"
 TINY = [
     *("--set", "train.global_steps=2", "--set", "train.mini_batches=2", "--set", "train.mini_batch_prompts=4"),
     *("--set", "train.group_size=4", "--set", "eval.problems=16"),
@@ -106,7 +110,7 @@ def test_the_demo_with_overrides_runs_in_a_folder_of_its_own(capsys, monkeypatch
     runs = []
     monkeypatch.setattr("minirl_edu.trainer.MiniRLTrainer", Finished)
     monkeypatch.setattr("minirl_edu.report.write_report", lambda runs, out, **_: out)
-    monkeypatch.setattr("minirl_edu.plots.read_records", lambda path: [{"score": 0.5}])
+    monkeypatch.setattr("minirl_edu.records.read_records", lambda path: [{"score": 0.5}])
     assert main(["demo", *arguments]) == 0
     assert runs == [Path(folder) / demo_folder(name) for name in DEMO_VARIANTS]
     assert f"report: {folder}/report.html" in capsys.readouterr().out
@@ -129,13 +133,69 @@ def test_the_demos_folder_is_named_after_its_overrides(overrides, name):
     assert _folder_name(["task.options={a: 1}"]) != _folder_name(["task.options=[a: 1]"])
 
 
-def test_without_a_command_there_is_help(capsys):
+def test_without_a_command_there_is_an_overview_that_begins_with_what_a_newcomer_needs(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
-    assert "usage: minirl" in said and "reproduce" in said
+    listed = re.findall(r"^  ([a-z-]+)  +[A-Z]", said, re.MULTILINE)
+    assert listed[:3] == ["demo", "train", "report"]
+    assert sorted(listed) == sorted(_parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
+    assert said.startswith("usage: minirl") and all(name in said for name in recipes())
+    assert max(map(len, said.splitlines())) <= 150
 
 
-@pytest.mark.parametrize("entry", ["module", "script"])
+def test_recipes_are_listed_where_a_config_is_taken(capsys):
+    for command in ("train", "plan"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        said = "".join(capsys.readouterr().out.split())
+        assert all(name in said for name in recipes()) and f"usage:minirl{command}" in said
+
+
+def test_the_light_commands_load_no_more_than_they_need(tmp_path):
+    code = "import sys; from minirl_edu.cli import main; main(sys.argv[1:]); print(chr(10), *sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for arguments in ([], ["watch", str(DEMO / "MiniRL-R3")]):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert not {"torch", "transformers", "matplotlib"} & set(done.stdout.splitlines()[-1].split())
+
+
+def test_fields_of_a_section(capsys):
+    assert main(["fields", "algorithm"]) == 0
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("\nalgorithm: What is optimised")
+        and "  algorithm.replay = none\n      one of none, R2, R3\n" in said
+    )
+    assert "train.lr" not in said
+    assert main(["fields"]) == 0
+    assert all(f"  {name} = " in capsys.readouterr().out for name in ["ranks.silent"])
+
+
+def test_watch_without_a_terminal_prints_once(capsys):
+    assert main(["watch", str(DEMO / "MiniRL-R3"), str(DEMO / "no-replay-no-clipping")]) == 0
+    said = capsys.readouterr().out
+    assert said.count("held-out score") == 2 and "done" in said and "\x1b" not in said
+
+
+def test_the_shell_is_told_what_may_come_next(monkeypatch, capsys):
+    parsers = []
+    monkeypatch.setitem(sys.modules, "argcomplete", SimpleNamespace(autocomplete=parsers.append))
+    main([])
+    assert parsers == []  # only when the shell asks
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    main([])
+    (parser,) = parsers
+    train = parser._subparsers._group_actions[0].choices["train"]
+    completers = {action.dest: action.completer for action in train._actions if hasattr(action, "completer")}
+    monkeypatch.chdir(ROOT)
+    assert {"demo", "smollm2", "minirl_edu/"} <= set(completers["config"](prefix="mini"))
+    assert {"train.lr=", "seed="} <= set(completers["set"](prefix="tr")) and "train=" not in completers["set"]()
+    monkeypatch.setitem(sys.modules, "argcomplete", None)  # not installed
+    assert main([]) == 0
+
+
+@pytest.mark.parametrize("entry", ["module", "script", "launcher"])
 def test_ctrl_c_while_importing_ends_without_a_traceback(entry, tmp_path):
     """SIGINT to a real process in the middle of importing torch, which says so by opening a pipe that we read."""
     (tmp_path / "sitecustomize.py").write_text(
@@ -146,14 +206,14 @@ def test_ctrl_c_while_importing_ends_without_a_traceback(entry, tmp_path):
         "            print('importing', flush=True)\n"
         "sys.meta_path.insert(0, Tell())\n"
     )
-    start = (
-        ["-m", "minirl_edu.cli"]
-        if entry == "module"
-        else ["-c", "import sys; from minirl_edu.cli import main; sys.exit(main())"]
-    )
+    start = {
+        "module": ["-m", "minirl_edu.cli", "doctor"],
+        "script": ["-c", "import sys; from minirl_edu.cli import main; sys.exit(main())", "doctor"],
+        "launcher": ["scale/train.py", "--help"],
+    }[entry]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     process = subprocess.Popen(
-        [sys.executable, *start, "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, *start], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
     assert process.stdout is not None and process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
@@ -198,14 +258,55 @@ def test_an_exported_model_is_the_trained_one_and_loads_by_its_folder(tmp_path, 
     assert "no run with an intact checkpoint" in capsys.readouterr().err
 
 
-def test_report_of_one_run_and_of_several(tmp_path, plain, monkeypatch):
-    for name in ("a", "b"):
-        main(["train", "--out", str(tmp_path / name), *TINY])
-    monkeypatch.undo()
-    assert main(["report", str(tmp_path / "a")]) == 0
-    assert main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "both.html")]) == 0
-    assert "MiniRL" in (tmp_path / "a" / "report.html").read_text()
-    assert (tmp_path / "both.html").stat().st_size > 10_000
+def test_report_of_one_run_is_beside_it(tmp_path, capsys):
+    run = copied(tmp_path / "a")
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    assert "<b>MiniRL + R3</b>" in (run / "report.html").read_text()
+    assert (run / "figures" / "four_curves.png").stat().st_size > 10_000
+    assert main(["report", f"mine={run}", "--out", str(tmp_path / "mine.html")]) == 0
+    assert "<b>mine</b>" in (tmp_path / "mine.html").read_text()
+
+
+def copied(folder: Path, variant: str = "MiniRL-R3", *settings: tuple[str, str]) -> Path:
+    """The demo's kept run in another folder, with other settings."""
+    shutil.copytree(DEMO / variant, folder)
+    config = folder / "config.yaml"
+    for old, new in settings:
+        assert old in config.read_text()
+        config.write_text(config.read_text().replace(old, new))
+    return folder
+
+
+@pytest.mark.usefixtures("plain")
+def test_compare_names_runs_by_their_folders_or_labels_and_takes_one_label_for_seeds(tmp_path, capsys):
+    a, b = copied(tmp_path / "x" / "a"), copied(tmp_path / "seed=1" / "b", "no-replay-no-clipping")
+    assert main(["compare", str(a), f"theirs={b}"]) == 0
+    page = tmp_path / "compare.html"
+    assert capsys.readouterr().out == f"{page}\n"
+    assert "<b>a</b> went" in page.read_text() and "<b>theirs</b> rose" in page.read_text()
+    again = copied(tmp_path / "y" / "a", "MiniRL-R3", ("seed: 0", "seed: 1"))
+    assert main(["compare", str(a), str(again), str(b)]) == 0  # a folder with a = in its path is no label
+    assert "<b>a</b> (2 seeds) went" in page.read_text() and "<b>b</b> rose" in page.read_text()
+    assert main(["compare", f"all={a}", f"all={b}"]) == 0
+    assert "<b>all</b> (2 seeds) went" in page.read_text()
+    other = copied(tmp_path / "z" / "a", "MiniRL-R3", ("lr: 0.0006", "lr: 0.0003"))
+    capsys.readouterr()
+    assert main(["compare", str(a), str(other)]) == 2
+    said = capsys.readouterr().err
+    assert "share a name and differ in more than the seed" in said and f"first={a} second={other}" in said
+
+
+@pytest.mark.usefixtures("plain")
+def test_a_reward_that_is_none_ends_in_two_lines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("minirl_edu.tasks.ChainTask.reward", lambda self, problem, response: 2.0)
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), *TINY]) == 1
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert said[0].startswith(
+        "minirl train: task 'chain': the reward 2.0 of a response is no number in [0, 1]; correct"
+    )
+    assert said[1].endswith(f"minirl train --resume --out {out}")
 
 
 def test_cold_start_writes_a_model_with_its_record(tmp_path, capsys):
@@ -262,6 +363,11 @@ def test_doctor_reports(capsys):
         ),
         (["plan", "--config", "dmo"], "did you mean demo?"),
         (["report", "nowhere"], "nowhere"),
+        (["compare", "a=nowhere", "b=nowhere"], "nowhere"),
+        (["watch", "nowhere"], "no metrics at nowhere"),
+        (["fields", "trian"], "did you mean train"),
+        (["report", "BROKEN"], "holds no complete step yet"),
+        (["train", "--set", "algorithm.objective=grpo", "--set", "algorithm.clip=false"], "algorithm.clip = False"),
         (["gap", "--precision", "int8"], "--precision describes one engine: give --model"),
         (["gap", "--model", "nowhere/nothing"], "chain-steps"),
         (["gap", "--model", "tiny-moe", "--engine", "hf", "--option", "kv_cache_dtype=fp8"], "hf has none"),
@@ -272,7 +378,8 @@ def test_doctor_reports(capsys):
 )
 def test_a_mistake_ends_in_one_line_that_names_it(tmp_path, capsys, arguments, message):
     out = ["--out", str(tmp_path / "run")] if arguments[0] in ("train", "gap") else []
-    assert main([*arguments, *out]) == 2
+    (tmp_path / "metrics.jsonl").touch()
+    assert main([str(tmp_path) if word == "BROKEN" else word for word in [*arguments, *out]]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
 

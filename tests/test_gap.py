@@ -9,6 +9,7 @@ import torch
 from minirl_edu import gap
 from minirl_edu.gap import engines
 from minirl_edu.logprobs import lay_out, response_logprobs
+from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.rollout.hf import end_tokens
 from minirl_edu.routing import Routes
@@ -28,6 +29,23 @@ def dense():
 def rows_of(setting: gap.Setting, architecture: str, seeds: int = 1) -> dict:
     workload = gap.Workload(lambda seed: gap.random_prompts(seed, 12), sampling=Sampling(12), seeds=seeds)
     return gap.run_setting(setting, gap.models_for(f"tiny-{architecture}", seeds), workload)
+
+
+def test_a_model_with_more_rows_than_its_tokenizer_is_measured_as_it_is_trained(tmp_path):
+    """Two rows that no text has, likely ones: both engines give them probability 0, and so does the diagnosis."""
+    model = load_model("chain-steps")
+    model.resize_token_embeddings(20, mean_resizing=False)
+    with torch.no_grad():
+        rows = model.get_output_embeddings().weight  # pyright: ignore[reportOptionalMemberAccess]
+        rows[18:] = rows[:2]
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    load_tokenizer("chain-steps").save_pretrained(tmp_path)
+    workload = gap.Workload(gap.prompts_for("chain-steps", None, 12), sampling=Sampling(12), seeds=1)
+    row = gap.run_setting(gap.Setting(), gap.models_for(str(tmp_path), 1), workload, examined=True)
+    (measured,) = gap.models_for(str(tmp_path), 1)
+    assert (end_tokens(measured), measured.generation_config.suppress_tokens) == ([17], [18, 19])
+    assert row["seeds"][0]["plain"]["k3"] < 1e-9 and "healthy" in row["diagnosis"]
 
 
 # --------------------------------------------------------------------------------------------------------- measuring

@@ -18,14 +18,14 @@ from packaging.utils import canonicalize_name
 
 import minirl_edu
 from minirl_edu.cli import main
-from minirl_edu.plots import read_records
+from minirl_edu.records import read_records
 from tests.conftest import ROOT
 from tests.forked import Forked
 
 HEAVY = ("accelerate", "matplotlib", "scipy", "transformers", "yaml")
 PROMISED = (
     *("minirl_loss", "grpo_loss", "cispo_loss", "group_mean_advantages", "RoutingReplay", "policy_metrics"),
-    *("CollapseDetector", "MiniRLTrainer", "load_config"),
+    *("CollapseDetector", "MiniRLTrainer", "load_config", "watch"),
 )
 SCRIPTS = ROOT / "lessons" / "site" / "scripts"
 CORE = sorted(set(PROMISED) - {"MiniRLTrainer", "load_config"})

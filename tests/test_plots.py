@@ -1,7 +1,6 @@
 """Figures: what they draw is what the metrics say. No test looks at pixels."""
 
 import io
-import json
 import math
 import threading
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -17,7 +17,7 @@ from minirl_edu import plots
 from tests.conftest import outside
 
 KEYS = ["reward", "entropy", "kl_rollout_old", "log_ratio_mismatch", "log_ratio_staleness", "first_order_gap"]
-KEYS += ["k3_rollout_old", "routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
+KEYS += ["entropy_drift", "length_reward_cov", "k3_rollout_old", "routing_flip_rate", "clip_frac_pos", "clip_frac_neg"]
 
 
 def metrics(steps: int = 20, *, mini_batches: int = 1, **columns) -> plots.Metrics:
@@ -42,57 +42,6 @@ def texts(figure: Figure) -> list[str]:
     return [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
-# ------------------------------------------------------------------------------------------------------------- data
-
-
-def write(path, *rows, tail=""):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
-    return path
-
-
-def test_columns_of_a_run(tmp_path):
-    path = write(
-        tmp_path / "metrics.jsonl",
-        {"global_step": 0, "grad_step": 0, "score": 0.4},
-        {"global_step": 1, "grad_step": 1, "reward": 0.5, "score": None, "warnings": ["step 1: entropy is nan"]},
-        {"global_step": 2, "grad_step": 2, "reward": math.nan, "score": 0.6},
-    )
-    run = plots.read_metrics(path)
-    np.testing.assert_array_equal(run["score"], [0.4, math.nan, 0.6])
-    np.testing.assert_array_equal(run["reward"], [math.nan, 0.5, math.nan])
-    assert "warnings" not in run
-    assert plots.read_records(path)[1]["warnings"] == ["step 1: entropy is nan"]
-
-
-@pytest.mark.parametrize("tail", ['{"global_step": 2, "grad_st', '{"global_step": 2', "2", "\ufffd"])
-def test_half_a_last_line_is_dropped(tmp_path, tail):
-    path = write(tmp_path / "metrics.jsonl", {"grad_step": 0, "score": 0.4}, {"grad_step": 1, "score": 0.5}, tail=tail)
-    assert plots.read_metrics(path)["score"].tolist() == [0.4, 0.5]
-
-
-def test_a_broken_line_elsewhere_is_an_error_that_names_it(tmp_path):
-    path = write(tmp_path / "metrics.jsonl", {"grad_step": 0}, tail='{"grad_st\n{"grad_step": 2}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
-        plots.read_metrics(path)
-
-
-def test_a_step_written_twice_counts_once_and_the_later_line_wins(tmp_path):
-    rows = [{"grad_step": 1, "reward": 0.1, "score": 0.3}, {"grad_step": 2, "reward": 0.2}]
-    path = write(tmp_path / "metrics.jsonl", *rows, {"grad_step": 1, "reward": 0.7, "score": None})
-    run = plots.read_metrics(path)
-    assert run["grad_step"].tolist() == [1, 2]
-    assert run["reward"].tolist() == [0.7, 0.2]
-    assert run["score"][0] == 0.3  # a null takes nothing away
-
-
-def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        plots.read_metrics(tmp_path / "nowhere" / "metrics.jsonl")
-    empty = write(tmp_path / "metrics.jsonl")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl holds no complete step"):
-        plots.read_metrics(empty)
-
-
 def test_mean_interval():
     values = np.array([[1.0, 4.0], [2.0, 4.0], [3.0, 4.0]])
     mean, half = plots.mean_interval(values)
@@ -110,6 +59,7 @@ def test_methods_look_the_same_in_every_company():
     among = plots.method_styles(["something", "MiniRL + R3", "GRPO"])["MiniRL + R3"]
     assert alone == among == plots.METHOD_STYLE["R3"]
     assert plots.method_styles(["MiniRL - IS"])["MiniRL - IS"] == plots.METHOD_STYLE["− IS"]
+    assert plots.method_styles(["MiniRL, no clipping"])["MiniRL, no clipping"] == plots.METHOD_STYLE["no clipping"]
 
 
 def test_methods_differ_in_greyscale():
@@ -243,7 +193,7 @@ def test_everything_that_is_drawn_lies_inside_its_axes(shape):
     for other in ("of one size", shape):
         columns = {key: DECADES[shape if i % 2 else other]() for i, key in enumerate(KEYS)}
         runs = {"MiniRL": metrics(160, mini_batches=8, **columns), "R3": [metrics(160), metrics(40, mini_batches=8)]}
-        draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.clipping)
+        draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping)
         assert [text for function in draw for text in outside(function(runs))] == []
 
 
@@ -260,10 +210,32 @@ def test_gaps_and_infinities_do_not_break_a_figure():
         broken[key] = np.where(np.arange(21) % 3 == 0, math.nan, broken[key])
         broken[key][-1] = math.inf
     runs = {"MiniRL": [broken, metrics(7)], "− IS": metrics(0), "odd $x_1$ _label": metrics()}
-    draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.clipping)
+    draw = (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping)
     for figure in (function(runs) for function in draw):
         assert plots.to_png(figure, scale=1).startswith(b"\x89PNG")
         assert [t.get_text() for t in figure.legends[0].get_texts()] == list(runs)
+
+
+def test_events_are_marked_where_there_is_a_curve_and_named_where_they_are_few():
+    run, flat = metrics(), metrics()
+    del flat["routing_flip_rate"]
+    runs, few = {"MiniRL": [run, run], "R3": run}, {"MiniRL": [7, 9]}
+    for draw in (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping):
+        for ax in draw(runs, events=few).axes:
+            (mark,) = (drawn for drawn in ax.collections if drawn.get_gid() == "event:MiniRL")
+            assert isinstance(mark, LineCollection)
+            assert [segment[0][0] for segment in mark.get_segments()] == [7, 9]
+            assert to_hex(mark.get_color()[0]) == plots.METHOD_STYLE["MiniRL"]["color"].lower()
+            assert [text.get_text() for text in ax.texts] == ["step 7", "step 9"]
+        assert texts(draw(runs, events={"MiniRL": [7, 9], "R3": [11, 12]})) == []
+        assert not any(ax.collections for ax in draw({"R3": run}).axes)
+    figure = plots.routing_flips({"MiniRL": flat}, events={"MiniRL": [7]})
+    assert not figure.axes[0].collections and texts(figure) == ["not recorded"]
+
+
+def test_zero_is_on_the_axis_of_the_drift():
+    figure = plots.drift({"MiniRL": metrics(entropy_drift=np.linspace(0.4, 0.5, 21))})
+    assert figure.axes[0].get_ylim()[0] <= 0 <= figure.axes[1].get_ylim()[1]
 
 
 def test_figures_can_be_drawn_in_threads():

@@ -30,7 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages archives diagnostics doctor exact objectives precision routing seeding streaming",
+    0: "advantages archives diagnostics doctor exact objectives precision recipes records routing seeding streaming",
     1: "config drift models plugins tasks",
     2: "rollout",
     3: "lm_head",
@@ -38,12 +38,15 @@ FLOORS = {
     5: "batches cold_start gap plan",
     6: "ranks run",
     7: "trainer",
-    8: "experiments plots report worlds",
+    8: "experiments live plots report worlds",
     9: "cli",
     10: "course",
 }
 FLOOR = {module: floor for floor, modules in FLOORS.items() for module in modules.split()}
-SIBLINGS = {"run": {"ranks"}, "report": {"plots"}, "experiments": {"plots", "report"}, "worlds": {"plots"}}
+SIBLINGS = {
+    **{"run": {"ranks"}, "report": {"plots"}, "live": {"plots"}, "worlds": {"plots"}},
+    "experiments": {"plots", "report"},
+}
 FOLDERS = {".ci", "benchmarks", "lessons", "minirl_edu", "notebooks", "scale", "tests"}
 
 

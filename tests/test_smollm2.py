@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from minirl_edu.cli import main
-from minirl_edu.config import RECIPES, load_config
+from minirl_edu.config import load_config
 from minirl_edu.models import SMOLLM2, load_tokenizer
+from minirl_edu.recipes import RECIPES
 from minirl_edu.tasks import make_task
 
 RECIPE = RECIPES / "smollm2.yaml"

@@ -32,6 +32,7 @@ from minirl_edu.tasks import (
     MathTask,
     Problem,
     ReasoningGymTask,
+    RewardError,
     Task,
     brings_tokenizer,
     make_task,
@@ -229,7 +230,7 @@ def test_rewards_are_numbers_between_0_and_1():
         assert rewards == [1.0, 1.0] and {type(each) for each in rewards} == {float}
     for reward in (None, float("nan"), -0.1, 2, "1", [1.0]):
         with pytest.raises(
-            ValueError, match=rf"task 'fixed': the reward {re.escape(repr(reward))} of a response is no"
+            RewardError, match=rf"task 'fixed': the reward {re.escape(repr(reward))} of a response is no"
         ):
             verified_rewards(Fixed(reward), asked, ["", ""])
 
@@ -242,7 +243,7 @@ def test_rewards_of_a_batch_are_asked_for_at_once():
     asked = ChainTask().sample(2, seed=0)
     assert isinstance(Batch(2), BatchVerified) and not isinstance(Fixed(0), BatchVerified)
     assert verified_rewards(Batch(2), asked, ["right", "wrong"]) == [1.0, 0.0]
-    with pytest.raises(ValueError, match=r"task 'fixed': rewards\(\) returned 1 for 2 responses"):
+    with pytest.raises(RewardError, match=r"task 'fixed': rewards\(\) returned 1 for 2 responses"):
         verified_rewards(Batch(1), asked, ["right", "wrong"])
 
 

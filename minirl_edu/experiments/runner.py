@@ -37,7 +37,7 @@ from minirl_edu.archives import files_in, pack
 from minirl_edu.config import Config, ConfigError, OutputConfig
 from minirl_edu.doctor import environment
 from minirl_edu.experiments.spec import Run, RunResult, Spec, parse_run, read_run, write_run
-from minirl_edu.plots import read_records
+from minirl_edu.records import read_records
 from minirl_edu.run.folder import lock_folder
 
 RESULTS_VERSION = 1

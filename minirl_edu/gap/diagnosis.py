@@ -23,7 +23,7 @@ from minirl_edu.diagnostics import (
 from minirl_edu.gap.measurement import find_replay
 from minirl_edu.logprobs import lay_out
 from minirl_edu.rollout import Rollout
-from minirl_edu.rollout.hf import end_tokens, evaluating
+from minirl_edu.rollout.hf import end_tokens, evaluating, suppressed_mask
 
 EVIDENCE = 40_000_000
 """Logits that `diagnose` looks at, at most: 160 MB in fp32."""
@@ -389,13 +389,19 @@ def _end_findings(responses: Sequence[Sequence[int]], ends: Sequence[int]) -> li
 
 
 def response_logits(model: PreTrainedModel, rollout: Rollout, *, replayed: bool = False) -> Float[Tensor, "n V"]:
-    """The training engine's raw logits for each response token, in order; `replayed` forces the rollout's experts."""
+    """The training engine's raw logits for each response token, in order; `replayed` forces the rollout's experts. They
+    are −inf at ids that the model never says."""
     layout = lay_out(rollout, share_prompts=False)
     replay = find_replay(model) if replayed else None
     context = replay.replay(layout.pack(rollout.routes)) if replay and rollout.routes else nullcontext()
     with torch.no_grad(), evaluating(model), context:
         logits = model(**layout.inputs, use_cache=False).logits
-    return logits.flatten(0, 1).index_select(0, layout.predictor).float()
+    return _without_suppressed(model, logits.flatten(0, 1).index_select(0, layout.predictor))
+
+
+def _without_suppressed(model: PreTrainedModel, logits: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+    mask = suppressed_mask(model, logits.shape[1], logits.device)
+    return logits.float() if mask is None else logits.float().masked_fill(mask, -math.inf)
 
 
 @torch.no_grad()
@@ -419,7 +425,7 @@ def stale_prefix_logits(model: PreTrainedModel, previous: PreTrainedModel, rollo
                 past_key_values=cache,
                 use_cache=True,
             )
-    return output.logits[rollout.response_mask[:, : output.logits.shape[1]]].float()
+    return _without_suppressed(model, output.logits[rollout.response_mask[:, : output.logits.shape[1]]])
 
 
 def examine(

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from minirl_edu.gap.diagnosis import examine
 from minirl_edu.gap.measurement import find_replay, measure, score
-from minirl_edu.models import cold_starts, load_model, load_tokenizer, tiny_dense, tiny_moe
+from minirl_edu.models import adopt_tokenizer, cold_starts, load_model, load_tokenizer, tiny_dense, tiny_moe
 from minirl_edu.precision import Precision
 from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling
 from minirl_edu.seeding import derive_seed
@@ -200,13 +200,16 @@ RANDOM = {"tiny-moe": "moe", "tiny-dense": "dense"}
 
 
 def models_for(name: str, seeds: int) -> list[PreTrainedModel]:
-    """The weights of each seed: random models of `RANDOM`, or the one pretrained model called `name`.
+    """The weights of each seed: random models of `RANDOM`, or the one pretrained model called `name`, with its
+    tokenizer's end tokens and without the ids that its tokenizer does not know, as a run trains it.
 
     Raises ValueError as `load_model`.
     """
     if name in RANDOM:
         return [random_model(RANDOM[name], seed) for seed in range(seeds)]
-    return [load_model(name)] * seeds
+    model = load_model(name)
+    adopt_tokenizer(model, load_tokenizer(name))
+    return [model] * seeds
 
 
 def prompts_for(name: str, task: str | None, count: int) -> Callable[[int], list[list[int]]]:

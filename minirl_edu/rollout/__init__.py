@@ -32,7 +32,7 @@ VLLM_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 NOT_EMULATED: dict[str, Any] = {
-    name: getattr(RolloutConfig, name) for name in ("rounding", "quantise_router", "router_noise", "head_precision")
+    name: getattr(RolloutConfig, name) for name in ("rounding", "router_noise", "head_precision")
 }
 """The settings of an emulated engine that others do not have, as they stand where nothing is emulated."""
 
@@ -48,7 +48,7 @@ def make_engine(model: PreTrainedModel, config: RolloutConfig, *, seed: int, rou
             raise ConfigError(f"rollout.options = {config.options}: engine 'hf' has none")
         try:
             precision = Precision.parse(
-                config.precision, config.rounding, config.quantise_router, config.router_noise, config.head_precision
+                config.precision, config.rounding, router_noise=config.router_noise, head=config.head_precision
             )
             precision.check(model)
         except ValueError as error:

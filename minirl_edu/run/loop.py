@@ -103,12 +103,8 @@ class TrainingRun(ABC):
         )
         build.for_training(config, model)
         self.unsharded: PreTrainedModel | None = None  # to evaluate with, where parameters are spread
-        if (
-            build.is_sharding(config, self.accelerator)
-            and is_main
-            and config.eval.every
-            and config.eval.through_trainer
-        ):
+        scored = is_main and config.eval.every and config.eval.through_trainer
+        if scored and build.is_sharding(config, self.accelerator):
             self.unsharded = copy.deepcopy(model).requires_grad_(False)
         self.model, self.optimizer, self.scheduler = build.prepare(config, model, self.accelerator)
         build.warn_of_rounding(config, self.model, self.ranks)
@@ -162,7 +158,8 @@ class TrainingRun(ABC):
             stop_request(speak=self.ranks.is_main) as stop,
             tqdm(total=total, initial=self.step, unit="step", disable=not self.progress) as bar,
         ):
-            while self.step < total:
+            stopping = False
+            while self.step < total and not stopping:
                 lines = self.global_step()
                 if self.on_step is not None:
                     self.on_step(lines)
@@ -176,12 +173,8 @@ class TrainingRun(ABC):
                 if lines:
                     bar.set_postfix_str(self._postfix(lines[-1]), refresh=False)
                 bar.update()
-                if stopping and self.step < total:
-                    if self.ranks.is_main:
-                        bar.write(
-                            f"stopped after global step {self.step}; go on with: minirl train --resume --out {self.out}"
-                        )
-                    break
+            if self.step < total and self.ranks.is_main:
+                bar.write(f"stopped after global step {self.step}; go on with: minirl train --resume --out {self.out}")
         self.folder.finish()
 
     def warned(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -87,17 +87,23 @@ class Episodic(Task, Protocol):
         ...
 
 
+class RewardError(ValueError):
+    """A reward that is no number in [0, 1], or too few or too many of them; the message names the task."""
+
+
 def verified_rewards(task: Task, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
     """The rewards of `responses`, each to the problem at its place, through `task.rewards` if the task has it.
 
-    Raises ValueError, naming the task, for a reward that is no number in [0, 1].
+    Raises RewardError, naming the task, for a reward that is no number in [0, 1].
     """
     if isinstance(task, BatchVerified):
         rewards = task.rewards(problems, responses)
     else:
         rewards = [task.reward(problem, response) for problem, response in zip(problems, responses, strict=True)]
     if len(rewards) != len(responses):
-        raise ValueError(f"task {task.name!r}: rewards() returned {len(rewards)} for {len(responses)} responses")
+        raise RewardError(
+            f"task {task.name!r}: rewards() returned {len(rewards)} for {len(responses)} responses; return one for each"
+        )
     return [_in_range(task, reward) for reward in rewards]
 
 
@@ -113,7 +119,9 @@ def _in_range(task: Task, reward: Any) -> float:
     except (TypeError, ValueError):
         number = float("nan")
     if not 0 <= number <= 1:
-        raise ValueError(f"task {task.name!r}: the reward {reward!r} of a response is no number in [0, 1]")
+        raise RewardError(
+            f"task {task.name!r}: the reward {reward!r} of a response is no number in [0, 1]; correct its reward()"
+        )
     return number
 
 

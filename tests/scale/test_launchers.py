@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from minirl_edu import cli
 from minirl_edu.config import Config, ModelConfig, RolloutConfig, load_config
 from minirl_edu.models import load_architecture, random_model
-from minirl_edu.plots import read_records
+from minirl_edu.records import read_records
 from scale import serve, train
 from tests.scale.launch import ROOT, TRAIN, Launched, launch
 

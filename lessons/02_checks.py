@@ -208,18 +208,24 @@ def check_02_gradient_error() -> None:
 
 
 def check_02_orders() -> None:
-    """Slopes over a decade of distances, for three random problems: 2 and 1, each within 0.1. The next order bends the
-    lines by about a step, 1e-2, so 0.1 is generous and no other integer is near."""
+    """Slopes over a decade of distances, for three random problems: 2 and 1, each within 0.1. As shares of the
+    objective's change and of the gradient both are 1. The next order bends the lines by about a step, 1e-2, so 0.1 is
+    generous and no other integer is near."""
     for seed in (0, 10, 20):
         steps = torch.logspace(-3, -2, 6, dtype=torch.float64)
-        remainder, gradient_error = [], []
+        remainder, change, gradient_error, gradient = [], [], [], []
         for step in steps.tolist():
             pi, mu_old, rewards = policies(step, seed=seed)
             remainder.append(objective_remainder(pi, mu_old, rewards).abs())
+            change.append((sequence_objective(pi, mu_old, rewards) - sequence_objective(mu_old, mu_old, rewards)).abs())
+            gradient.append(sequence_gradient(pi, mu_old, rewards).norm())
             difference = sequence_gradient(pi, mu_old, rewards) - token_gradient(pi, mu_old, rewards)
             gradient_error.append(difference.norm())
-        assert abs(slope(steps, torch.stack(remainder)) - 2) < 0.1
-        assert abs(slope(steps, torch.stack(gradient_error)) - 1) < 0.1
+        errors = torch.stack(remainder), torch.stack(gradient_error)
+        assert abs(slope(steps, errors[0]) - 2) < 0.1
+        assert abs(slope(steps, errors[1]) - 1) < 0.1
+        assert abs(slope(steps, errors[0] / torch.stack(change)) - 1) < 0.1
+        assert abs(slope(steps, errors[1] / torch.stack(gradient)) - 1) < 0.1
 
 
 def independent_tokens(length: int, distance: float) -> tuple[TabularPolicy, TabularPolicy, float]:

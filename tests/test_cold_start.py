@@ -209,7 +209,7 @@ def test_a_saved_cold_start_loads_as_model_tokenizer_and_replayable_routers(tmp_
 
 def test_the_cold_starts_of_three_teachers_a_dense_twin_and_one_whose_experts_matter_ship():
     steps = {"chain-steps", "chain-steps-dense", "chain-experts"}
-    assert set(cold_starts()) == steps | {"chain-operands", "chain-copy", "trail"}
+    assert set(cold_starts()) == steps | {"chain-operands", "chain-copy", "trail", "trail-experts"}
 
 
 @pytest.mark.parametrize("name", cold_starts())

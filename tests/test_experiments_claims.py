@@ -5,6 +5,7 @@ Runs are made up: eight seeds, unless said otherwise, with a noise of about 0.01
 
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -310,6 +311,24 @@ def markdown(*claims: Claim, results: dict[Run, list[RunResult]], seeds: int = 8
 
 def section(text: str, name: str) -> str:
     return text.split(f"### {name}\n")[1].split("\n#")[0]
+
+
+def test_claims_markdown_shows_a_finding_in_several_settings_side_by_side_and_what_was_predicted():
+    first = replace(claim(HOLDS), side="alike")
+    again = replace(first, id="C1-longer", side="longer", findings=("C1",), predicted="The entropy falls.")
+    alone = replace(first, id="C2")
+    s = replace(spec(first, again, alone), sides={"alike": "lengths alike", "longer": "wrong ones longer"})
+    judgements = judge(s, {A: seeds(0.9), B: seeds(0.8)})
+    text = claims_markdown(
+        s, judgements, tier="fast", seeds=8, out="results", environment=environment(), figures={}
+    )  # fmt: skip
+    page = text.split("## Side by side")[1].split("\n## ")[0]
+    assert "| finding | lengths alike | wrong ones longer |" in page
+    row = next(line for line in page.splitlines() if line.startswith("| Finding C1."))
+    assert row.index("([C1](#c1))") < row.index("([C1-longer](#c1-longer))") and "C2" not in page
+    assert "| [C1-longer](#c1-longer) | Finding C1. | The entropy falls. | " in page
+    assert "before the seeds were run: The entropy falls." in section(text, "C1-longer")
+    assert "Side by side" not in markdown(claim(HOLDS), results={A: seeds(0.9), B: seeds(0.8)})[0]
 
 
 def test_claims_markdown_says_what_was_found_and_how():

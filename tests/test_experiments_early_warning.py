@@ -8,6 +8,7 @@ import pytest
 from minirl_edu.diagnostics import CollapseDetector
 from minirl_edu.experiments.early_warning import (
     DETECTOR,
+    DRIFT_PREDICTORS,
     PREDICTORS,
     Watched,
     alarm,
@@ -84,6 +85,15 @@ def test_a_rise_below_the_floor_is_harmless():
     quiet = metrics(0, k3_rollout_old=(1, 1e-5))
     quiet["k3_rollout_old"][59:] *= 50  # from 1e-6 to 5e-5 nats per token
     assert levels(quiet, PREDICTORS["KL"])[20:].max() == 0
+
+
+def test_a_metric_that_may_be_negative_has_its_fast_average_for_a_level():
+    run = metrics(0)
+    run["entropy_drift"] = np.where(run["grad_step"] < 60, 0.01, -0.2)
+    level = levels(run, DRIFT_PREDICTORS["entropy drift"])
+    assert (level[:20] == -math.inf).all() and level[25:58] == pytest.approx(-0.01) and level[-1] > 0.15
+    fast = averages(run["entropy_drift"], CollapseDetector.FAST)
+    assert level[70] == pytest.approx(-fast[70])
 
 
 def test_an_alarm_is_the_first_step_above_the_threshold():

@@ -176,6 +176,30 @@ def test_the_command_writes_what_can_be_read_again_and_drawn(tmp_path, monkeypat
     assert [p for p, _ in sweep] == pytest.approx([leaky_engine_border(**s) for s in short.sweep], rel=1e-3)
 
 
+def test_the_phase_diagram_is_written_and_read_again_and_drawn(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "PHASES_LENGTHS", ((3, 24), (3, 3)))
+    monkeypatch.setattr(report, "PHASES_SIGMAS", (0.3, 1.0))
+    monkeypatch.setattr(report, "doomed_tails", partial(doomed_tails, steps=3))
+    main(["phases", "--seeds", "2", "--out", str(tmp_path)])
+    assert "| 1 | " in capsys.readouterr().out
+    rows = report.read_phases(tmp_path / "phases.csv")
+    assert [(row["sigma"], row["lose"], row["seed"]) for row in rows[:3]] == [(0.3, 24, 0), (0.3, 24, 1), (0.3, 3, 0)]
+    assert rows[0]["cov"] < 0 and rows[2]["cov"] == rows[2]["border"] == 0
+    assert rows[4]["border"] == pytest.approx(doomed_tails_border(sigma=1.0, win=3, lose=24), rel=1e-3)
+    again = doomed_tails(WITHOUT, seeds=2, steps=3, sigma=0.3, win=3, lose=24)["score"]
+    assert rows[1]["without"] == pytest.approx(again[1, -1], rel=1e-3)
+    assert (tmp_path / "phases.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_are_counted_by_prediction_and_outcome():
+    def cell(lose, border, without):
+        return {"sigma": 1.0, "win": 3, "lose": lose, "border": border, "with": 0.8, "without": without}
+
+    rows = [cell(96, 1.7, 0.1), cell(48, -1.2, 0.7), cell(24, 0.5, 0.39), cell(3, 0.0, 0.1), cell(3, 0.0, 0.9)]
+    counts = {(True, True): 1, (True, False): 1, (False, True): 1, (False, False): 1}
+    assert report.phases_agreement(rows) == counts  # of the last cell's two seeds the mean counts
+
+
 @pytest.mark.parametrize("name", WORLDS)
 def test_the_stored_results_have_every_scenario_variant_and_prediction_and_can_be_drawn(name):
     runs, sweep = report.read_csv(RESULTS / f"{name}.csv")
@@ -207,3 +231,14 @@ def test_readme_shows_the_table_of_the_stored_runs(monkeypatch):
         name, _, _, *scores = row.strip("| ").split(" | ")
         (found,) = (line for line in text.splitlines() if line.startswith(f"| {name} |"))
         assert found.strip("| ").split(" | ")[3:] == scores
+
+
+def test_readme_counts_the_cells_of_the_stored_phase_diagram():
+    rows = report.read_phases(RESULTS / "phases.csv")
+    assert len(rows) == 8 * len(report.PHASES_LENGTHS) * len(report.PHASES_SIGMAS)
+    assert all(row["border"] == 0 for row in rows if row["win"] == row["lose"])
+    counts = report.phases_agreement(rows)
+    right, failing, others = counts[True, True] + counts[False, False], counts[True, True], counts[False, False]
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert f"held in {right} of {sum(counts.values())} cells" in text
+    assert f"{failing} fail" in text and f"others {others} do not" in " ".join(text.split())

@@ -293,6 +293,7 @@ def claims_markdown(
             ("claim", "the paper's finding", "verdict", "effect, with its 95 % interval", "figure"),
             [_row(spec, judgement, figures) for judgement in judgements],
         ),
+        *(["## Side by side", _sides(spec, judgements)] if len(spec.sides) > 1 else []),
         "## How a verdict is made",
         _method(spec, judgements, seeds),
         "## Claim by claim",
@@ -343,6 +344,34 @@ def _row(spec: Spec, judgement: Judgement, figures: Mapping[str, str]) -> list[s
     ]
 
 
+def _sides(spec: Spec, judgements: Sequence[Judgement]) -> str:
+    """Two tables: findings that were judged in several kinds of settings, and what was predicted."""
+    cells: dict[str, dict[str, str]] = {}
+    for judgement in judgements:
+        claim = judgement.claim
+        for finding in claim.findings or (claim.id,):
+            cells.setdefault(finding, {})[claim.side] = (
+                f"{_strong(judgement.verdict)} ([{claim.id}](#{claim.id.lower()}))"
+            )
+    papers = {judgement.claim.id: judgement.claim.paper for judgement in judgements}
+    side_by_side = [
+        [papers[finding], *(found.get(side, "") for side in spec.sides)]
+        for finding, found in cells.items()
+        if len(found) > 1
+    ]
+    predicted = [
+        [f"[{j.claim.id}](#{j.claim.id.lower()})", j.claim.paper, j.claim.predicted, _strong(j.verdict)]
+        for j in judgements
+        if j.claim.predicted
+    ]
+    parts = ["Findings that were judged in settings of several kinds; an empty cell was not run."]
+    parts.append(_table(("finding", *spec.sides.values()), side_by_side))
+    if predicted:
+        parts.append("What the identity of `minirl_edu/drift.py` predicts was written down before the seeds were run:")
+        parts.append(_table(("claim", "", "predicted", "verdict"), predicted))
+    return "\n\n".join(parts)
+
+
 def _decisive(judgement: Judgement) -> Finding | None:
     """The finding that made the verdict what it is; the first where all hold."""
     for outcome in ("not run", "opposite", "inconclusive"):
@@ -370,6 +399,7 @@ def _section(spec: Spec, judgement: Judgement, tier: str, seeds: int, out: str, 
     runs, seconds = _cost([judgement])
     facts = [
         paper,
+        *([f"- Predicted, before the seeds were run: {claim.predicted}"] if claim.predicted else []),
         *(f"- Ours: {_setting_words(spec, tier, name)}" for name in settings),
         f"- Compared: {', '.join(_variant_words(spec, name) for name in variants)}",
         f"- Figures: {', '.join(_link(name, figures) for name in claim.figures)}",

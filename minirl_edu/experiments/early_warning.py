@@ -1,14 +1,15 @@
 """Early warning: how long before a run's score falls does a metric say so, and how many healthy runs does it flag?
 
 A predictor watches one metric of a run as `CollapseDetector` does, by two moving averages of its gradient steps: a fast
-one, where the metric is now, and a slow one, its running baseline. Its *level* is how far they have parted in the
-direction that means trouble, in nats:
+one, where the metric is now, and a slow one, its running baseline. Its *level* is how far the fast one has moved away
+from the slow one in the direction that means trouble, in nats:
 
     level_t = ± log(fast_t / slow_t)
 
-and it raises the alarm at the first gradient step whose level exceeds a threshold. The threshold is chosen on some runs
-(the largest share of falls warned of at a bounded rate of false alarms) and judged on others. A fall is warned of by an
-alarm before it; an alarm in a run whose score never fell is a false one.
+A metric that may be negative, such as a covariance, has no logarithm: its level is the fast average itself, ± fast_t.
+The predictor raises the alarm at the first gradient step whose level exceeds a threshold. The threshold is chosen on
+some runs (the largest share of falls warned of at a bounded rate of false alarms) and judged on others. A fall is
+warned of by an alarm before it; an alarm in a run whose score never fell is a false one.
 """
 
 import math
@@ -24,11 +25,11 @@ from minirl_edu.plots import Metrics
 
 class Predictor(NamedTuple):
     """A metric to watch: its column, the direction that means trouble (+1: it rises), and the value below which it is
-    harmless however fast it grows."""
+    harmless however fast it grows; None: its level is its fast average."""
 
     column: str
     direction: int
-    floor: float
+    floor: float | None
 
 
 PREDICTORS = {
@@ -40,6 +41,12 @@ PREDICTORS = {
     "reward": Predictor("reward", -1, 1e-2),
 }
 """The single metrics that are compared. Floors are in each metric's own unit (entropy and KL: nats per token)."""
+
+DRIFT_PREDICTORS = {
+    "entropy drift": Predictor("entropy_drift", -1, None),
+    "Cov(length, reward)": Predictor("length_reward_cov", -1, None),
+}
+"""What `minirl_edu.drift` says of the entropy without the weight; runs log it since the settings where it matters."""
 
 DETECTOR = "CollapseDetector"
 """The predictor that is not tuned here: a warning of the library's detector about the reward."""
@@ -80,13 +87,12 @@ def averages(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def levels(metrics: Metrics, predictor: Predictor, *, warmup: int = 20) -> np.ndarray:
-    """The predictor's level at each gradient step, [n] in nats; −∞ for the first `warmup` steps."""
+    """The predictor's level at each gradient step, [n], in nats or the metric's unit; −∞ in the first `warmup`."""
     values = metrics[predictor.column]
-    fast, slow = (
-        np.maximum(averages(values, window), predictor.floor)
-        for window in (CollapseDetector.FAST, CollapseDetector.SLOW)
-    )
-    level = predictor.direction * np.log(fast / slow)
+    fast, slow = (averages(values, window) for window in (CollapseDetector.FAST, CollapseDetector.SLOW))
+    if predictor.floor is not None:
+        fast = np.log(np.maximum(fast, predictor.floor) / np.maximum(slow, predictor.floor))
+    level = predictor.direction * fast
     level[np.cumsum(np.isfinite(values)) <= warmup] = -math.inf
     return level
 
@@ -158,13 +164,19 @@ def choose_threshold(runs: Sequence[Watched], predictor: Predictor, *, false_ala
     return float(thresholds[np.argmax(np.where(rates <= false_alarm_rate, foretold, -1.0))])
 
 
-def judge(tuning: Sequence[Watched], held_out: Sequence[Watched], *, false_alarm_rate: float = 0.05) -> list[Verdict]:
+def judge(
+    tuning: Sequence[Watched],
+    held_out: Sequence[Watched],
+    predictors: Mapping[str, Predictor] = PREDICTORS,
+    *,
+    false_alarm_rate: float = 0.05,
+) -> list[Verdict]:
     """Each predictor's threshold chosen on `tuning` and judged on `held_out`; last, `CollapseDetector` as it is.
 
     Raises ValueError if either lacks runs that fell or healthy ones.
     """
     verdicts = []
-    for name, predictor in PREDICTORS.items():
+    for name, predictor in predictors.items():
         threshold = choose_threshold(tuning, predictor, false_alarm_rate=false_alarm_rate)
         alarms = [alarm(run.metrics, levels(run.metrics, predictor), threshold) for run in held_out]
         verdicts.append(_record(name, threshold, held_out, alarms))
@@ -185,7 +197,7 @@ def markdown(verdicts: Sequence[Verdict], areas: Mapping[str, float]) -> str:
         curve = f"{areas[verdict.predictor]:.2f}" if verdict.predictor in areas else ""
         rows.append((verdict.predictor, threshold, foretold, false_alarms, lead, curve))
     heads = (
-        "predictor", "threshold, nats", "falls warned of", "false alarms, of healthy runs",
+        "predictor", "threshold", "falls warned of", "false alarms, of healthy runs",
         "gradient steps before the fall: median (quartiles)", "area under the ROC curve",
     )  # fmt: skip
     return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))

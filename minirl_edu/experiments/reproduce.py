@@ -20,7 +20,7 @@ from minirl_edu import plots
 from minirl_edu.config import ConfigError
 from minirl_edu.experiments import early_warning, prediction, systematic
 from minirl_edu.experiments.claims import claims_markdown, judge
-from minirl_edu.experiments.early_warning import PREDICTORS, Watched
+from minirl_edu.experiments.early_warning import DRIFT_PREDICTORS, PREDICTORS, Watched
 from minirl_edu.experiments.runner import finished_runs, jobs_for, run_all
 from minirl_edu.experiments.spec import Grid, Run, RunResult, Spec
 from minirl_edu.experiments.statistics import summary
@@ -41,16 +41,27 @@ EARLY_WARNING = """# Which metric warns before the score falls?
 
 {held_out} runs of the phase diagrams judge it. The thresholds were chosen on {tuning} other runs, those of the
 calibration, for the most falls warned of at a false-alarm rate of at most 5 %. A predictor compares a metric's fast and
-slow moving average; its level is the logarithm of their ratio. A fall is warned of by an alarm before the evaluation
-from which the score stayed low; an alarm in a run that never fell is a false one. No alarm is possible in the first 20
-gradient steps. `CollapseDetector` is the library's, at its defaults, which were chosen on the calibration's runs too:
-its warnings about the reward, without those about the score itself.
+slow moving average; its level, and so the threshold, is the logarithm of their ratio. A fall is warned of by an alarm
+before the evaluation from which the score stayed low; an alarm in a run that never fell is a false one. No alarm is
+possible in the first 20 gradient steps. `CollapseDetector` is the library's, at its defaults, which were chosen on
+the calibration's runs too: its warnings about the reward, without those about the score itself.
 
     {command}
 
 ![ROC curves, and how early the alarms came](figures/early_warning.png)
 
 {table}
+
+## Where experts matter, and where lengths depend on the reward
+
+{others} runs of the settings `experts_…` and `trail_…`, the only ones that logged `entropy_drift` and
+`length_reward_cov`. Thresholds from the runs with odd seeds, judged on the {others_held_out} with even ones. Those two
+metrics may be negative, so their level is the fast average itself, with the sign turned: an alarm says that leaving out
+the weight *would* lower the entropy. Runs with the weight have that drift too, and no harm from it.
+
+    {others_command}
+
+{others_table}
 """
 
 Results = Mapping[Run, Sequence[RunResult]]
@@ -114,25 +125,40 @@ def early_warning_page(spec: Spec, out: Path, *, tier: str, seeds: int) -> tuple
     """EARLY_WARNING.md and its figure: the predictors of a fall judged on all runs of the phase diagrams, with
     thresholds from the calibration's.
 
-    Raises ValueError while either lacks runs that fell or healthy ones.
+    Then all of them, and the drift, on the runs that logged it.
+
+    Raises ValueError while any of these lacks runs that fell or healthy ones.
     """
     watched: dict[bool, list[Watched]] = {True: [], False: []}  # of the calibration, of the phase diagrams
     for name in spec.grids:
-        found = finished_runs(jobs_for(spec, [name], out, tier=tier, seeds=seeds))
-        watched[spec.figures[name].calibration] += [
-            Watched(run.metrics, summary(run, spec.definitions)["collapse_step"])
-            for runs in found.values()
-            for run in runs
-        ]
+        watched[spec.figures[name].calibration] += [run for _, run in _watched(spec, [name], out, tier, seeds)]
     verdicts = early_warning.judge(watched[True], watched[False])
     curves = {name: early_warning.curve(watched[False], predictor) for name, predictor in PREDICTORS.items()}
+    names = [name for group in ("experts", "lengths_all") for name in spec.expand([group])]
+    others = _watched(spec, names, out, tier, seeds)
+    odd, even = ([run for seed, run in others if seed % 2 == rest] for rest in (1, 0))
+    every = PREDICTORS | DRIFT_PREDICTORS
+    areas = {name: early_warning.area(*early_warning.curve(even, predictor)) for name, predictor in every.items()}
     text = EARLY_WARNING.format(
         held_out=len(watched[False]),
         tuning=len(watched[True]),
         command=f"minirl reproduce {' '.join(spec.grids)} --tier {tier} --seeds {seeds} --out {out.name}",
         table=early_warning.markdown(verdicts, {name: early_warning.area(*both) for name, both in curves.items()}),
+        others=len(others),
+        others_held_out=len(even),
+        others_command=f"minirl reproduce {' '.join(names)} --tier {tier} --seeds {seeds} --out {out.name}",
+        others_table=early_warning.markdown(early_warning.judge(odd, even, every), areas),
     )
     return text, plots.early_warning(curves, verdicts)
+
+
+def _watched(spec: Spec, names: Sequence[str], out: Path, tier: str, seeds: int) -> list[tuple[int, Watched]]:
+    """The finished runs of these figures, each with its seed."""
+    return [
+        (run.seed, Watched(run.metrics, summary(run, spec.definitions)["collapse_step"]))
+        for runs in finished_runs(jobs_for(spec, names, out, tier=tier, seeds=seeds)).values()
+        for run in runs
+    ]
 
 
 def _early_warning(spec: Spec, out: Path, *, tier: str, seeds: int) -> list[str]:

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,6 +171,12 @@ class Claim:
     criteria: tuple[Criterion, ...]
     not_testable: str | None = None
     """Why it cannot be tested at this size; then there are no criteria."""
+    side: str = ""
+    """One of `Spec.sides`: the kind of setting in which findings of the paper are judged once more."""
+    findings: tuple[str, ...] = ()
+    """Ids of the claims that it judges once more there."""
+    predicted: str = ""
+    """What the identity of `minirl_edu.drift` says of it, written before its seeds were run."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,8 @@ class Spec:
     first_calibration_seed: int
     definitions: Definitions
     claims: tuple[Claim, ...]
+    sides: Mapping[str, str] = field(default_factory=dict)
+    """Kinds of settings in which a finding is judged, in words; the first is that of claims that name none."""
 
     def overrides(self, tier: str, setting: str, variant: str | None = None) -> dict[str, Any]:
         """The dotted fields that differ from `Config()`'s defaults by intent; None: those that all variants share.
@@ -249,7 +257,8 @@ def load_spec(path: str | Path | None = None) -> Spec:
 
 def _spec(data: Any) -> Spec:
     parts = ("base", "settings", "variants", "figures", "tiers", "seeds", "definitions", "claims")
-    data = _fields(data, "the file", parts, ("grids", "groups"))
+    data = _fields(data, "the file", parts, ("grids", "groups", "sides"))
+    sides = {name: _text(words, f"sides.{name}") for name, words in _mapping(data.get("sides", {}), "sides").items()}
     seeds = {
         key: _integer(value, f"seeds.{key}", 0)
         for key, value in _fields(data["seeds"], "seeds", ("first", "calibration")).items()
@@ -297,9 +306,13 @@ def _spec(data: Any) -> Spec:
         first_seed=seeds["first"],
         first_calibration_seed=seeds["calibration"],
         definitions=_definitions(data["definitions"]),
-        claims=tuple(_claim(claim, figures, f"claims[{i}]") for i, claim in _list(data["claims"], "claims")),
+        claims=tuple(_claim(claim, figures, sides, f"claims[{i}]") for i, claim in _list(data["claims"], "claims")),
+        sides=sides,
     )
     _check_distinct([claim.id for claim in spec.claims], "claims: id")
+    for claim in spec.claims:
+        for finding in claim.findings:
+            _name_in([other.id for other in spec.claims], finding, f"claim {claim.id}: findings")
     # A figure and a table know a run by its label.
     _check_distinct([variant.label for variant in spec.variants.values()], "variants: label")
     _check_configs(spec)
@@ -360,11 +373,17 @@ def _definitions(data: Any) -> Definitions:
     )
 
 
-def _claim(data: Any, figures: Mapping[str, Figure], at: str) -> Claim:
+def _claim(data: Any, figures: Mapping[str, Figure], sides: Mapping[str, str], at: str) -> Claim:
     testable = isinstance(data, Mapping) and "not_testable" not in data
-    data = _fields(data, at, ("id", "paper", "setting", *(("figure", "criteria") if testable else ("not_testable",))))
+    needed = ("id", "paper", "setting", *(("figure", "criteria") if testable else ("not_testable",)))
+    data = _fields(data, at, needed, ("side", "findings", "predicted"))
     at = f"claim {_text(data['id'], f'{at}.id')}"
-    text = {key: _text(data[key], f"{at}: {key}") for key in ("id", "paper", "setting")}
+    keys = ("id", "paper", "setting", *(("predicted",) if "predicted" in data else ()))
+    text: dict[str, Any] = {key: _text(data[key], f"{at}: {key}") for key in keys}
+    text["side"] = _name_in(sides, data["side"], f"{at}: side") if "side" in data else next(iter(sides), "")
+    text["findings"] = tuple(
+        _text(name, f"{at}: findings[{i}]") for i, name in _list(data.get("findings", []), f"{at}: findings")
+    )
     if not testable:
         return Claim(**text, figures=(), criteria=(), not_testable=_text(data["not_testable"], f"{at}: not_testable"))
     names = data["figure"] if isinstance(data["figure"], list) else [data["figure"]]

@@ -20,7 +20,7 @@ from minirl_edu.drift import drift, entropy_gradient, gradient_variance
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.objectives import CORRECTIONS
 from minirl_edu.plots import METHOD_STYLE
-from minirl_edu.worlds.simulations import VARIANTS, WORLDS, Curves, Variant
+from minirl_edu.worlds.simulations import VARIANTS, WORLDS, Curves, Variant, doomed_tails, doomed_tails_border
 
 CORRECTION_OF = {name: v.correction for name, v in VARIANTS.items() if v == Variant(correction=v.correction)}
 """The variants that differ in the correction alone."""
@@ -29,6 +29,11 @@ Runs = dict[str, dict[str, Curves]]
 """Scenario → variant → curves."""
 Sweep = list[tuple[float, np.ndarray]]
 """A prediction, and what was measured with each seed."""
+
+PHASES_LENGTHS = ((3, 96), (3, 72), (3, 48), (3, 24), (3, 3), (24, 3), (48, 3), (72, 3), (96, 3))
+"""Tokens of a right and of a wrong response in the phase diagram."""
+PHASES_SIGMAS = (0.3, 0.45, 0.6, 0.8, 1.0, 1.2)
+"""Its noise on the engine's logits."""
 
 
 def run_world(name: str, seeds: int) -> tuple[Runs, Sweep]:
@@ -203,6 +208,112 @@ def figure(name: str, runs: Runs, sweep: Sweep) -> Figure:
     _prediction(axes[0, -1], name, sweep)
     drawing.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=7, frameon=False)
     return drawing
+
+
+def phases(seeds: int) -> list[dict[str, float]]:
+    """Doomed tails on a grid of lengths × noise, with the weight and without: a row per cell and seed.
+
+    `cov`: Cov(|y|, R) of the first batch, in tokens, mean over seeds; `border`: `doomed_tails_border`, from the start
+    alone; `start`: the score before training; `with`, `without`: the scores in the end.
+    """
+    rows = []
+    for sigma in PHASES_SIGMAS:
+        for win, lose in PHASES_LENGTHS:
+            setting: dict[str, Any] = {"sigma": sigma, "win": win, "lose": lose}
+            runs = [doomed_tails(VARIANTS[name], seeds=seeds, **setting) for name in ("MiniRL", "− IS")]
+            cell = setting | {
+                "cov": float(runs[1]["length_reward_cov"][:, 0].mean()),
+                "border": doomed_tails_border(**setting),
+            }
+            for seed, (start, weighted, without) in enumerate(
+                zip(runs[1]["score"][:, 0], runs[0]["score"][:, -1], runs[1]["score"][:, -1], strict=True)
+            ):
+                rows.append(cell | {"seed": seed, "start": start, "with": weighted, "without": without})
+    return rows
+
+
+def write_phases(path: Path, rows: Sequence[dict[str, float]]) -> None:
+    """As CSV, to four digits."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(rows[0])
+        writer.writerows([f"{value:.4g}" for value in row.values()] for row in rows)
+
+
+def read_phases(path: Path) -> list[dict[str, float]]:
+    """What `write_phases` wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+def phases_table(rows: Sequence[dict[str, float]]) -> str:
+    """Final scores without the weight (with it), a row per σ; bold where the border is beyond ±1."""
+    cells = _cells(rows)
+    headers = ["σ", *(f"{win} / {lose}" for win, lose in PHASES_LENGTHS)]
+    body = []
+    for sigma in PHASES_SIGMAS:
+        line = [f"{sigma:g}"]
+        for win, lose in PHASES_LENGTHS:
+            cell = cells[sigma, win, lose]
+            text = f"{cell['without']:.2f} ({cell['with']:.2f})"
+            line.append(f"**{text}**" if abs(cell["border"]) > 1 else text)
+        body.append(line)
+    return table(headers, body)
+
+
+def phases_agreement(rows: Sequence[dict[str, float]]) -> dict[tuple[bool, bool], int]:
+    """Cells by (predicted: |border| > 1, measured: the score without the weight ends below half of that with it)."""
+    counts = dict.fromkeys([(p, m) for p in (True, False) for m in (True, False)], 0)
+    for cell in _cells(rows).values():
+        counts[abs(cell["border"]) > 1, cell["without"] < cell["with"] / 2] += 1
+    return counts
+
+
+def phases_figure(rows: Sequence[dict[str, float]]) -> Figure:
+    """Where leaving out the weight fails: Cov(|y|, R) × σ², the score that it costs, and the predicted border."""
+    cells = _cells(rows)
+    grid = (len(PHASES_SIGMAS), len(PHASES_LENGTHS))
+    of = {
+        key: np.array([cells[s, w, x][key] for s in PHASES_SIGMAS for w, x in PHASES_LENGTHS]).reshape(grid)
+        for key in ("cov", "border", "with", "without")
+    }
+    drawing = Figure(figsize=(9.6, 4.8), layout="constrained", facecolor="white")
+    ax = drawing.subplots()
+    lost = of["with"] - of["without"]
+    image = ax.imshow(lost.clip(min=0), origin="lower", aspect="auto", cmap="Reds", vmin=0, vmax=1)
+    for row, column in np.ndindex(grid):
+        color = "white" if lost[row, column] > 0.6 else "#222222"
+        ax.text(column, row, f"{of['without'][row, column]:.2f}", ha="center", va="center", color=color)
+    for row, column in np.ndindex(grid):  # the border runs between cells on its two sides
+        beyond = abs(of["border"]) > 1
+        if column + 1 < grid[1] and beyond[row, column] != beyond[row, column + 1]:
+            ax.plot([column + 0.5] * 2, [row - 0.5, row + 0.5], color="black", linewidth=2.5)
+        if row + 1 < grid[0] and beyond[row, column] != beyond[row + 1, column]:
+            ax.plot([column - 0.5, column + 0.5], [row + 0.5] * 2, color="black", linewidth=2.5)
+    covs = of["cov"].mean(0)
+    ax.set_xticks(range(grid[1]), [f"{c:+.1f}\n{w} / {x}" for c, (w, x) in zip(covs, PHASES_LENGTHS, strict=True)])
+    ax.set_yticks(range(grid[0]), [f"{s**2:.2g}" for s in PHASES_SIGMAS])
+    ax.set_xlabel("Cov(length, reward) in tokens; below it the lengths of right / wrong responses")
+    ax.set_ylabel("σ², the noise on the engine's logits")
+    seeds = len({row["seed"] for row in rows})
+    ax.set_title(
+        f"Number: final score without the weight, mean of {seeds} seeds. Colour: what the weight adds to it.\n"
+        "Black line: above it the drift is predicted to outweigh the signal.",
+        loc="left",
+        fontsize=11,
+    )
+    drawing.colorbar(image, ax=ax, label="score with − without the weight")
+    return drawing
+
+
+def _cells(rows: Sequence[dict[str, float]]) -> dict[tuple[float, int, int], dict[str, float]]:
+    """Means over seeds by (sigma, win, lose)."""
+    found: dict[tuple[float, int, int], list[dict[str, float]]] = defaultdict(list)
+    for row in rows:
+        found[row["sigma"], int(row["win"]), int(row["lose"])].append(row)
+    return {
+        key: {name: float(np.mean([row[name] for row in group])) for name in group[0]} for key, group in found.items()
+    }
 
 
 def _curve(ax: Any, curves: Curves, metric: str, variant: str, order: int) -> None:

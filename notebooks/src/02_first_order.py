@@ -334,9 +334,10 @@ show_table(
 # gradient, each within 0.1 (the cell would stop otherwise). To the right the lines bend, and a dip is a place where the
 # remainder changes its sign: the leading order is no longer the whole story.
 #
-# So which of the two matters? Ten percent of deviation costs about one percent of the objective, but ten percent of the
-# gradient, and an optimiser follows the gradient. It follows it from $\mu_{old}$ on, where it is exact, and the further
-# it goes with the same responses, the less it is.
+# So is the objective more trustworthy than its gradient? No. The *change* of the objective is itself proportional to
+# the distance. So ten percent of deviation puts about a tenth of that change in doubt, and about a tenth of the
+# gradient, both times a factor that grows with the length. An optimiser starts at $\mu_{old}$, where the gradient is
+# exact. The further it goes with the same responses, the less it is.
 #
 # **Turn it yourself.** With a live kernel, two sliders. Does any random problem have another slope?
 

@@ -677,19 +677,19 @@ NAMES = {"minirl": "MiniRL, no replay", "r2": "R2", "r3": "R3", "r2_no_clip": "R
 
 
 def verdict_rows(settings, variants):
-    """One row for each setting and variant that has runs: score and collapses over its seeds."""
-    for setting in settings:
+    """One row for each setting (key → label) and variant that has runs: score and collapses over its seeds."""
+    for setting, label in settings.items():
         for variant in variants:
             found = [summary(run, definitions) for run in runs_of(setting, variant)]
             if found:
                 best, final = (100 * np.mean([one[key] for one in found]) for key in ("best_score", "final_score"))
                 fallen = sum(one["collapsed"] for one in found)
-                yield [setting, NAMES[variant], f"{best:.0f}", f"{final:.0f}", f"{fallen} of {len(found)}"]
+                yield [label, NAMES[variant], f"{best:.0f}", f"{final:.0f}", f"{fallen} of {len(found)}"]
 
 
 show_table(
     ["setting", "variant", "best score, mean", "final score, mean", "collapsed"],
-    list(verdict_rows(["n2", "n4", "n8"], NAMES)),
+    list(verdict_rows({"n2": "N = 2", "n4": "N = 4", "n8": "N = 8"}, NAMES)),
 )
 
 # %%
@@ -731,7 +731,7 @@ figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center
 Image(to_png(figure), width=850)
 
 # %%
-grid = [f"calibrate_off.{engine_name}.{rate_name}" for engine_name in ENGINE_NAMES for rate_name in RATES]
+grid = {f"calibrate_off.{key}.{rate}": f"{name}, rate {rate}" for key, name in ENGINE_NAMES.items() for rate in RATES}
 show_table(
     ["setting", "variant", "best score, mean", "final score, mean", "collapsed"],
     list(verdict_rows(grid, ["minirl", "r2", "r3", "r3_no_clip"])),

@@ -839,10 +839,12 @@ show_table(["claim", "criterion", "outcome", "effect, with its interval"], rows)
 # **How to read it.** The paper's claims are about a model with 30 billion parameters, 1,024 responses in an update
 # and up to 32,768 tokens in a response. Here the model has 0.9 million parameters, an update has 128 responses, and a
 # response about ten tokens. The page says *what carries over*. For this figure: learning, stability, and what R3 does
-# to the KL. The collapse without importance weights did not appear, and that variant did not end below MiniRL. One
-# possible reason: with few tokens in an update, the variance that the weights add may cost more than the bias that
-# they take away. That is a guess, which these runs do not test. A negative result here is no evidence against the
-# paper's own runs, and no licence to leave the weights out there.
+# to the KL. The collapse without importance weights did not appear, and that variant did not end below MiniRL. A
+# guess was that with few tokens in an update the weights' variance costs more than their bias. It was tested with
+# four times as many responses and failed (`search_is_batch` in `LOG.md`, two seeds). Lesson 03, section 7, has
+# another reason: in this task all responses of a group are equally long, and then the drift that a missing weight
+# leaves has the total 0. A negative result here is no evidence against the paper's own runs, and no licence to leave
+# the weights out there.
 #
 # **Try this**
 #

@@ -310,18 +310,19 @@ Image(to_png(figure), width=620)
 # ## 3 · Six charts
 #
 # Runs A to F: same setting and same seeds as the healthy one, one fault each. Rows are instruments, columns are runs;
-# grey is healthy.
+# grey is healthy. The nine instruments come in three sheets, in the order in which to read them. First those with
+# readings that are impossible in a sound run:
 
 
 # %%
-def all_sheets(seed=0):
-    """Small multiples: nine instruments × six runs, one scale for each instrument."""
-    figure = Figure(figsize=(13, 14.5), layout="constrained")
-    axes = figure.subplots(len(PANELS), len(RUNS), sharex=True, sharey="row")
-    for (key, title, scale), line in zip(PANELS, axes, strict=True):
+def sheet(panels, seed=0):
+    """Small multiples: some instruments × six runs, one scale for each instrument."""
+    figure = Figure(figsize=(11, 1.75 * len(panels) + 0.3), layout="constrained")
+    axes = figure.subplots(len(panels), len(RUNS), sharex=True, sharey="row")
+    for (key, title, scale), line in zip(panels, axes, strict=True):
         for name, ax in zip(RUNS, line, strict=True):
-            draw_on(ax, charts[HEALTHY][seed], key, color=GREY, linewidth=1.2)
-            draw_on(ax, charts[name][seed], key, color=ORANGE, linewidth=1.6)
+            draw_on(ax, charts[HEALTHY][seed], key, color=GREY, linewidth=1.3)
+            draw_on(ax, charts[name][seed], key, color=ORANGE, linewidth=1.8)
             if key == "score":
                 chart = charts[name][seed]
                 known = np.isfinite(chart["score_rollout"])
@@ -329,19 +330,33 @@ def all_sheets(seed=0):
             ax.set_yscale(scale)
             if key in LIMITS:
                 ax.set_ylim(LIMITS[key])
-            ax.tick_params(labelsize=8)
-        line[0].set_title(title, loc="left", fontsize=9)
+            ax.tick_params(labelsize=9)
+        line[0].set_title(title, loc="left", fontsize=10.5)
     for name, ax in zip(RUNS, axes[0], strict=True):
-        ax.text(0.97, 0.06, name, transform=ax.transAxes, fontsize=17, ha="right", color="#444444")
-    figure.supxlabel("gradient step", fontsize=10)
+        ax.annotate(
+            name, (0.5, 1), (0, 21), "axes fraction", "offset points", ha="center", fontsize=15, color="#444444"
+        )
+    figure.supxlabel("gradient step", fontsize=10.5)
     return figure
 
 
-Image(to_png(all_sheets()), width=1000)
+Image(to_png(sheet(PANELS[6:])), width=1000)
 
 # %% [markdown]
-# **What to see.** That is for you to say. Read it column by column, in this order: impossible readings (bottom rows),
-# the first steps, engine against trainer (mismatch and staleness; the two scores), and only then the score.
+# Then the size of the updates, and the engine against the trainer:
+
+# %%
+Image(to_png(sheet(PANELS[3:6])), width=1000)
+
+# %% [markdown]
+# And only then what everybody looks at first:
+
+# %%
+Image(to_png(sheet(PANELS[:3])), width=1000)
+
+# %% [markdown]
+# **What to see.** That is for you to say. For each run, go through the sheets in their order: impossible readings, the
+# first steps, engine against trainer (mismatch and staleness; the two scores), and only then the score.
 #
 # For a closer look choose a run; without a live kernel, call `chart_sheet(charts["A"][0], "run A")`.
 

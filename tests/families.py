@@ -1,5 +1,7 @@
 """Tiny models of every family of causal language models that the installed transformers knows: `tiny(family)`.
 
+A test that walks them all takes a third of them every day, and all of them at night (`walks`).
+
 Sizes are given to the fields that configs have in common, and to those of a few families that need others. A field is
 set only where a family's default config has it.
 """
@@ -7,6 +9,7 @@ set only where a family's default config has it.
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -155,6 +158,10 @@ def families() -> tuple[str, ...]:
         family: CONFIG_MAPPING[family]() for family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if family not in NOT_TINY
     }
     return tuple(f for f, c in defaults.items() if c.get_text_config() is c and not c.is_encoder_decoder)
+
+
+walks = pytest.mark.parametrize("step", [3, pytest.param(1, marks=pytest.mark.nightly)], ids=["a third", "all"])
+"""For tests that walk `families()[::step]`."""
 
 
 def config(family: str, **overrides: Any) -> PreTrainedConfig:

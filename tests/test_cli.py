@@ -233,6 +233,7 @@ def test_ctrl_c_in_a_command_ends_without_a_traceback(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # every day the demo runs small, and the metrics of a whole one are judged: tests/test_report.py
 @pytest.mark.usefixtures("plain")
 def test_the_demo_shows_what_it_says(tmp_path):
     """The recipe itself: with replay and clipping the score rises, without them the policy is lost."""

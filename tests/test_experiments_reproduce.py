@@ -11,7 +11,7 @@ from minirl_edu.archives import files_in
 from minirl_edu.cli import main
 from minirl_edu.experiments.reproduce import draw, draw_grid, write_results
 from minirl_edu.experiments.runner import jobs_for, run_header
-from minirl_edu.experiments.spec import COLUMNS, RunResult, Spec, load_spec, read_runs, write_run
+from minirl_edu.experiments.spec import COLUMNS, RunResult, Spec, load_spec, write_run
 
 TINY = {
     "base": {
@@ -122,10 +122,11 @@ def runs_in(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_the_command_runs_draws_judges_and_does_nothing_twice(spec_path: Path, tmp_path: Path, capfd):
+def test_the_command_runs_draws_judges_and_does_nothing_twice(spec_path: Path, tmp_path: Path, capfd, monkeypatch):
     out = tmp_path / "out"
     command = ["reproduce", "everything", "--spec", str(spec_path), "--out", str(out), "--workers", "1"]
-    assert main([*command, "--seeds", "1"]) == 0
+    command += ["--seeds", "1"]
+    assert main(command) == 0
     figures = {path.name for path in (out / "figures").iterdir()}
     assert figures == {"one.png", "one.svg", "map.png", "map.svg"}
     parts = (out / "SYSTEMATIC.md").read_text(encoding="utf-8").splitlines()[-1]
@@ -136,11 +137,9 @@ def test_the_command_runs_draws_judges_and_does_nothing_twice(spec_path: Path, t
     assert len(before) == 2 + 4 * 2 and list(before)[-1] == "near/minirl/seed0.csv" and not list(out.rglob("*.csv"))
     assert "C1: " in capfd.readouterr().out
 
-    assert main([*command, "--seeds", "2"]) == 0
-    after = runs_in(out)
-    assert len(after) == len(before) + 2  # the map wants one seed
-    assert all(after[name] == text for name, text in before.items())
-    assert list(read_runs(out / "runs/fast/near")["hot"]) == [0, 1]
+    monkeypatch.setattr("minirl_edu.experiments.runner._Worker", None)  # it has nothing to do
+    assert main(command) == 0
+    assert runs_in(out) == before
 
 
 @pytest.mark.parametrize(

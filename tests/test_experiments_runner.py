@@ -378,7 +378,7 @@ sys.exit(run_all(two_long_jobs(out), out, workers=1, command="minirl reproduce a
 
 
 def two_long_jobs(out: Path) -> list[Job]:
-    return [job(out, "minirl", "train.global_steps=40", seed=seed) for seed in (0, 1)]
+    return [job(out, "minirl", "train.global_steps=24", seed=seed) for seed in (0, 1)]
 
 
 @pytest.mark.slow
@@ -396,7 +396,7 @@ def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(
     assert len(workers) == 1
     gone, alive = psutil.wait_procs(workers, timeout=10)
     assert gone and not alive
-    assert stored(first).metrics["grad_step"][-1] == 40
+    assert stored(first).metrics["grad_step"][-1] == 24
     assert list(files_in(first.folder)) == ["minirl/seed0.csv"]
     assert archive_of(first.folder).exists() == (how == signal.SIGINT)  # killed, it leaves what the next one packs
     if how == signal.SIGINT:
@@ -405,7 +405,7 @@ def test_the_end_of_the_parent_is_the_end_of_its_workers_and_finished_runs_stay(
         assert not second.folder.exists()
     else:
         assert steps_in(second) >= 2  # what the killed run left behind is in nobody's way
-        assert train(second).metrics["grad_step"][-1] == 40 and steps_in(second) == 0
+        assert train(second).metrics["grad_step"][-1] == 24 and steps_in(second) == 0
         assert run_all([first, second], tmp_path).skipped == [first, second]
         assert len(files_in(first.folder)) == 2 and not list(first.folder.rglob("*.csv"))
 

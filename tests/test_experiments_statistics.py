@@ -213,7 +213,7 @@ def test_six_seeds_can_tell_two_rates_apart_and_five_cannot():
 @pytest.mark.parametrize("shared", [0.0, 0.6])
 def test_the_interval_of_a_difference_covers_it_about_95_times_in_100(shared):
     """With 12 seeds, whose fate two methods share (the same draw for both) or not."""
-    rng, runs, covered = np.random.default_rng(4), 1500, 0
+    rng, runs, covered = np.random.default_rng(4), 600, 0
     for _ in range(runs):
         own_a, own_b, together = rng.random((3, 12))
         common = rng.random(12) < shared
@@ -221,7 +221,8 @@ def test_the_interval_of_a_difference_covers_it_about_95_times_in_100(shared):
             np.where(common, together, own_a) < 0.7, np.where(common, together, own_b) < 0.3
         )
         covered += effect.low <= 0.4 <= effect.high
-    assert 0.92 < covered / runs < 0.99  # approximate by construction; five standard errors are 2.8 %
+    # Approximate by construction; four standard errors are 3.6 %.
+    assert 0.91 < covered / runs < 0.99
 
 
 def test_holm():

@@ -154,6 +154,7 @@ def test_random_policies_are_neither_flat_nor_certain(moe, dense):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # every day the mechanism without vLLM, above, and vLLM's routes: test_vllm.py
 def test_the_mechanism_on_vllm():
     if missing := gap.vllm_missing():
         pytest.skip(missing)

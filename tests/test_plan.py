@@ -1,5 +1,6 @@
 """`minirl plan`: published sizes, memory that real tensors and real processes take, and advice that holds."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -21,7 +22,7 @@ from minirl_edu.cli import main
 from minirl_edu.config import Config, ConfigError, ModelConfig, load_config
 from minirl_edu.logprobs import can_share_prompts, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
-from minirl_edu.plan import HARDWARE, Cluster, Plan, draw_memory, memory, plan, remedies, setting, sizes
+from minirl_edu.plan import HARDWARE, Cluster, Hardware, Plan, draw_memory, memory, plan, remedies, setting, sizes
 from minirl_edu.plan.setting import micro_batch
 from minirl_edu.plan.sizes import model_stats, model_stats_of
 from minirl_edu.rollout import Rollout
@@ -576,6 +577,15 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /
 OVERRIDES = ["train.global_steps=2", "train.zero_advantage_backward=true", "eval.every=0"]
 
 
+@functools.cache
+def this_machine(recipe: str) -> Hardware:
+    """Measured once for each recipe, beside a tensor of 1 GiB in this process that must not count."""
+    ballast = torch.ones(2**28)
+    machine = setting.this_machine(load_config(RECIPES / f"{recipe}.yaml"))
+    assert ballast.sum() > 0
+    return machine
+
+
 def measured_peak(recipe: Path, out: Path, overrides: Sequence[str], **environment: str) -> float:
     """Peak resident memory in bytes of `minirl train` in a fresh process (VmHWM; a child inherits ru_maxrss)."""
     settings = [part for override in overrides for part in ("--set", override)]
@@ -589,11 +599,10 @@ def measured_peak(recipe: Path, out: Path, overrides: Sequence[str], **environme
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "changes"),
-    [
-        ("tiny_cpu", []),
+    [  # A micro-batch bounds the memory, not the number of prompts: fewer of them, for the time it takes.
+        ("tiny_cpu", ["train.mini_batches=2"]),
         pytest.param("moe_50m_cpu", [], marks=pytest.mark.nightly),
         pytest.param("moe_50m_cpu", ["train.tokens_per_micro_batch=6144"], marks=pytest.mark.nightly),
-        # A micro-batch bounds the memory, not the number of prompts: fewer of them, for the time it takes.
         pytest.param("smollm2_cpu", ["train.mini_batch_prompts=4"], marks=pytest.mark.nightly),
     ],
 )
@@ -604,7 +613,7 @@ def test_a_run_on_this_machine_takes_the_memory_that_was_planned(recipe, changes
         pytest.skip(f"needs {', '.join(missing)}")
     overrides = [*OVERRIDES, *changes]
     config = load_config(path, overrides)
-    foreseen = plan(config, Cluster(setting.this_machine(config))).peak()
+    foreseen = plan(config, Cluster(this_machine(recipe))).peak()
     assert measured_peak(path, tmp_path / "run", overrides) == pytest.approx(foreseen, rel=0.15)
 
 
@@ -615,7 +624,7 @@ def test_without_glibcs_heap_the_phases_take_turns(tmp_path):
     # Each block above 64 KiB is returned to the system as soon as it is freed. What is left are the tensors themselves.
     path = RECIPES / "moe_50m_cpu.yaml"
     config = load_config(path, OVERRIDES)
-    machine = replace(setting.this_machine(config), keeps_freed=False, gaps=1.0)
+    machine = replace(this_machine("moe_50m_cpu"), keeps_freed=False, gaps=1.0)
     foreseen = plan(config, Cluster(machine)).peak()
     taken = measured_peak(path, tmp_path / "run", OVERRIDES, MALLOC_MMAP_THRESHOLD_="65536")
     assert taken == pytest.approx(foreseen, rel=0.05)
@@ -629,7 +638,7 @@ def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, e
     recipe = RECIPES / "moe_50m_cpu.yaml"
     overrides = [*OVERRIDES, "train.mini_batch_prompts=32", f"model.expert_parallel={ep}"]
     config = load_config(recipe, overrides)
-    machine = replace(setting.this_machine(config), keeps_freed=False, gaps=1.0)
+    machine = replace(this_machine("moe_50m_cpu"), keeps_freed=False, gaps=1.0)
     foreseen = plan(config, Cluster(machine, gpus=2, sharding=sharding)).peak()
     (tmp_path / "program.py").write_text(TRAINS.replace("minirl_edu.cli", "scale.train"))
     settings = [part for override in overrides for part in ("--set", override)]
@@ -647,10 +656,7 @@ def test_of_two_processes_the_fullest_takes_what_was_planned(launch, sharding, e
 @linux
 @pytest.mark.slow
 def test_this_machine_is_measured_in_a_process_of_its_own():
-    config = load_config(RECIPES / "tiny_cpu.yaml")
-    ballast = torch.ones(2**28)  # 1 GiB here must not count there
-    machine = setting.this_machine(config)
-    assert ballast.sum() > 0
+    machine = this_machine("tiny_cpu")
     assert 2e8 < machine.runtime < 9e8
     assert machine.memory == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert machine.bf16 == machine.fp32 > 1e9 and machine.bandwidth > 1e8

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from minirl_edu.ranks import Ranks, _Identity, make_accelerator, share_rows
+from tests.forked import Forked
 
 
 def test_every_group_goes_to_one_rank_and_costs_are_level():
@@ -52,13 +53,14 @@ def test_fsdp1_is_refused(monkeypatch):
         make_accelerator(wait=10.0)
 
 
-def test_fsdp2_that_accelerate_does_not_give_is_refused(monkeypatch):
+def test_fsdp2_that_accelerate_does_not_give_is_refused(tmp_path, monkeypatch):
     """One process cannot shard: accelerate says nothing, we do."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    program = "from minirl_edu.ranks import make_accelerator; make_accelerator(wait=10.0)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert "FSDP2 was asked for" in done.stderr, done.stderr
+    program = tmp_path / "program.py"
+    program.write_text("from minirl_edu.ranks import make_accelerator; make_accelerator(wait=10.0)")
+    process = Forked(program)
+    assert process.wait(240) == 1 and "FSDP2 was asked for" in process.output, process.output
 
 
 def test_a_process_that_is_gone_is_known_on_its_own_machine_alone():

@@ -1,11 +1,14 @@
 """The stored results are those of the spec that ships, and CLAIMS.md, EARLY_WARNING.md and README are what they say."""
 
+import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from minirl_edu.archives import files_in
+from minirl_edu.experiments import runner
 from minirl_edu.experiments.claims import judge
 from minirl_edu.experiments.reproduce import early_warning_page
 from minirl_edu.experiments.runner import finished_runs, jobs_for
@@ -14,6 +17,15 @@ from minirl_edu.experiments.spec import Spec, load_spec
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lessons" / "results"
 TIER, SEEDS = "full", 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reads_once() -> Iterator[None]:
+    """An archive is unpacked and a run is parsed once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("files_in", "parse_run"):
+            patch.setattr(runner, name, functools.cache(getattr(runner, name)))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from minirl_edu.rollout.hf import check_sampling, end_tokens
 from minirl_edu.routing import Routes, RoutingReplay
 from tests import routing_families
 from tests.conftest import EOS, PAD, prompts
-from tests.families import families, tiny
+from tests.families import families, tiny, walks
 from tests.oracle import CLOSE, lively, naive, naive_routes, written
 
 EQUAL, RAGGED = (6, 6), (3, 8)
@@ -114,11 +114,12 @@ WITH_ATTENTION: Any = {
 
 
 @pytest.mark.slow
+@walks
 @pytest.mark.filterwarnings("ignore")  # of some families' configs
-def test_every_causal_family_of_transformers_is_sampled_exactly_or_refused_by_name():
+def test_every_causal_family_of_transformers_is_sampled_exactly_or_refused_by_name(step: int):
     """transformers' own list is walked, so that a new family is exact or refused, too."""
-    exact, refused = {}, {}
-    for family in families():
+    walked, exact, refused = families()[::step], {}, {}
+    for family in walked:
         model = tiny(family, **WITH_ATTENTION.get(family, {}))
         try:
             engine = HFEngine(model)
@@ -135,12 +136,13 @@ def test_every_causal_family_of_transformers_is_sampled_exactly_or_refused_by_na
         exact[family] = worst
     # 4e-9 was seen with Mamba layers, whose sums are taken in chunks, 3e-12 without. A wrong cache: 1e-2 and more.
     assert {family: k3 for family, k3 in exact.items() if k3 > 1e-6} == {}
-    assert len(exact) > 100, sorted(exact)
+    assert len(exact) > {1: 100, 3: 25}[step], sorted(exact)
     # What people train: Transformers, and hybrids of attention with Mamba, linear attention or convolutions.
     hybrids = {*WITH_ATTENTION, "falcon_h1", "granitemoehybrid", "lfm2", "nemotron_h", "zamba2"}
-    assert {"gpt2", "llama", "qwen3", "gemma3_text", "bloom", "opt", "codegen", *hybrids} <= exact.keys()
+    trained = {"gpt2", "llama", "qwen3", "gemma3_text", "bloom", "opt", "codegen", *hybrids}
+    assert trained & set(walked) <= exact.keys()
     stateful, encoders = {"falcon_mamba", "mamba", "mamba2", "rwkv", "xlstm"}, {"bert", "roberta", "electra"}
-    assert {"recurrent_gemma", "openai-gpt", *stateful, *encoders} <= refused.keys()
+    assert {"recurrent_gemma", "openai-gpt", *stateful, *encoders} & set(walked) <= refused.keys()
 
 
 @both

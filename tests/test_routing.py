@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from minirl_edu.routing import Routes, RoutingReplay, UnsupportedRouter
 from tests.conftest import ROOT
-from tests.families import families, tiny
+from tests.families import families, tiny, walks
 from tests.routing_families import FAMILIES, LEADING_DENSE, VOCABULARY, build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -137,9 +137,10 @@ REFUSED = {
 
 
 @pytest.mark.slow
-def test_every_family_of_experts_replays_bit_for_bit_or_is_refused_by_name() -> None:
-    exact, refused = set(), set()
-    for family in families():
+@walks
+def test_every_family_of_experts_replays_bit_for_bit_or_is_refused_by_name(step: int) -> None:
+    walked, exact, refused = families()[::step], set(), set()
+    for family in walked:
         model = tiny(family)
         kinds = {type(module).__name__ for module in model.modules()}
         experts = any(re.search("Moe|MoE|Expert|Router", kind) for kind in kinds)
@@ -155,9 +156,11 @@ def test_every_family_of_experts_replays_bit_for_bit_or_is_refused_by_name() -> 
             assert any(kind in str(error) for kind in kinds)
             if experts:
                 refused.add(family)
-    assert refused == REFUSED
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert f"{len(exact)} MoE families of transformers replay bit for bit, {len(refused)} are refused by name" in readme
+    assert exact and refused == REFUSED & set(walked)
+    if step == 1:
+        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        said = f"{len(exact)} MoE families of transformers replay bit for bit, {len(refused)} are refused by name"
+        assert said in readme
 
 
 @every_family

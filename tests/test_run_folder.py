@@ -17,6 +17,11 @@ import pytest
 from minirl_edu.run.folder import LOCK_FILE, FolderInUse, lock_folder
 
 pytest.importorskip("fcntl")
+LIGHT = """
+import sys
+from unittest.mock import MagicMock
+sys.modules |= {name: MagicMock() for name in ("accelerate", "minirl_edu.config")}  # seconds to import, of no use here
+"""
 HOLD = """
 import sys, time
 from minirl_edu.run.folder import lock_folder
@@ -79,14 +84,14 @@ def hold(tmp_path: Path) -> Any:
 
 
 def run(script: str, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", script, str(folder)]
+    command = [sys.executable, "-c", LIGHT + script, str(folder)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def free_for_others(folder: Path) -> bool:
     """Whether another process could have the folder."""
     script = "import sys; from minirl_edu.run.folder import lock_folder; lock_folder(sys.argv[1])"
-    process = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", LIGHT + script, str(folder)], capture_output=True, text=True)
     assert process.returncode == 0 or "FolderInUse" in process.stderr, process.stderr
     return process.returncode == 0
 

@@ -29,7 +29,9 @@ def test_the_recipe_asks_in_the_models_chat_template_and_reads_what_it_says():
     assert len(lengths) > 1 and max(lengths) + 16 <= config.rollout.options["max_model_len"]
 
 
+# Every day its parts: the prompts above, the model in test_models.py, a trainer on vLLM in test_vllm.py.
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_two_steps_of_the_recipe_with_vllm_rollouts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     small = ["global_steps=2", "mini_batch_prompts=2", "group_size=4", "lr=1e-5", "warmup_steps=1"]
     overrides = [*(f"train.{setting}" for setting in small), "eval={every: 2, problems: 4}", "output.save_every=0"]

@@ -322,9 +322,10 @@ def test_routes_survive_prefix_caching_chunked_prefill_and_preemption(trusted: N
 # ------------------------------------------------------------------------------------------------ a fresh engine's
 
 
+# float32 at night: the tests above compare a synced engine with the trainer in float32 every day.
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=NIGHTLY), "bfloat16"])
 @pytest.mark.parametrize("architecture", ["moe", "dense"])
 def test_after_every_sync_the_engine_equals_a_fresh_one(architecture: str, dtype: str):
     subject = engine(architecture, dtype)
@@ -395,7 +396,7 @@ def _without(part: str) -> Any:
 
 @needs_vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("defect", ["prepack", "head", "expert"])
+@pytest.mark.parametrize("defect", ["prepack", pytest.param("head", marks=NIGHTLY), "expert"])
 def test_the_trial_at_the_start_sees_silent_failures(defect: str, monkeypatch: pytest.MonkeyPatch):
     from minirl_edu.rollout import vllm_worker
 
@@ -577,16 +578,18 @@ def test_one_trainer_after_another_in_one_process(trusted: None, tmp_path: Path)
         *("rollout.engine=vllm", "rollout.precision=fp32", "rollout.options={max_model_len: 64}", "eval.every=0"),
         *("train.global_steps=1", "train.mini_batch_prompts=2", "train.group_size=2", "output.save_every=0"),
     ]
-    for name in ("one", "two"):
-        run = MiniRLTrainer(load_config(None, overrides), tmp_path / name, model=padded(), progress=False)
+
+    def train(name: str, *more: str) -> None:
+        run = MiniRLTrainer(load_config(None, [*overrides, *more]), tmp_path / name, model=padded(), progress=False)
         run.train()
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         assert json.loads(lines[0])["k3_rollout_old"] < 1e-9  # 64 rows, 18 of them tokens
+
+    train("one")
     with pytest.raises(ConfigError, match="the engine's max_model_len: 20"):
-        short = "rollout.options={max_model_len: 20}"
-        MiniRLTrainer(load_config(None, [*overrides, short]), tmp_path / "three", model=padded(), progress=False)
-    assert not (tmp_path / "three").exists()
-    VLLMEngine(lively("dense"), dtype="float32", **SHAPE).close()
+        train("two", "rollout.options={max_model_len: 20}")
+    assert not (tmp_path / "two").exists()
+    train("three")
 
 
 def padded() -> PreTrainedModel:

@@ -30,6 +30,7 @@ SMALL = (
     *("train.mini_batch_prompts=4", "train.mini_batches=2", "train.global_steps=2"),
     *("train.lr_schedule=constant", "train.warmup_steps=0", "eval.every=0"),
 )
+EVALUATED = ("eval.every=1", "eval.problems=16")
 LETTER = {fault: letter for letter, fault in FAULTS.items()}
 
 
@@ -152,7 +153,7 @@ def test_charts_that_are_there_are_kept_and_read_back(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_short_recording_is_complete_and_the_same_every_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("minirl_edu.course.mystery.SETTING", ("algorithm.replay=R3", *SMALL, "eval.every=1"))
+    monkeypatch.setattr("minirl_edu.course.mystery.SETTING", ("algorithm.replay=R3", *SMALL, *EVALUATED))
     monkeypatch.setattr("minirl_edu.course.mystery.FAULTS", {"A": FAULTS["A"]})
     for out in (tmp_path / "one", tmp_path / "two"):
         assert main(["--out", str(out), "--seeds", "1"]) == 0

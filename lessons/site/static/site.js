@@ -1,5 +1,7 @@
 // What scrolls sideways fades at the side on which more of it lies; site.css has the fade.
-const SCROLLS = ".pst-scrollable-table-container, .math, .math mjx-container, .bd-article pre, .bd-article .output";
+const SCROLLS = [".pst-scrollable-table-container", ".math", "mjx-container", "pre", ".output", "p:has(> img)"]
+  .map((name) => `.bd-article ${name}`)
+  .join(", ");
 
 function mark(element) {
   const left = element.scrollLeft;

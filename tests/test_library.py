@@ -105,13 +105,6 @@ def test_a_list_or_an_array_is_refused_in_words():
     assert fresh(LISTS).splitlines() == expected
 
 
-def test_the_readmes_example_runs_as_printed():
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    (example,) = (block for block in blocks if "minirl_loss(" in block)
-    printed = fresh(f"{example}\nprint(logits.grad.abs().sum().item(), *metrics)").split()
-    assert float(printed[0]) > 0 and "is_weight_mean" in printed
-
-
 # ------------------------------------------------------------------------------------------- the scripts of the site
 
 

@@ -1,4 +1,7 @@
-"""The stored results are those of the spec that ships, and CLAIMS.md, EARLY_WARNING.md and README are what they say."""
+"""The stored results are those of the spec that ships; CLAIMS.md, EARLY_WARNING.md and the site say what they say.
+
+`python -m tests.test_results` puts CLAIMS.md's verdicts into that page, lessons/site/results.md.
+"""
 
 import functools
 import re
@@ -16,6 +19,7 @@ from minirl_edu.experiments.spec import Spec, load_spec
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "lessons" / "results"
+PAGE = ROOT / "lessons" / "site" / "results.md"
 TIER, SEEDS = "full", 8
 
 
@@ -60,9 +64,8 @@ def test_claims_md_is_what_the_stored_runs_say(spec: Spec):
         assert row.split(" | ")[2].strip("*") == judgement.verdict
 
 
-def readme_table() -> str:
-    """CLAIMS.md's table of verdicts as README shows it, links led from there; to renew README:
-    `python -c "from tests.test_results import readme_table; print(readme_table())"`."""
+def verdict_table() -> str:
+    """CLAIMS.md's table of verdicts as the site's page of results shows it, links led from there."""
     lines = (RESULTS / "CLAIMS.md").read_text(encoding="utf-8").splitlines()
     table = []
     for line in lines[lines.index("## Verdicts") + 2 :]:
@@ -70,16 +73,23 @@ def readme_table() -> str:
             break
         claim, finding, verdict, effect, _figure = line.removeprefix("| ").removesuffix(" |").split(" | ")
         effect = re.sub(r"<br>\[and \d+ more\]\(#[\w-]+\)", "", effect).replace("<br>", ": ", 1)
-        claim = claim.replace("(#", "(lessons/results/CLAIMS.md#")
+        claim = claim.replace("(#", "(../results/CLAIMS.md#")
         table.append(f"| {claim} | {finding} | {verdict} | {effect} |")
     return "\n".join(table)
 
 
-def test_the_readme_shows_the_verdicts():
-    assert readme_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_of_results_shows_the_verdicts():
+    assert verdict_table() in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_early_warning_md_is_what_the_stored_runs_say(spec: Spec):
     page, _ = early_warning_page(spec, RESULTS, tier=TIER, seeds=SEEDS)
     assert page == (RESULTS / "EARLY_WARNING.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    text, table = PAGE.read_text(encoding="utf-8"), verdict_table()
+    start = text.index(table.partition("\n")[0])
+    end = text.find("\n\n", start)
+    PAGE.write_text(text[:start] + table + (text[end:] if end > 0 else "\n"), encoding="utf-8")

@@ -1,10 +1,11 @@
 """Build the site: `python lessons/site/build.py [--out DIR]`, into build/site/html.
 
 The pages are the repository's own files, laid out as in the repository, so that a relative link works on GitHub and on
-the site alike: lessons, notebooks with their stored outputs, results, the pages beside this file, and one page of API
-reference for each module. A link to another file of the repository becomes a download; one to a folder leads to the
-folder's README or its page of the reference, or becomes plain text. Warnings are errors: a page that is in no table of
-contents, a link that leads nowhere, a public name without a docstring.
+the site alike: README, which is the first page, lessons, notebooks with their stored outputs, results, the pages beside
+this file, and one page of API reference for each module. `sidebar.txt` says what the side bar lists. A link to another
+file of the repository becomes a download; one to a folder leads to the folder's README or its page of the reference, or
+becomes plain text. Warnings are errors: a page that is in no table of contents, a link that leads nowhere, a public
+name without a docstring.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = Path("lessons/site")
-LANDING = SITE / "index.md"
+LANDING = Path("README.md")
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "lessons/README.md", "lessons/[0-9][0-9]_*.md"),
     *("lessons/site/*.md", "lessons/results/*.md", "lessons/results/worlds/README.md", "notebooks/README.md"),
@@ -32,7 +33,6 @@ PAGES = (
 CONTENTS = (
     ("lessons/README.md", "{unit} · {title}", "lessons/[0-9][0-9]_*.md"),
     ("notebooks/README.md", "{unit} · {title}", "notebooks/[0-9][0-9]_*.ipynb"),
-    ("notebooks/README.md", "{unit} · solutions", "notebooks/solutions/[0-9][0-9]_*.md"),
 )
 LINK = re.compile(r"(?<!\\)(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 CODE = re.compile(r"(^[ ]*(?:```|~~~).*?^[ ]*(?:```|~~~)[ ]*$|(?<!`)`[^`\n]+`(?!`))", re.MULTILINE | re.DOTALL)
@@ -132,7 +132,7 @@ def lay_out(root: Path, source: Path) -> None:
         if path.suffix == ".ipynb":
             _adapt_notebook(root / path, new, adapt)
         else:
-            new.write_text(adapt((root / path).read_text(encoding="utf-8")) + contents(path, root), encoding="utf-8")
+            new.write_text(_page(path, root, adapt), encoding="utf-8")
     for path, text in reference.items():
         new = source / path
         new.parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +140,14 @@ def lay_out(root: Path, source: Path) -> None:
     for path in wanted:
         (source / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(root / path, source / path)
+
+
+def _page(path: Path, root: Path, adapt: Callable[[str], str]) -> str:
+    """The text of a page. Solutions are left out of the side bar: the table of labs leads to them."""
+    text = adapt((root / path).read_text(encoding="utf-8")) + contents(path, root)
+    if path == LANDING:
+        return text + (root / SITE / "sidebar.txt").read_text(encoding="utf-8")
+    return f"---\norphan: true\n---\n{text}" if path.parent.name == "solutions" else text
 
 
 def _adapt_notebook(path: Path, new: Path, adapt: Callable[[str], str]) -> None:

@@ -26,6 +26,7 @@ html_theme = "sphinx_book_theme"
 html_title = "minirl_edu"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
+html_js_files = ["site.js"]
 html_theme_options = {"show_toc_level": 2, "use_fullscreen_button": False, "navbar_persistent": []}
 html_context = {"default_mode": "auto"}
 

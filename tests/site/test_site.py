@@ -14,7 +14,7 @@ from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, Page
 
 from minirl_edu.config import load_config
 from minirl_edu.diagnostics import CollapseDetector
@@ -148,13 +148,14 @@ def test_a_signature_is_that_of_the_source():
         ("lessons/01_a.md", "[data](../minirl_edu/sub)", "[data](../minirl_edu/sub/index.md)"),
         ("lessons/01_a.md", "[folder](results/)", "folder"),
         ("lessons/01_a.md", "`f[a](../notebooks)`, [nowhere](x.md)", "`f[a](../notebooks)`, [nowhere](x.md)"),
-        ("lessons/site/index.md", "![p](../results/f.png)", "![p](lessons/results/f.png)"),
+        ("lessons/site/a.md", "![p](../results/f.png)", "![p](../results/f.png)"),
         ("notebooks/solutions/01_a.md", "[lesson](../../lessons/01_a.md)", "[lesson](../../lessons/01_a.md)"),
-        ("README.md", "[start](lessons/site/index.md)", "[start](index.md)"),
+        ("README.md", "[a](lessons/site/a.md)", "[a](lessons/site/a.md)"),
+        ("lessons/site/a.md", "[start](../../README.md#x)", "[start](../../index.md#x)"),
     ],
 )
 def test_links_are_kept_rewritten_or_made_plain_text(tmp_path, origin, text, expected):
-    names = ("lessons/01_a.md", "lessons/site/index.md", "notebooks/01_a.ipynb", "notebooks/solutions/01_a.md")
+    names = ("lessons/01_a.md", "lessons/site/a.md", "notebooks/01_a.ipynb", "notebooks/solutions/01_a.md")
     for name in (*names, "minirl_edu/lib.py", "minirl_edu/sub/__init__.py", "lessons/results/f.png", "README.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -273,14 +274,96 @@ def test_no_link_is_dead(site):
     assert dead == set()
 
 
+LAYOUT = """() => {
+    const found = [], gone = element => {
+        const { width, height } = element.getBoundingClientRect();
+        return width <= 1 || height <= 1 || getComputedStyle(element).visibility === 'hidden';
+    };
+    const scrolls = element => ['auto', 'scroll'].includes(getComputedStyle(element).overflowX);
+    const said = element => `${element.tagName} ${element.className}: ${element.textContent.trim().slice(0, 40)}`;
+    if (document.documentElement.scrollWidth > innerWidth) found.push('the page is wider than the window');
+    for (const element of document.querySelectorAll('main *')) {
+        if (element.closest('mjx-container, svg, .sr-only, .visually-hidden') || gone(element)) continue;
+        if (getComputedStyle(element).display === 'inline') continue;
+        if (element.scrollWidth <= element.clientWidth + 1) continue;
+        if (!scrolls(element)) found.push(`cut: ${said(element)}`);
+        else if (!element.matches('.more-left, .more-right')) found.push(`scrolls without a sign: ${said(element)}`);
+    }
+    const walker = document.createTreeWalker(document.querySelector('article') ?? document.body, NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const node = walker.currentNode, parent = node.parentElement, range = document.createRange();
+        if (parent.closest('script, style, mjx-container, pre, .sr-only') || gone(parent)) continue;
+        for (const word of node.data.matchAll(/[\\p{L}\\p{N}_]{2,}/gu)) {
+            range.setStart(node, word.index);
+            range.setEnd(node, word.index + word[0].length);
+            const boxes = [...range.getClientRects()].filter(box => box.width > 0);
+            if (new Set(boxes.map(box => Math.round(box.top))).size > 1) found.push(`a broken word: ${word[0]}`);
+        }
+    }
+    return found;
+}"""
+WIDTHS = (1280, 390)  # a laptop's window, a telephone
+
+
+def layout(page: Page, path: Path) -> dict[int, list[str]]:
+    """What is wrong with a page in each width: text cut off, words broken, things that scroll without a sign of it."""
+    page.goto(path.as_uri())
+    page.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise; }")
+    page.evaluate("() => document.querySelectorAll('details').forEach(folded => folded.open = true)")
+    found = {}
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 900})
+        page.evaluate(
+            "() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))"
+        )  # site.js has seen it
+        found[width] = page.evaluate(LAYOUT)
+    return found
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kind", ["written by hand", pytest.param("all", marks=pytest.mark.nightly)])
+def test_no_page_cuts_text_off_or_breaks_words(site, browser, kind):
+    """By hand: of labs, solutions and the reference, which look alike, the first or the one of the longest name."""
+    alike = ("notebooks/[01]*", "notebooks/solutions/*", "minirl_edu/**/*")
+    kept = {site / f"{name}.html" for name in (f"notebooks/{UNITS[0]}", f"notebooks/solutions/{UNITS[0]}", LONGEST)}
+    left_out = {path for pattern in alike for path in site.glob(pattern)} - kept
+    paths = [path for path in pages(site) if kind == "all" or path not in left_out]
+    assert len(paths) > 40 and kept <= set(paths)
+    page = browser.new_page()
+    page.set_default_timeout(300_000)
+    wrong = {path.relative_to(site).as_posix(): layout(page, path) for path in paths}
+    assert {name: found for name, found in wrong.items() if any(found.values())} == {}
+
+
 @pytest.mark.parametrize(
-    "name", ["index", "lessons/00_quickstart", "lessons/site/metrics", "lessons/site/own_loop", LONGEST]
+    ("body", "complaint"),
+    [
+        ("<div style='overflow: hidden'><p style='white-space: nowrap'>" + 90 * "word " + "</p></div>", "cut: P "),
+        ("<p style='white-space: nowrap'>" + 90 * "word " + "</p>", "the page is wider than the window"),
+        ("<div style='overflow: auto'><p style='width: 2000px'>word</p></div>", "scrolls without a sign: DIV "),
+        ("<p style='width: 4em; overflow-wrap: anywhere'>kl_rollout_old</p>", "a broken word: kl_rollout_old"),
+    ],
 )
-def test_a_page_fits_a_telephone(site, browser, name):
-    page = browser.new_page(viewport={"width": 420, "height": 900})
-    page.goto((site / f"{name}.html").as_uri())
-    assert page.evaluate(READ)["width"] <= 420
+def test_a_bad_layout_is_noticed(browser, tmp_path, body, complaint):
+    (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8><main>{body}</main>", encoding="utf-8")
+    found = layout(browser.new_page(), tmp_path / "page.html")
+    assert all(any(text.startswith(complaint) for text in found[width]) for width in WIDTHS)
+    good = "<p>All words fit.</p><table><tr><td>also here</table>"
+    (tmp_path / "page.html").write_text(f"<!doctype html><meta charset=utf-8><main>{good}</main>", encoding="utf-8")
+    assert layout(browser.new_page(), tmp_path / "page.html") == {width: [] for width in WIDTHS}
+
+
+@pytest.mark.slow
+def test_the_side_bar_lists_the_units_once_and_no_solutions(site):
+    links = Anchors(site / "index.html").links
+    text = (site / "index.html").read_text(encoding="utf-8")
+    bar = text[text.index("bd-sidebar-primary") : text.index("bd-main")]
+    shown = re.findall(r'href="([^"#]+)"', bar)
+    assert [name for name in shown if "solutions" in name] == []
+    assert all(f"notebooks/{unit}.html" in shown and f"lessons/{unit}.html" in shown for unit in UNITS)
+    assert any("solutions" in link for link in Anchors(site / "notebooks" / "README.html").links)
+    assert {"lessons/README.html", "lessons/site/own_loop.html", "scale/README.html"} <= set(links)  # the three doors
 
 
 @pytest.mark.slow

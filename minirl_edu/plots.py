@@ -13,6 +13,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -184,13 +185,15 @@ def _legend(figure: Figure, styles: Mapping[str, dict[str, Any]]) -> None:
 
 
 def _mark(axes: Sequence[Axes], events: Events | None, runs: Runs) -> None:
-    """A thin line at each event in the colour of its method, with the step beside it where there are few."""
-    styles, few = method_styles(runs), sum(map(len, (events or {}).values())) <= 3
+    """A thin line at each event in the colour of its method, with the step beside it where all events have room."""
+    styles, everyone = method_styles(runs), sorted(step for steps in (events or {}).values() for step in steps)
+    room = max((run["grad_step"][-1] for seeds in runs.values() for run in _seeds(seeds)), default=0.0) / 7
+    far = all(after - before >= room for before, after in pairwise(everyone))
     for label, steps in (events or {}).items():
         for ax in (ax for ax in axes if ax.lines):
             color, across = styles[label]["color"], ax.get_xaxis_transform()
             ax.vlines(list(steps), 0, 1, transform=across, color=color, linewidth=0.9, gid=f"event:{label}")
-            for step in steps if few else ():
+            for step in steps if far else ():
                 ax.annotate(
                     f"step {step}", (step, 1), (3, -1), xycoords=across, textcoords="offset points", va="top",
                     fontsize=9, color=color, gid=f"event:{label}",

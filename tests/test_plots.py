@@ -216,18 +216,18 @@ def test_gaps_and_infinities_do_not_break_a_figure():
         assert [t.get_text() for t in figure.legends[0].get_texts()] == list(runs)
 
 
-def test_events_are_marked_where_there_is_a_curve_and_named_where_they_are_few():
+def test_events_are_marked_where_there_is_a_curve_and_named_where_there_is_room():
     run, flat = metrics(), metrics()
     del flat["routing_flip_rate"]
-    runs, few = {"MiniRL": [run, run], "R3": run}, {"MiniRL": [7, 9]}
+    runs, few = {"MiniRL": [run, run], "R3": run}, {"MiniRL": [4, 9]}
     for draw in (plots.four_curves, plots.ratio_decomposition, plots.routing_flips, plots.drift, plots.clipping):
         for ax in draw(runs, events=few).axes:
             (mark,) = (drawn for drawn in ax.collections if drawn.get_gid() == "event:MiniRL")
             assert isinstance(mark, LineCollection)
-            assert [segment[0][0] for segment in mark.get_segments()] == [7, 9]
+            assert [segment[0][0] for segment in mark.get_segments()] == [4, 9]
             assert to_hex(mark.get_color()[0]) == plots.METHOD_STYLE["MiniRL"]["color"].lower()
-            assert [text.get_text() for text in ax.texts] == ["step 7", "step 9"]
-        assert texts(draw(runs, events={"MiniRL": [7, 9], "R3": [11, 12]})) == []
+            assert [text.get_text() for text in ax.texts] == ["step 4", "step 9"]
+        assert texts(draw(runs, events={"MiniRL": [4, 9], "R3": [11]})) == []
         assert not any(ax.collections for ax in draw({"R3": run}).axes)
     figure = plots.routing_flips({"MiniRL": flat}, events={"MiniRL": [7]})
     assert not figure.axes[0].collections and texts(figure) == ["not recorded"]

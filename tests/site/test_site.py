@@ -293,6 +293,7 @@ LAYOUT = """() => {
     while (walker.nextNode()) {
         const node = walker.currentNode, parent = node.parentElement, range = document.createRange();
         if (parent.closest('script, style, mjx-container, pre, .sr-only') || gone(parent)) continue;
+        if (parent.closest('p code') && !parent.closest('table')) continue;  // a name may be longer than a line
         for (const word of node.data.matchAll(/[\\p{L}\\p{N}_]{2,}/gu)) {
             range.setStart(node, word.index);
             range.setEnd(node, word.index + word[0].length);
@@ -310,13 +311,14 @@ def layout(page: Page, path: Path) -> dict[int, list[str]]:
     page.goto(path.as_uri())
     page.evaluate("async () => { if (window.MathJax) await MathJax.startup.promise; }")
     page.evaluate("() => document.querySelectorAll('details').forEach(folded => folded.open = true)")
-    found = {}
+    found: dict[int, list[str]] = {}
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
-        page.evaluate(
-            "() => new Promise(done => requestAnimationFrame(() => setTimeout(done, 50)))"
-        )  # site.js has seen it
-        found[width] = page.evaluate(LAYOUT)
+        for _ in range(30):  # until site.js has seen the new width: at once, or a little later on a busy machine
+            found[width] = page.evaluate(LAYOUT)
+            if not found[width]:
+                break
+            page.wait_for_timeout(100)
     return found
 
 

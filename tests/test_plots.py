@@ -225,7 +225,7 @@ def test_events_are_marked_where_there_is_a_curve_and_named_where_there_is_room(
             (mark,) = (drawn for drawn in ax.collections if drawn.get_gid() == "event:MiniRL")
             assert isinstance(mark, LineCollection)
             assert [segment[0][0] for segment in mark.get_segments()] == [4, 9]
-            assert to_hex(mark.get_color()[0]) == plots.METHOD_STYLE["MiniRL"]["color"].lower()
+            assert to_hex(mark.get_color()[0]) == plots.METHOD_STYLE["MiniRL"]["color"].lower()  # pyright: ignore[reportArgumentType]
             assert [text.get_text() for text in ax.texts] == ["step 4", "step 9"]
         assert texts(draw(runs, events={"MiniRL": [4, 9], "R3": [11]})) == []
         assert not any(ax.collections for ax in draw({"R3": run}).axes)

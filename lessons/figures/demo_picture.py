@@ -6,7 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from minirl_edu.cli import DEMO_VARIANTS, demo_folder
-from minirl_edu.plots import METHOD_STYLE, Metrics, read_metrics
+from minirl_edu.plots import METHOD_STYLE
+from minirl_edu.records import Metrics, read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"MiniRL + R3": "with clipping and routing replay", "no replay, no clipping": "without both"}

@@ -104,7 +104,7 @@ def three_policies() -> Figure:
     arrow(ax, (0.7, 2.44), (1.42, 2.82), color=ENGINE)
     arrow(ax, (0.7, 1.68), (1.42, 1.3), color=TRAINER)
     say(ax, 0.66, 2.8, "rounded", color=ENGINE)
-    say(ax, 0.76, 1.3, "exact", color=TRAINER)
+    say(ax, 0.78, 1.26, "as they are", color=TRAINER)
 
     box(ax, 1.42, 2.52, 1.1, 0.68, "$\\mu_{old}$\nsamples", fill=ENGINE_FILL, edge=ENGINE)
     arrow(ax, (2.52, 2.86), (3.3, 2.86))

@@ -226,6 +226,7 @@ def test_a_page_shows_its_equations_and_figures(site, browser, kind):
     wanted = {site / f"{name}.html" for name in ("index", lab, f"notebooks/solutions/{UNITS[0]}", LONGEST)}
     paths = [path for path in pages(site) if kind == "all" or site / "lessons" in path.parents or path in wanted]
     page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(300_000)  # on a busy machine, a page with many equations takes more than the usual 30 s
     complaints = Complaints(page, allowed=("file:",))
     seen = {}
     for path in paths:

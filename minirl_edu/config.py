@@ -237,7 +237,10 @@ class EvalConfig(_Section):
     every: _CountOrZero = 10
     """Global steps between evaluations; 0: never."""
     problems: _Count = 256
-    """Held-out problems of an evaluation, one answer each: more make the score less noisy."""
+    """Held-out problems of an evaluation: more make the score less noisy."""
+    samples: _Count = 1
+    """Responses to each of them, over which the score is the mean; where problems are few, more make it less noisy. The
+    engine draws at most as many at a time as in a global step, but at least one to each problem."""
     through_trainer: bool = True
     """Score them by the training engine in full precision too, not only through the rollout engine. Of a sharded model
     that takes a whole copy on rank 0."""
@@ -279,6 +282,16 @@ class Config(_Section):
     eval: EvalConfig = field(default_factory=EvalConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     ranks: RanksConfig = field(default_factory=RanksConfig)
+
+    @property
+    def evaluation_rounds(self) -> list[int]:
+        """How many of the `eval.samples` responses to each held-out problem are drawn at a time: together at most as
+        many as a global step's, but at least one to each problem."""
+        train = self.train
+        responses = train.mini_batches * train.mini_batch_prompts * train.group_size
+        size = max(1, responses // self.eval.problems)
+        rounds, rest = divmod(self.eval.samples, size)
+        return [size] * rounds + [rest] * (rest > 0)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Config":

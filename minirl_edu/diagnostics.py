@@ -208,6 +208,19 @@ def policy_metrics(
     }
 
 
+def score_error(rewards: Float[Tensor, "problems samples"]) -> Float[Tensor, ""]:
+    """Standard error, over problems, of the mean of n problems' mean rewards r̄_i; in units of the reward:
+
+        SE² = 1 / (n (n − 1)) · Σ_i (r̄_i − r̄)²
+
+    It says how far the mean would move with other problems of the same kind and other samples of each. Samples of one
+    problem are not independent of each other, so problems are counted, not samples (Miller, arXiv 2411.00640). One
+    problem alone has none: NaN.
+    """
+    means = _working(rewards).mean(1)
+    return (means.var() / len(means)).sqrt() if len(means) > 1 else means.new_tensor(math.nan)
+
+
 def fetch(metrics: Mapping[str, Float[Tensor, ""]]) -> dict[str, float]:
     """Scalar tensors as numbers, in one transfer from the device."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
@@ -223,7 +236,8 @@ class CollapseDetector:
         reward, score   fast < the best fast value so far − max(min(`drop`, best / 2), noise)
         any metric      NaN or infinite
 
-    Noise is three standard errors of the difference of two means of `problems` rewards. A fall is told once, from where
+    Noise is three standard errors of the difference of two means of `problems` rewards, of the score of `problems` ×
+    `samples`: what sampling the same problems again would do. A fall is told once, from where
     and to where; a metric that has risen again by as much can fall again. The score is judged from its second value on,
     the reward after `warmup` updates.
 
@@ -236,6 +250,7 @@ class CollapseDetector:
     Args:
         drop: in units of the reward, which lies in [0, 1].
         problems: held-out problems behind each score.
+        samples: of each problem.
         entropy_drop: fraction of the baseline below which the entropy has dropped sharply.
         kl_rise: multiple of the baseline above which the KL has taken off.
         kl_floor: nats per token; a KL below this is harmless however fast it grows.
@@ -249,12 +264,13 @@ class CollapseDetector:
         *,
         drop: float = 0.25,
         problems: int = 256,
+        samples: int = 1,
         entropy_drop: float = 0.4,
         kl_rise: float = 3.0,
         kl_floor: float = 1e-3,
         warmup: int = 20,
     ):
-        self.drop, self.problems, self.warmup = drop, problems, warmup
+        self.drop, self.problems, self.samples, self.warmup = drop, problems, samples, warmup
         self.entropy_drop, self.kl_rise, self.kl_floor = entropy_drop, kl_rise, kl_floor
         # metric -> count, fast, slow; of reward and score also best, at (its step) and low (since the fall, or None)
         self._averages: dict[str, dict[str, Any]] = {}
@@ -300,7 +316,8 @@ class CollapseDetector:
             return None
         best = a["best"]
         variance = sum(p * (1 - p) for p in (min(1.0, max(0.0, value)) for value in (now, best)))
-        limit = max(min(self.drop, best / 2), 3 * math.sqrt(variance / self.problems))
+        rewards = self.problems * (self.samples if name == "score" else 1)
+        limit = max(min(self.drop, best / 2), 3 * math.sqrt(variance / rewards))
         if a["low"] is not None:
             a["low"] = min(a["low"], now)
             if now > a["low"] + limit:

@@ -19,7 +19,7 @@ number of ranks.
 import inspect
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minirl_edu.batches import MicroBatch, MiniBatch, Sampled, count_flips, trainable_groups
-from minirl_edu.diagnostics import entropy_drift, fetch, length_reward_cov, masked_mean, policy_metrics
+from minirl_edu.diagnostics import entropy_drift, fetch, length_reward_cov, masked_mean, policy_metrics, score_error
 from minirl_edu.logprobs import response_logprobs
 from minirl_edu.models import vocabulary_size
 from minirl_edu.objectives import PolicyLoss
@@ -266,10 +266,12 @@ class MiniRLTrainer(TrainingRun):
     # -------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> dict[str, float | None]:
-        """Mean reward on held-out problems: one sample each, at the training temperature, the same seed every time.
+        """Mean reward on held-out problems: `eval.samples` of each, at the training temperature, the same seeds every
+        time.
 
         `score`: sampled by the training engine in full precision (None if `eval.through_trainer` is off);
-        `score_rollout`: through the rollout engine. Rank 0 evaluates; all ranks have to call this.
+        `score_rollout`: through the rollout engine. Each with its standard error (`_se`, see `score_error`), and of
+        several samples the mean of each problem's best as `pass_at_k`. Rank 0 evaluates; all ranks have to call this.
         """
         model, through_trainer = self.unwrapped, self.config.eval.through_trainer
         if through_trainer and is_sharded(model):
@@ -284,26 +286,40 @@ class MiniRLTrainer(TrainingRun):
             return {}
         self.need_engine()
         problems, prompts = self.prompts.held_out()
-        seed, environment = derive_seed(self.config.seed, "evaluation"), self._environment(problems)
-        asked = {"group_size": 1, "sampling": self.sampling, "seed": seed, "environment": environment}
+
+        def exact(**asked: Any) -> Rollout:
+            rollout = sample(model, prompts, **asked, keep_faulty=True)
+            if faults := rollout.faults():
+                raise self.diverged(f"while sampling for the evaluation, {next(iter(faults.values()))}")
+            return rollout
+
+        def deployed(**asked: Any) -> Rollout:
+            with self.blaming(prompts[0]):
+                return play(self.engine, prompts, **asked)
+
         scores: dict[str, float | None] = {"score": None}
         if through_trainer:
-            exact = sample(model, prompts, **asked, keep_faulty=True)
-            if faults := exact.faults():
-                raise self.diverged(f"while sampling for the evaluation, {next(iter(faults.values()))}")
-            scores["score"] = self._scored(problems, exact)
-        with self.blaming(prompts[0]):
-            deployed = play(self.engine, prompts, **asked)
-        scores["score_rollout"] = self._scored(problems, deployed, keep=not through_trainer)
-        return scores
+            scores |= self._scored(problems, exact, "")
+        return scores | self._scored(problems, deployed, "_rollout", keep=not through_trainer)
 
-    def _scored(self, problems: Sequence[Problem], rollout: Rollout, *, keep: bool = True) -> float:
-        """The mean reward; the first SAMPLES problems with their responses are kept for samples.jsonl."""
-        rewards = self.rewards(problems, rollout)
-        if keep:
-            texts = self.task.tokenizer.batch_decode(rollout.responses[:SAMPLES], skip_special_tokens=True)
-            self.samples = [
-                {"prompt": problem.prompt, "answer": problem.answer, "response": text, "reward": reward}
-                for problem, text, reward in zip(problems, texts, rewards.tolist(), strict=False)
-            ]
-        return rewards.mean().item()
+    def _scored(
+        self, problems: Sequence[Problem], draw: Callable[..., Rollout], engine: str, *, keep: bool = True
+    ) -> dict[str, float | None]:
+        """The scores of what `draw` samples, under names with `engine`. The first SAMPLES problems with their first
+        responses are kept for samples.jsonl."""
+        environment, parts = self._environment(problems), []
+        for i, size in enumerate(self.config.evaluation_rounds):
+            seed = derive_seed(self.config.seed, "evaluation", i)
+            rollout = draw(group_size=size, sampling=self.sampling, seed=seed, environment=environment)
+            parts.append(self.rewards(problems, rollout).view(-1, size))
+            if keep and i == 0:
+                first = rollout.responses[::size][:SAMPLES]
+                texts = self.task.tokenizer.batch_decode(first, skip_special_tokens=True)
+                self.samples = [
+                    {"prompt": problem.prompt, "answer": problem.answer, "response": text, "reward": reward}
+                    for problem, text, reward in zip(problems, texts, parts[0][:, 0].tolist(), strict=False)
+                ]
+        rewards = torch.cat(parts, 1)
+        error = None if len(rewards) == 1 else score_error(rewards).item()
+        scores = {f"score{engine}": rewards.mean().item(), f"score{engine}_se": error}
+        return scores if rewards.shape[1] == 1 else scores | {f"pass_at_k{engine}": rewards.amax(1).mean().item()}

@@ -81,7 +81,7 @@ def shrink(config: Config) -> Config:
             config.rollout, engine="hf", precision=_emulated(config.rollout), options={}, max_new_tokens=None
         ),
         train=replace(config.train, global_steps=2, mini_batch_prompts=3, group_size=4, tokens_per_micro_batch=64),
-        eval=replace(config.eval, every=min(1, config.eval.every), problems=4),
+        eval=replace(config.eval, every=min(1, config.eval.every), problems=4, samples=min(2, config.eval.samples)),
         output=replace(config.output, save_every=1, keep_last=1, trackers=[]),
         ranks=replace(config.ranks, wait=min(120.0, config.ranks.wait)),
     )

@@ -66,7 +66,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "tokens_per_micro_batch": 512,
         "zero_advantage_backward": True,
     },
-    "eval": {"every": 0, "problems": 8, "through_trainer": False},
+    "eval": {"every": 0, "problems": 8, "samples": 4, "through_trainer": False},
     "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},
     "ranks": {"wait": 60.0, "silent": 5.0},
 }
@@ -319,8 +319,16 @@ def test_every_field_is_described_from_its_one_source():
             assert load_config(overrides=[f"{one.name}={one.default}"]) == Config()
 
 
+def test_an_evaluation_draws_no_more_at_a_time_than_a_global_step():
+    step = ("train.mini_batches=2", "train.mini_batch_prompts=5", "train.group_size=4")  # 40 responses
+    for problems, samples, rounds in ((8, 12, [5, 5, 2]), (8, 5, [5]), (8, 1, [1]), (100, 3, [1, 1, 1])):
+        config = load_config(overrides=[*step, f"eval.problems={problems}", f"eval.samples={samples}"])
+        assert config.evaluation_rounds == rounds
+
+
 def test_a_section_or_a_field_alone_can_be_described():
-    assert [one.name for one in describe("eval")] == ["eval", "eval.every", "eval.problems", "eval.through_trainer"]
+    names = ["eval", "eval.every", "eval.problems", "eval.samples", "eval.through_trainer"]
+    assert [one.name for one in describe("eval")] == names
     assert [one.name for one in describe("train.lr")] == ["train.lr"]  # without train.lr_schedule
     with pytest.raises(ConfigError, match=r"^trian: no section or field of the config; did you mean train"):
         describe("trian")

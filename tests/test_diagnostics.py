@@ -21,6 +21,7 @@ from minirl_edu.diagnostics import (
     masked_mean,
     policy_metrics,
     ratio_decomposition,
+    score_error,
     sequence_ess,
     token_ess,
 )
@@ -307,6 +308,21 @@ def test_noise_is_no_fall():
     run = [{"grad_step": i, "score": score} for i, score in enumerate((0.08, 0.035))]
     assert warnings_of(run) == []
     assert len(warnings_of(run, CollapseDetector(problems=10_000))) == 1
+
+
+def test_more_samples_make_a_smaller_fall_of_the_score_believable_but_not_of_the_reward():
+    for name, samples, told in (("score", 1, 0), ("score", 40, 1), ("reward", 40, 0)):
+        run = [{"grad_step": i, name: 0.035 if i else 0.08} for i in range(60)]  # the reward is a mean over ten
+        assert len(warnings_of(run, CollapseDetector(samples=samples, warmup=1))) == told
+
+
+def test_the_standard_error_of_a_score_counts_problems_not_samples():
+    rewards = torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    # means 1/2, 1, 0: their variance is 1/4
+    assert score_error(rewards).item() == pytest.approx(math.sqrt(0.25 / 3))
+    assert score_error(rewards.repeat(1, 8)).item() == pytest.approx(math.sqrt(0.25 / 3))
+    assert score_error(torch.tensor([[1.0], [0.0]])).item() == pytest.approx(0.5)
+    assert math.isnan(score_error(rewards[:1]))
 
 
 def test_a_tiny_kl_may_grow_freely():

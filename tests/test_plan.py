@@ -403,6 +403,20 @@ def test_decoding_is_bound_by_memory_and_old_logprobs_are_needed_off_policy_only
     assert short.peak() == slow.peak()  # memory is for the longest
 
 
+def test_an_evaluation_takes_the_time_of_its_samples():
+    def seconds(*settings: str) -> dict[str, Any]:
+        return plan(large("eval.every=1", *settings), Cluster(H100, gpus=8), **LENGTHS).seconds
+
+    step = seconds("eval.problems=64")  # as many prompts as a global step
+    whole = step["rollout: prompts"] + step["rollout: tokens"]
+    assert step["evaluation, rollout engine"] < whole
+    assert seconds("eval.problems=64", "eval.samples=8")["evaluation, rollout engine"] == pytest.approx(whole)
+    assert seconds("eval.problems=64", "eval.samples=32")["evaluation, rollout engine"] == pytest.approx(4 * whole)
+    assert step["global step"] == seconds("eval.problems=64", "eval.samples=8")["global step"]
+    assert "evaluation, trainer" in step and "evaluation, trainer" not in seconds("eval.through_trainer=false")
+    assert not any("evaluation" in name for name in seconds("eval.every=0"))
+
+
 # ------------------------------------------------------------------------------------------------------------- advice
 
 

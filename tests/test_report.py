@@ -152,6 +152,21 @@ def test_the_rollout_engines_score_is_told_where_it_differs(tmp_path):
     assert "Through the rollout engine MiniRL ends at 0.50, not 0.90." in headline(far, tmp_path)
 
 
+def test_a_score_has_its_standard_error_and_says_how_many_samples_it_is_the_mean_of(tmp_path):
+    settings = {"eval": {"problems": 90, "samples": 32}}
+    folder = run_folder(tmp_path / "a", [0.4, 0.47], last={"score_se": 0.0412}, settings=settings)
+    html = page(folder, tmp_path)
+    assert table(html, "Score, full precision: final") == ["0.470 ± 0.041"]
+    assert table(html, "Score, full precision: best") == ["0.470 ± 0.041 (step 10)"]
+    assert table(html, "Score, full precision: start") == ["0.400"]  # it was not logged there
+    words = headline(folder, tmp_path)
+    # 2 · √(2 · 0.25 / 2880) = 0.026
+    assert "90 held-out problems that are solved, the mean of 32 samples of each; differences below 0.03" in words
+    assert "went from 0.40 to 0.47" in words
+    few = run_folder(tmp_path / "b", [0.4, 0.47], settings={"eval": {"problems": 90}})
+    assert "did not change beyond noise" in verdict(few, tmp_path)
+
+
 def test_a_run_without_evaluations_speaks_of_its_reward(tmp_path):
     words = headline(run_folder(tmp_path / "a", None, steps=30), tmp_path)
     assert "was not evaluated; its training reward went from 0.50 to 0.50" in words

@@ -881,6 +881,27 @@ def maths(tmp_path_factory: pytest.TempPathFactory):
     return MathTask(tokenizer=byte_tokenizer(), path=path)
 
 
+def test_math_reads_rows_as_aime_and_hmmt_have_them(maths: MathTask, tmp_path: Path):
+    rows: list[Any] = [
+        {"id": 60, "problem": "AIME 2024", "solution": "…", "answer": "025", "url": "https://…", "year": "2024"},
+        {"problem_idx": 1, "problem": "AIME 2025", "answer": 70, "problem_type": ["Number Theory"]},
+        {"id": "0", "problem": "AIME 2025 II", "answer": "468^\\circ"},
+        {"problem_idx": 2, "problem": "HMMT 2025", "answer": r"\frac{9 \sqrt{23}}{23}", "problem_type": ["Algebra"]},
+        {"problem_idx": 3, "problem": "HMMT 2025, several", "answer": r"1, \frac{1}{2}, 3"},
+    ]
+    path, eval_path = write_rows(tmp_path / "train.jsonl", problems(4)), write_rows(tmp_path / "eval.jsonl", rows)
+    task = MathTask(tokenizer=maths.tokenizer, path=path, eval_path=eval_path)
+    asked = task.evaluation(5)
+    assert [problem.prompt for problem in asked] == [row["problem"] for row in rows]
+    right = (r"\boxed{25}", r"\boxed{070}", r"\boxed{468}", r"\boxed{\frac{9}{\sqrt{23}}}", r"\boxed{3, 1, 0.5}")
+    assert task.rewards(asked, right) == [1.0] * 5
+    assert task.reward(asked[0], r"so it is $\boxed{025}$") == 1.0
+    wrong = (r"\boxed{250}", r"\boxed{7}", r"\boxed{46}", r"\boxed{9}", r"\boxed{1, 3}")
+    assert task.rewards(asked, wrong) == [0.0] * 5
+    with pytest.raises(ValueError, match=r"evaluation\(90\): only 5 problems are held out"):
+        task.evaluation(90)
+
+
 RIGHT = [
     # (reference, response)
     ("1/2", r"so it is $\frac{1}{2}$"),

@@ -22,7 +22,7 @@ from minirl_edu.config import ConfigError, TrainConfig, load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
-from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling
+from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling, sample
 from minirl_edu.run.checkpoint import latest_checkpoint
 from minirl_edu.run.folder import LENGTHLESS
 from minirl_edu.seeding import derive_seed
@@ -513,6 +513,55 @@ def test_each_evaluation_leaves_the_first_answers_with_their_rewards(tmp_path, t
         assert [said["answer"] for said in line["samples"]] == [problem.answer for problem in problems[:3]]
         for said in line["samples"]:
             assert said["reward"] == pytest.approx(len(said["response"]) / 16)
+
+
+class Counted(HFEngine):
+    """Notes what it is asked for: prompts, responses to each, and the seed."""
+
+    asked: list[tuple[int, int, int]]
+
+    def generate(self, prompts, *, group_size, sampling, seed):
+        self.asked.append((len(prompts), group_size, seed))
+        return super().generate(prompts, group_size=group_size, sampling=sampling, seed=seed)
+
+
+@pytest.mark.parametrize("through_trainer", [True, False])
+def test_a_score_is_the_mean_over_all_samples_drawn_in_rounds(tmp_path, through_trainer):
+    model = tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16)
+    engine = Counted(model)
+    settings = (f"eval.through_trainer={through_trainer}", "eval.problems=5", "rollout.precision=fp32")
+    run = trainer(tmp_path / "run", *settings, "eval.samples=8", model=model, engine=engine)
+    seen = []
+    run.rewards = lambda problems, rollout: seen.append(even(problems, rollout)) or seen[-1]
+    engine.asked = []
+    scores = run.evaluate()
+
+    seeds = [derive_seed(0, "evaluation", i) for i in range(3)]  # a step of 16 responses: 3 to each of 5 problems
+    assert engine.asked == list(zip([5] * 3, (3, 3, 2), seeds, strict=True))
+    rewards = torch.cat([part.view(5, -1) for part in seen[-3:]], 1)
+    means = rewards.mean(1)
+    assert scores["score_rollout"] == pytest.approx(rewards.mean().item())
+    assert scores["score_rollout_se"] == pytest.approx(means.std().item() / 5**0.5)
+    assert scores["pass_at_k_rollout"] == pytest.approx((rewards.sum(1) > 0).float().mean().item())
+    if through_trainer:  # an fp32 engine is the trainer's own policy
+        assert [scores[name] for name in ("score", "score_se", "pass_at_k")] == [
+            scores[name] for name in ("score_rollout", "score_rollout_se", "pass_at_k_rollout")
+        ]
+    else:
+        assert scores["score"] is None and not scores.keys() & {"score_se", "pass_at_k"}
+    first = run.samples[1]
+    assert (first["prompt"], first["reward"]) == (run.task.evaluation(5)[1].prompt, seen[0].view(5, 3)[1, 0].item())
+
+
+def test_the_first_sample_is_that_of_an_evaluation_with_one(tmp_path):
+    """The default, 1, is drawn as ever: with one seed, once; a problem alone has no standard error."""
+    run = trainer(tmp_path / "run", "eval.problems=1")
+    scores = run.evaluate()
+    assert set(scores) == {"score", "score_se", "score_rollout", "score_rollout_se"}
+    assert scores["score_se"] is None and scores["score_rollout_se"] is None
+    problems, prompts = run.prompts.held_out()
+    drawn = sample(run.unwrapped, prompts, group_size=1, sampling=run.sampling, seed=derive_seed(0, "evaluation"))
+    assert scores["score"] == even(problems, drawn).mean().item()
 
 
 def start(out: Path, *arguments: str) -> Forked:

@@ -319,12 +319,14 @@ def engine_memory(s: Setting, trainer: list[Item]) -> tuple[list[Item], int]:
         kv_cache_bytes(s.model.config, s.prompt_tokens + length, s.kv_itemsize) / copies
         for length in (s.max_new_tokens, s.response_tokens)
     )
-    evaluated = s.config.eval.problems if s.config.eval.every and s.config.eval.through_trainer else 0
+    evaluated = s.evaluated if s.config.eval.every and s.config.eval.through_trainer else 0
     size, at_once = max(s.responses, evaluated) * longest, s.responses
     if engine != "hf":
         if evaluated and not s.sharded:  # by the trainer, all at once
             cache = evaluated * kv_cache_bytes(s.model.config, s.prompt_tokens + s.max_new_tokens, s.loaded)
-            items.append(Item("KV cache", "evaluation", slack * cache, f"{evaluated} problems, by the trainer's model"))
+            items.append(
+                Item("KV cache", "evaluation", slack * cache, f"{evaluated} responses, by the trainer's model")
+            )
         if engine == "vllm_server":
             taken = sum(i.bytes for i in [*trainer, *items] if i.place == place and i.phase in ("always", "rollout"))
             size = min(s.responses * longest, math.floor(s.memory - taken))

@@ -217,6 +217,11 @@ class Setting:
         return self.prompts * self.config.train.group_size
 
     @property
+    def evaluated(self) -> int:
+        """Responses that an evaluation samples at a time."""
+        return self.config.eval.problems * max(self.config.evaluation_rounds)
+
+    @property
     def evaluation_copy(self) -> bool:
         """Whether rank 0 keeps a whole model to evaluate with."""
         return self.sharded and bool(self.config.eval.every) and self.config.eval.through_trainer

@@ -41,7 +41,11 @@ def table(plan: Plan, suggested: Iterable[Remedy] = ()) -> str:
         )
     if plan.host:
         lines += ["", "memory of a machine", *_rows((name, size_text(size), "") for name, size in plan.host.items())]
-    lines += ["", "time of a global step, at least", *_rows((n, duration_text(t), "") for n, t in plan.seconds.items())]
+    lines += [
+        "",
+        "time of a global step and of an evaluation, at least",
+        *_rows((n, duration_text(t), "") for n, t in plan.seconds.items()),
+    ]
     lines += ["", "traffic of a global step, per GPU", *_rows((n, size_text(b), "") for n, b in plan.traffic.items())]
     lines += ["", *_rows((name, f"{size:,.0f}", "") for name, size in list(sizes.items())[4:])]
     lines += [""] * bool(plan.notes) + [f"note: {note}" for note in plan.notes]

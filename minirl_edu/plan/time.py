@@ -55,19 +55,12 @@ def attention_flops(config: PreTrainedConfig, length: Number) -> Number:
 
 
 def seconds_of(s: Setting, traffic: dict[str, Number], at_once: int) -> dict[str, Number]:
-    """Lower bounds for the parts of a global step, and for all of it."""
-    config, model, hardware, gpus = s.config, s.model, s.hardware, s.server_gpus
+    """Lower bounds for the parts of a global step, for all of it, and for an evaluation, which comes on top."""
+    config, model, hardware = s.config, s.model, s.hardware
     flops = {2: hardware.bf16, 4: hardware.fp32}
     prompt, response = s.prompt_tokens, s.response_tokens
     per_token = 2 * model.multiplied
-    reading = s.prompts * prompt * (per_token + attention_flops(model.config, prompt / 2))
-    # Each decoding step reads the experts that some token of the batch needs, all other weights, and the KV cache.
-    context = prompt + response / 2
-    missed = (1 - model.top_k / max(model.num_experts, 1)) ** at_once
-    weights = model.total - (model.embedding if model.head else 0) - model.experts * missed
-    read = weights * s.engine + at_once * kv_cache_bytes(model.config, context, s.kv_itemsize)
-    products = at_once * (per_token + attention_flops(model.config, context))
-    step = max(read / hardware.bandwidth, products / flops[s.engine]) / gpus
+    reading, tokens = sampling_seconds(s, s.prompts, s.responses, at_once)
     # Per token 2 FLOPs a parameter forward, 4 backward, 2 for the forward again under checkpointing.
     seen = s.batch.columns if s.batch.kind == "shared" else (prompt + response) / 2
     forward = token_slots(s) * (per_token + attention_flops(model.config, seen)) / flops[s.compute]
@@ -81,8 +74,8 @@ def seconds_of(s: Setting, traffic: dict[str, Number], at_once: int) -> dict[str
     kinds = {name.split()[0]: size for name, size in traffic.items()}
     collectives = sum(kinds.get(kind, 0.0) for kind in ("all-gather", "reduce-scatter", "all-reduce"))
     found = {
-        "rollout: prompts": reading / (flops[s.engine] * gpus),
-        "rollout: tokens": math.ceil(s.responses / at_once) * response * step,
+        "rollout: prompts": reading,
+        "rollout: tokens": tokens,
         "π_old": old_passes(s) * forward,
         "update": forward * (4 if config.model.gradient_checkpointing else 3),
         "optimizer": config.train.mini_batches * 7 * state / hardware.bandwidth,
@@ -90,4 +83,47 @@ def seconds_of(s: Setting, traffic: dict[str, Number], at_once: int) -> dict[str
         "sync": model.total * s.engine / to_engine + traffic.get("weights made whole for that", 0.0) / ring,
     }
     hidden = min(found["communication"], found["π_old"] + found["update"])  # at best behind the computation
-    return {**found, "global step": sum(found.values()) - hidden}
+    return {**found, "global step": sum(found.values()) - hidden, **evaluation_seconds(s, at_once)}
+
+
+def sampling_seconds(
+    s: Setting, prompts: int, responses: int, at_once: int, *, by_trainer: bool = False
+) -> tuple[Number, Number]:
+    """Reading the prompts and writing the responses, `at_once` of them at a time, by the rollout engine or by one GPU's
+    whole copy of the trainer's model."""
+    model, hardware = s.model, s.hardware
+    prompt, response = s.prompt_tokens, s.response_tokens
+    gpus, itemsize, kv_itemsize = (1, s.loaded, s.loaded) if by_trainer else (s.server_gpus, s.engine, s.kv_itemsize)
+    flops = {2: hardware.bf16, 4: hardware.fp32}[itemsize] * gpus
+    per_token = 2 * model.multiplied
+    reading = prompts * prompt * (per_token + attention_flops(model.config, prompt / 2))
+    # Each decoding step reads the experts that some token of the batch needs, all other weights, and the KV cache.
+    context = prompt + response / 2
+    missed = (1 - model.top_k / max(model.num_experts, 1)) ** at_once
+    weights = model.total - (model.embedding if model.head else 0) - model.experts * missed
+    read = weights * itemsize + at_once * kv_cache_bytes(model.config, context, kv_itemsize)
+    products = at_once * (per_token + attention_flops(model.config, context))
+    step = max(read / (hardware.bandwidth * gpus), products / flops)
+    return reading / flops, math.ceil(responses / at_once) * response * step
+
+
+def evaluation_seconds(s: Setting, at_once: int) -> dict[str, Number]:
+    """An evaluation through the rollout engine and, with `eval.through_trainer`, by the trainer's model; nothing
+    without evaluations. `at_once`: responses of a rollout that the engine samples at a time."""
+    config, found = s.config, dict[str, Number]()
+    if not config.eval.every:
+        return found
+
+    def through(*, by_trainer: bool) -> Number:
+        waits = not by_trainer and at_once < s.responses
+        seconds: Number = 0
+        for size in config.evaluation_rounds:
+            responses = config.eval.problems * size
+            most = min(at_once, responses) if waits else responses
+            seconds += sum(sampling_seconds(s, config.eval.problems, responses, most, by_trainer=by_trainer))
+        return seconds
+
+    found["evaluation, rollout engine"] = through(by_trainer=False)
+    if config.eval.through_trainer:
+        found["evaluation, trainer"] = through(by_trainer=True)
+    return found

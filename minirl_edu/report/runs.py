@@ -61,6 +61,11 @@ class Run:
         mini_batches = max(1, round(self.last / max(1.0, float(self.metrics["global_step"][-1]))))
         return mini_batches * math.ceil(WINDOW / mini_batches)
 
+    @property
+    def rewards(self) -> int:
+        """Rewards behind a score: so many samples of each problem."""
+        return self.problems * int(self.config.get("eval.samples", 1))
+
     def at(self, key: str) -> dict[int, float]:
         """Gradient step -> value, where there is one."""
         values = self.metrics.get(key, np.empty(0))
@@ -70,7 +75,7 @@ class Run:
 
     def differ(self, p: float, q: float, times: float = 1.0) -> bool:
         """Whether two scores are further apart than so many times `noise`."""
-        return abs(p - q) > times * noise(p, q, self.problems)
+        return abs(p - q) > times * noise(p, q, self.rewards)
 
     @cached_property
     def course(self) -> tuple[int, int] | None:
@@ -119,11 +124,12 @@ Labelled = Mapping[str, Sequence[Run]]
 """A report's runs by label; those of one label differ in their seeds."""
 
 
-def noise(p: float, q: float, problems: int) -> float:
-    """Two standard errors of the difference of two scores, each the mean of `problems` rewards in [0, 1]."""
+def noise(p: float, q: float, rewards: int) -> float:
+    """Two standard errors of the difference of two scores on the same problems, each the mean of so many rewards in
+    [0, 1]: at most what sampling again would do."""
     # One success and one failure are added, so that a score of exactly 1 isn't taken for a certainty.
-    spread = sum(s * (1 - s) for s in ((min(1.0, max(0.0, s)) * problems + 1) / (problems + 2) for s in (p, q)))
-    return 2 * math.sqrt(spread / problems)
+    spread = sum(s * (1 - s) for s in ((min(1.0, max(0.0, s)) * rewards + 1) / (rewards + 2) for s in (p, q)))
+    return 2 * math.sqrt(spread / rewards)
 
 
 def read_run(folder: Path) -> Run:

@@ -12,7 +12,7 @@ from typing import Any
 from minirl_edu.config import Config
 from minirl_edu.report.runs import Labelled, Run, during, each, flatten, moments, most_fallen
 from minirl_edu.report.texts import WARNINGS
-from minirl_edu.report.words import shared_step, span
+from minirl_edu.report.words import number, shared_step, span
 
 
 def _shortened(text: str, room: int = 400) -> str:
@@ -106,9 +106,15 @@ def summary(runs: Labelled) -> list[tuple[str, list[str]]]:
             return ["–"] * 3
         best = [max(score, key=lambda step: (score[step], -step)) for score in found]
         where = f" (step {best[0]})" if len(best) == 1 else ""
-        peaks = [score[step] for score, step in zip(found, best, strict=True)]
-        ends = [[score[end(score)] for score in found] for end in (min, max)]
-        return [span(ends[0], ".3f"), span(peaks, ".3f") + where, span(ends[1], ".3f")]
+        steps = [[min(score) for score in found], best, [max(score) for score in found]]
+        means = [span([score[at] for score, at in zip(found, when, strict=True)], ".3f") for when in steps]
+        if len(own) == 1:
+            errors = own[0].at(f"{key}_se")
+            means = [
+                f"{mean} ± {number(errors[at], '.3f')}" if at in errors else mean
+                for mean, (at,) in zip(means, steps, strict=True)
+            ]
+        return [means[0], means[1] + where, means[2]]
 
     def seconds(run: Run) -> float:
         return sum(run.at("seconds").values())

@@ -9,7 +9,7 @@ quarter of the scale, or to half of its best.</p>"""
 MARKED = """<p class=soft>A vertical line marks the step at which a fall was noticed, in the colour of its run. The fall
 itself began earlier; the tables below have both moments.</p>"""
 BEST = """<p class=soft>Start, best and final are over a run’s own length; the best of many noisy evaluations flatters
-a little.</p>"""
+a little. ± is the standard error over the held-out problems, of a single run.</p>"""
 MEANS = f"""<p class=soft>Means over {WINDOW} gradient steps, rounded up to whole global steps; of the score, the latest
 value. A run that did not fall is shown in the same steps.</p>"""
 FACTORS = """<p>The engine that samples a token and the trainer that learns from it give it different probabilities.

@@ -96,10 +96,12 @@ def remarks(runs: Labelled) -> list[str]:
     everyone, found = each(runs), []
     warned = [name for name, run in everyone.items() if run.warnings]
     if any(run.at("score") for run in everyone.values()):
-        problems = min(run.problems for run in everyone.values())
+        fewest = min(everyone.values(), key=lambda run: run.rewards)
+        samples = fewest.rewards // fewest.problems
+        mean = "" if samples == 1 else f", the mean of {samples} samples of each"
         found.append(
-            f"The score is the share of {problems} held-out problems that are solved; "
-            f"differences below {noise(0.5, 0.5, problems):.2f} can be noise."
+            f"The score is the share of {fewest.problems} held-out problems that are solved{mean}; "
+            f"differences below {noise(0.5, 0.5, fewest.rewards):.2f} can be noise."
         )
     for name, run in everyone.items():
         if ended := _ended(run):

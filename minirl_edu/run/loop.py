@@ -68,7 +68,7 @@ class TrainingRun(ABC):
         self.engine: Any = engine
         self._made_engine, self._closed = engine is None, False
         self.step = self.grad_step = 0
-        self.detector = CollapseDetector(problems=config.eval.problems)
+        self.detector = CollapseDetector(problems=config.eval.problems, samples=config.eval.samples)
         self.samples: list[dict[str, Any]] = []  # of the latest evaluation, for samples.jsonl
         self._unwritten: list[dict[str, Any]] = []  # lines of a global step that is evaluated
         self._score: float | None = None  # the latest, for the progress bar

@@ -33,7 +33,7 @@ SETTINGS = (
     # Adam's step g/(√v + ε) is ±1 for any g ≫ ε: a difference of 1e-8 between two sums becomes a whole step where a
     # gradient happens to be 0. With this ε weights depend on gradients smoothly, and can be compared.
     *("train.adam_eps=1e-2", "train.lr=1e-3", "train.tokens_per_micro_batch=64"),
-    *("eval.every=2", "eval.problems=8", "output.save_every=1", "ranks.wait=120", "ranks.silent=20"),
+    *("eval.every=2", "eval.problems=8", "eval.samples=6", "output.save_every=1", "ranks.wait=120", "ranks.silent=20"),
 )
 TIED = MOE.replace("overrides: {", "overrides: {tie_word_embeddings: true, ")
 

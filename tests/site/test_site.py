@@ -69,7 +69,13 @@ def test_labels_of_equations_are_unique_over_the_whole_site():
 
 def test_every_metric_that_a_run_writes_has_a_section_and_every_section_a_metric(tmp_path, monkeypatch):
     monkeypatch.setattr(CollapseDetector, "update", lambda self, metrics: ["a warning"])
-    small = ("train.global_steps=1", "train.mini_batch_prompts=2", "train.group_size=2", "eval.problems=4")
+    small = (
+        "train.global_steps=1",
+        "train.mini_batch_prompts=2",
+        "train.group_size=2",
+        "eval.problems=4",
+        "eval.samples=2",
+    )
     model = tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16)
     MiniRLTrainer(load_config(None, small), tmp_path / "run", model=model, progress=False).train()
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())

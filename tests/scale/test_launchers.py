@@ -333,20 +333,35 @@ STUBS = {
     "sleep": "exec /bin/sleep 0.1",
     "accelerate": """record accelerate
         [[ -n ${HANGS:-} ]] || exit "${STATUS:-0}"
-        trap 'record stopped; exit 0' TERM
+        trap 'record stopped; exit 1' TERM  # as torch's launcher: it ends with a SignalException
         echo >>"$HANGS"
         while :; do sleep 0.1; done""",
     "scontrol": 'record scontrol; if [[ $1 == show ]]; then printf "node%s\\n" 1 2 3; fi',
+    # SIGTERM is SIGKILL for its tasks, as in _srun_signal_mgr of Slurm's src/srun/libsrun/srun_job.c.
     "srun": """record srun
-        while [[ $1 == -* ]]; do [[ $1 != --ntasks=* ]] || tasks=${1#*=}; shift; done
-        trap 'kill -TERM $(jobs -p)' TERM
-        status=0 pids=()
+        while [[ $1 == -* ]]; do
+            case $1 in --ntasks=*) tasks=${1#*=} ;; --job-name=*) name=${1#*=} ;; esac
+            shift
+        done
+        step=0 status=0 pids=()
+        until mkdir "$STEPS/$step" 2>/dev/null; do ((step += 1)); done
+        trap 'kill -KILL "${pids[@]}"' TERM
         for ((i = 0; i < tasks; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done
+        echo "${name:-bash}" >"$STEPS/$step/name"
+        echo "${pids[@]}" >"$STEPS/$step/pids"
         for pid in "${pids[@]}"; do
             wait $pid || status=$?
             while kill -0 $pid 2>/dev/null; do wait $pid; done
         done
+        rm "$STEPS/$step/pids"
         exit $status""",
+    "squeue": """record squeue
+        [[ "$*" == "--noheader --steps --jobs=7 --format=%i %j" ]] || exit 2
+        for step in "$STEPS"/*; do [[ ! -f $step/pids ]] || echo "7.${step##*/} $(<"$step/name")"; done""",
+    # The tasks themselves get the signal, and not what they have started: proctrack_p_signal of proctrack/cgroup.
+    "scancel": """record scancel
+        [[ $1 == --signal=TERM && $2 == 7.* ]] || exit 2
+        kill -TERM $(<"$STEPS/${2#7.}/pids")""",
 }
 RECORD = """#!/bin/bash
 words=("$@")
@@ -363,6 +378,7 @@ class Job:
         self.calls_file, self.log = folder / "calls", folder / "log"
         stubs = folder / "stubs"
         stubs.mkdir()
+        (folder / "steps").mkdir()
         for name, body in STUBS.items():
             (stubs / name).write_text(RECORD + body + "\n")
             (stubs / name).chmod(0o755)
@@ -371,6 +387,7 @@ class Job:
             "PATH": f"{stubs}:{environment['PATH']}",
             "PYTHON": sys.executable,
             "CALLS": str(self.calls_file),
+            "STEPS": str(folder / "steps"),
         }
         environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-3]", "SLURM_SUBMIT_DIR": str(ROOT)}
         environment |= {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4", "OUT": str(folder / "run")}
@@ -489,6 +506,8 @@ def test_a_job_whose_time_is_up_stops_the_trainer_and_queues_again(job, tmp_path
     assert ran.finish() == 0, ran.log.read_text()
     assert len(ran.calls("stopped")) == len(ran.calls("accelerate")) == launchers
     assert [call["words"] for call in ran.calls("scontrol") if call["words"][0] != "show"] == [["requeue", "7"]]
+    if script == "several_nodes.sbatch":  # the server, step 0, goes on meanwhile
+        assert [call["words"] for call in ran.calls("scancel")] == [["--signal=TERM", "7.1"]]
 
 
 @pytest.mark.parametrize("script", [script.name for script in SCRIPTS])

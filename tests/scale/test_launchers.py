@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,15 +101,33 @@ def test_a_recipe_with_a_server_says_how_to_start_it(recipe):
 @pytest.mark.slow  # vLLM takes seconds to import
 def test_vllm_knows_the_options_of_the_servers():
     pytest.importorskip("vllm")
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    on_gpu, on_cpu = FlexibleArgumentParser(), make_arg_parser(FlexibleArgumentParser())
+    ServeSubcommand().subparser_init(on_gpu.add_subparsers())
     lines = [line for recipe in RECIPES for line in commands(recipe, "scale/serve.py")]
     assert lines
     for line in lines:
-        command = serve.command("model", *serve.parse(line), cpu=False)
-        parser.parse_args(command[command.index("--model") :])
+        ours, rest = serve.parse([*line, "--api-server-count", "4"])
+        command = serve.command("a/model", ours, rest, cpu=False)
+        parsed = on_gpu.parse_args(command[command.index("serve") :])
+        assert (parsed.model_tag, parsed.api_server_count) == ("a/model", 4)
+        with pytest.raises(ValueError, match="--api-server-count: needs `vllm serve`"):
+            serve.command("a/model", ours, rest, cpu=True)
+        command = serve.command("a/model", *serve.parse(line), cpu=True)
+        assert on_cpu.parse_args(command[command.index("--model") :]).model == "a/model"
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_server_is_started_by_a_module_that_vllm_does_not_call_deprecated(cpu):
+    if (vllm := find_spec("vllm")) is None or vllm.origin is None:  # found without an import, which takes seconds
+        pytest.skip("vLLM is not installed")
+    program = serve.command("m", *serve.parse(["--model", "m"]), cpu=cpu)
+    path = Path(vllm.origin).parents[1] / f"{program[program.index('-m') + 1].replace('.', '/')}.py"
+    source = path.read_text()
+    assert 'if __name__ == "__main__":' in source and "deprecated" not in source
 
 
 def test_the_large_recipe_has_the_papers_setting():

@@ -266,6 +266,10 @@ class RanksConfig(_Section):
     """Seconds that one rank waits for another before it gives up. The others wait for the first during a rollout."""
     silent: _Positive = 60.0
     """Seconds without a sign of life after which a rank counts as dead: the others name it and stop."""
+    stalled: _Positive = 3600.0
+    """Seconds in which no rank gets on to something new (an answer of the server, verifying, a micro-batch, a gradient
+    step, weights, a checkpoint) after which all stop and say where they were. Half an hour is about what 32,768 tokens
+    take at 18 a second; the default is twice that."""
 
 
 @dataclass(frozen=True)

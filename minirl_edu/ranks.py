@@ -123,15 +123,20 @@ def share_experts(model: PreTrainedModel, size: int, *, bf16: bool) -> PreTraine
 class Ranks:
     """This process among `size`; `is_main` is True on rank 0, which samples, verifies, writes and reports."""
 
-    def __init__(self, accelerator: Accelerator, *, silent: float = 60.0) -> None:
+    def __init__(self, accelerator: Accelerator, *, silent: float = 60.0, stalled: float = 3600.0) -> None:
         self.rank, self.size = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
-        self.watch = Watch(self.rank, self.size, silent) if self.size > 1 else None
+        self.watch = Watch(self.rank, self.size, silent, stalled) if self.size > 1 else None
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    def reached(self, where: str) -> None:
+        """This rank has got on to `where`, such as "global step 3, verifying"; from any thread."""
+        if self.watch is not None:
+            self.watch.reached(where)
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is True on some rank."""
@@ -400,21 +405,26 @@ class Watch:
     """A thread on each rank that gives a sign of life through the store at which the ranks met, and looks for others'.
 
     A rank is lost that said why it failed, whose process is gone from this machine, or that was silent for `silent`
-    seconds. If this rank's main thread does not react, as in a collective that waits for the lost one, the watch prints
-    the cause and ends the process.
+    seconds. A sign of life says that the process lives, not that its main thread does. So the run is given up as well
+    if no rank has `reached` anything new for `stalled` seconds. One rank alone may wait longer: the others do while the
+    first samples. If this rank's main thread does not react, as in a collective that waits for the lost one, the watch
+    prints the cause and ends the process.
     """
 
     GRACE = 5.0
     """Seconds that the main thread has to react."""
     _made = 0  # on every rank alike: each has a part of the store to itself
 
-    def __init__(self, rank: int, size: int, silent: float) -> None:
-        self.rank, self.size, self.silent = rank, size, silent
+    def __init__(self, rank: int, size: int, silent: float, stalled: float) -> None:
+        self.rank, self.size, self.silent, self.stalled = rank, size, silent, stalled
         self._store = dist.distributed_c10d.PrefixStore(
             f"minirl-watch-{Watch._made}", dist.distributed_c10d._get_default_store()
         )
         Watch._made += 1
-        self._period = min(1.0, silent / 4)
+        self._period = min(1.0, silent / 4, stalled / 4)
+        self._marks, self._where = 0, "starting"
+        self._places: dict[int, str] = {}
+        self._moved = time.monotonic()  # when some rank last got on
         self._own = _Identity.own()
         self._verdict = ""
         self._found, self._stopped = threading.Event(), threading.Event()
@@ -430,6 +440,10 @@ class Watch:
         self._found.wait(self.silent + 2 * self._period if wait is None else wait)
         verdict, self._verdict = self._verdict, ""  # the main thread reacts: the watch need not
         return verdict
+
+    def reached(self, where: str) -> None:
+        """The main thread has got on to `where`."""
+        self._where, self._marks = where, self._marks + 1
 
     def report(self, error: BaseException) -> None:
         """Tell the others that this rank gives up, and why."""
@@ -448,7 +462,8 @@ class Watch:
             beat += 1
             try:
                 self._store.set(f"beat/{self.rank}", str(beat))
-                lost = self._look()
+                self._store.set(f"place/{self.rank}", f"{self._marks}|{self._where}")
+                lost = self._look() or self._stall()
             except Exception as error:
                 lost = f"the process that the ranks met at is gone ({type(error).__name__})"
             if lost and not self._stopped.is_set():
@@ -479,3 +494,13 @@ class Watch:
             if now - self._seen[rank][1] > self.silent:
                 return f"{name} has given no sign of life for {self.silent:g} s"
         return ""
+
+    def _stall(self) -> str:
+        known = [rank for rank in range(self.size) if self._store.check([f"place/{rank}"])]
+        places = {rank: self._store.get(f"place/{rank}").decode() for rank in known}
+        if places != self._places:
+            self._places, self._moved = places, time.monotonic()
+        if time.monotonic() - self._moved <= self.stalled:
+            return ""
+        where = "; ".join(f"rank {rank}: {place.partition('|')[2]}" for rank, place in places.items())
+        return f"no rank has got on for {self.stalled:g} s ({where}); ranks.stalled allows more"

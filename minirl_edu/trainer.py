@@ -64,6 +64,7 @@ class MiniRLTrainer(TrainingRun):
         """One global step; returns the metrics of its gradient steps (on rank 0, elsewhere none)."""
         self.need_engine()
         started = time.perf_counter()
+        self.reached("sampling" if self.ranks.is_main else "waiting for the rollout")
         sampled, counts = self._sample() if self.ranks.is_main else (None, {})
         mini_batches = self.batcher.cut(sampled, self.compute_advantages)  # type: ignore[arg-type]
         for mini_batch in mini_batches[1:]:
@@ -141,6 +142,7 @@ class MiniRLTrainer(TrainingRun):
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
+        self.reached("verifying")
         texts = self.task.tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
         asked = [problems[row // rollout.group_size] for row in range(len(texts))]
         return torch.tensor(verified_rewards(self.task, asked, texts))
@@ -150,6 +152,7 @@ class MiniRLTrainer(TrainingRun):
     @torch.no_grad()
     def _old_logprobs(self, batch: MicroBatch) -> None:
         """log π_old in a forward of its own, in the update's layout, under the engine's experts (R3) or the model's."""
+        self.reached("log-probabilities of the old policy")
         with self._experts(batch) as tape:
             batch.logp_old = response_logprobs(self.model, batch.layout, temperature=self.sampling.temperature).logp
         if tape is not None:
@@ -170,6 +173,7 @@ class MiniRLTrainer(TrainingRun):
         finite, outputs = True, []
         last = max((i for i, batch in enumerate(mini_batch.parts) if batch.has_gradient), default=-1)
         for i, batch in enumerate(mini_batch.parts):
+            self.reached(f"updating, micro-batch {i + 1} of {len(mini_batch.parts)}")
             with (
                 self._experts(batch) as tape,
                 torch.set_grad_enabled(batch.has_gradient),
@@ -236,6 +240,7 @@ class MiniRLTrainer(TrainingRun):
 
     def _optimizer_step(self) -> tuple[float, float]:
         """Clip the gradient's norm and step; returns that norm and the learning rate of the step."""
+        self.reached("stepping")
         reshard(self.model)
         for parameter in self.model.parameters():  # AdamW moves on by its momentum even where there is no gradient
             if parameter.requires_grad and parameter.grad is None:
@@ -255,6 +260,7 @@ class MiniRLTrainer(TrainingRun):
 
     def _sync(self) -> None:
         """The engine's θ_old becomes θ. Sharded weights are made whole one at a time, which takes all ranks."""
+        self.reached("giving the engine the weights")
         if self.config.rollout.options.get("sleep") and torch.cuda.is_available():
             torch.cuda.empty_cache()  # the server wakes up on these GPUs, and needs what is only cached here
             self.ranks.barrier()
@@ -273,6 +279,7 @@ class MiniRLTrainer(TrainingRun):
         `score_rollout`: through the rollout engine. Each with its standard error (`_se`, see `score_error`), and of
         several samples the mean of each problem's best as `pass_at_k`. Rank 0 evaluates; all ranks have to call this.
         """
+        self.reached("evaluating")
         model, through_trainer = self.unwrapped, self.config.eval.through_trainer
         if through_trainer and is_sharded(model):
             if self.unsharded is None:

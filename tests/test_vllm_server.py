@@ -316,9 +316,11 @@ def test_a_half_written_file_is_never_seen(fake, connect, model, tmp_path, monke
 
 
 def test_the_rollout_is_what_the_server_sampled(fake, connect):
-    engine = connect()
+    engine, answered = connect(), threading.Semaphore(0)
+    engine.on_answer = answered.release
     engine.sync(tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16), version=3)
     rollout = generate(engine)
+    assert all(answered.acquire(timeout=10) for _ in PROMPTS) and not answered.acquire(blocking=False)
     assert (rollout.weight_version, rollout.prompts, rollout.group_size) == (3, PROMPTS, 3)
     bodies = {tuple(b["token_ids"]): b for path, b in fake.served if is_sampling(path, b)}
     for row, response in enumerate(rollout.responses):

@@ -129,6 +129,7 @@ class VLLMServerEngine:
         self.url, self.timeout, self.start_timeout, self.concurrency = url, timeout, start_timeout, concurrency
         self.keep_faulty, self.sleep = keep_faulty, sleep
         self.dtype, self.transfer, self.nccl_address = dtype, transfer, nccl_address
+        self.on_answer: Callable[[], object] = lambda: None  # called after each, in a thread of its own
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
         self._host, self._secure = parts.netloc, parts.scheme == "https"
         self._replay = RoutingReplay(model) if record_routes else None  # finds and counts the routers; refuses dense
@@ -214,6 +215,9 @@ class VLLMServerEngine:
             for i, body in bodies.items():
                 body = body | {"request_id": uuid.uuid4().hex}  # a new one: the server may still know the last
                 futures[i] = pool.submit(self._request, "POST", "/inference/v1/generate", body, sockets=sockets)
+                futures[i].add_done_callback(
+                    lambda future: future.cancelled() or future.exception() or self.on_answer()
+                )
             for i, future in futures.items():
                 try:
                     samples = self._samples(future.result(), i, bodies[i]["sampling_params"]["n"])

@@ -21,7 +21,7 @@ from minirl_edu.models import (
     recompute_activations,
 )
 from minirl_edu.ranks import RankedBatcher, Ranks, make_accelerator, share_experts
-from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling, make_engine
+from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling, VLLMServerEngine, make_engine
 from minirl_edu.rollout.hf import check_sampling, evaluating
 from minirl_edu.routing import RoutingReplay, UnsupportedRouter
 from minirl_edu.streaming import local_part
@@ -123,6 +123,8 @@ def build_engine(
     if not ranks.is_main:
         return None
     built = given if given is not None else make_engine(model, config.rollout, seed=config.seed, routes=routes)
+    if isinstance(built, VLLMServerEngine):
+        built.on_answer = lambda: ranks.reached("sampling")
     if config.eval.every and config.eval.through_trainer and not isinstance(built, HFEngine):
         try:  # an HFEngine did it itself
             check_sampling(model)

@@ -62,7 +62,7 @@ class TrainingRun(ABC):
     ) -> None:
         self.config, self.out, self.on_step = config, Path(out), on_step
         self.accelerator = build.build_accelerator(config, self.out)
-        self.ranks = Ranks(self.accelerator, silent=config.ranks.silent)
+        self.ranks = Ranks(self.accelerator, silent=config.ranks.silent, stalled=config.ranks.stalled)
         self.folder = RunFolder(self.out, config, self.accelerator)
         self.progress = progress and self.ranks.is_main
         self.engine: Any = engine
@@ -177,6 +177,10 @@ class TrainingRun(ABC):
                 bar.write(f"stopped after global step {self.step}; go on with: minirl train --resume --out {self.out}")
         self.folder.finish()
 
+    def reached(self, phase: str) -> None:
+        """Tell the other ranks how far this one is: a run in which none gets on is stopped (`ranks.stalled`)."""
+        self.ranks.reached(f"{self.step} global and {self.grad_step} gradient steps done, {phase}")
+
     def warned(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines with the detector's warnings. Where the training engine is not scored, the rollout engine is."""
         for line in lines:
@@ -233,6 +237,7 @@ class TrainingRun(ABC):
 
     def save(self) -> Path:
         """Write a checkpoint of everything that the remaining steps depend on, from whatever number of ranks."""
+        self.reached("saving")
         return save_training(
             self.folder.checkpoints,
             step=self.step,

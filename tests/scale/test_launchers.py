@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,15 +101,33 @@ def test_a_recipe_with_a_server_says_how_to_start_it(recipe):
 @pytest.mark.slow  # vLLM takes seconds to import
 def test_vllm_knows_the_options_of_the_servers():
     pytest.importorskip("vllm")
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = make_arg_parser(FlexibleArgumentParser())
+    on_gpu, on_cpu = FlexibleArgumentParser(), make_arg_parser(FlexibleArgumentParser())
+    ServeSubcommand().subparser_init(on_gpu.add_subparsers())
     lines = [line for recipe in RECIPES for line in commands(recipe, "scale/serve.py")]
     assert lines
     for line in lines:
-        command = serve.command("model", *serve.parse(line), cpu=False)
-        parser.parse_args(command[command.index("--model") :])
+        ours, rest = serve.parse([*line, "--api-server-count", "4"])
+        command = serve.command("a/model", ours, rest, cpu=False)
+        parsed = on_gpu.parse_args(command[command.index("serve") :])
+        assert (parsed.model_tag, parsed.api_server_count) == ("a/model", 4)
+        with pytest.raises(ValueError, match="--api-server-count: needs `vllm serve`"):
+            serve.command("a/model", ours, rest, cpu=True)
+        command = serve.command("a/model", *serve.parse(line), cpu=True)
+        assert on_cpu.parse_args(command[command.index("--model") :]).model == "a/model"
+
+
+@pytest.mark.parametrize("cpu", [True, False])
+def test_the_server_is_started_by_a_module_that_vllm_does_not_call_deprecated(cpu):
+    if (vllm := find_spec("vllm")) is None or vllm.origin is None:  # found without an import, which takes seconds
+        pytest.skip("vLLM is not installed")
+    program = serve.command("m", *serve.parse(["--model", "m"]), cpu=cpu)
+    path = Path(vllm.origin).parents[1] / f"{program[program.index('-m') + 1].replace('.', '/')}.py"
+    source = path.read_text()
+    assert 'if __name__ == "__main__":' in source and "deprecated" not in source
 
 
 def test_the_large_recipe_has_the_papers_setting():
@@ -333,20 +352,35 @@ STUBS = {
     "sleep": "exec /bin/sleep 0.1",
     "accelerate": """record accelerate
         [[ -n ${HANGS:-} ]] || exit "${STATUS:-0}"
-        trap 'record stopped; exit 0' TERM
+        trap 'record stopped; exit 1' TERM  # as torch's launcher: it ends with a SignalException
         echo >>"$HANGS"
         while :; do sleep 0.1; done""",
     "scontrol": 'record scontrol; if [[ $1 == show ]]; then printf "node%s\\n" 1 2 3; fi',
+    # SIGTERM is SIGKILL for its tasks, as in _srun_signal_mgr of Slurm's src/srun/libsrun/srun_job.c.
     "srun": """record srun
-        while [[ $1 == -* ]]; do [[ $1 != --ntasks=* ]] || tasks=${1#*=}; shift; done
-        trap 'kill -TERM $(jobs -p)' TERM
-        status=0 pids=()
+        while [[ $1 == -* ]]; do
+            case $1 in --ntasks=*) tasks=${1#*=} ;; --job-name=*) name=${1#*=} ;; esac
+            shift
+        done
+        step=0 status=0 pids=()
+        until mkdir "$STEPS/$step" 2>/dev/null; do ((step += 1)); done
+        trap 'kill -KILL "${pids[@]}"' TERM
         for ((i = 0; i < tasks; i++)); do SLURM_NODEID=$i "$@" & pids+=($!); done
+        echo "${name:-bash}" >"$STEPS/$step/name"
+        echo "${pids[@]}" >"$STEPS/$step/pids"
         for pid in "${pids[@]}"; do
             wait $pid || status=$?
             while kill -0 $pid 2>/dev/null; do wait $pid; done
         done
+        rm "$STEPS/$step/pids"
         exit $status""",
+    "squeue": """record squeue
+        [[ "$*" == "--noheader --steps --jobs=7 --format=%i %j" ]] || exit 2
+        for step in "$STEPS"/*; do [[ ! -f $step/pids ]] || echo "7.${step##*/} $(<"$step/name")"; done""",
+    # The tasks themselves get the signal, and not what they have started: proctrack_p_signal of proctrack/cgroup.
+    "scancel": """record scancel
+        [[ $1 == --signal=TERM && $2 == 7.* ]] || exit 2
+        kill -TERM $(<"$STEPS/${2#7.}/pids")""",
 }
 RECORD = """#!/bin/bash
 words=("$@")
@@ -363,6 +397,7 @@ class Job:
         self.calls_file, self.log = folder / "calls", folder / "log"
         stubs = folder / "stubs"
         stubs.mkdir()
+        (folder / "steps").mkdir()
         for name, body in STUBS.items():
             (stubs / name).write_text(RECORD + body + "\n")
             (stubs / name).chmod(0o755)
@@ -371,6 +406,7 @@ class Job:
             "PATH": f"{stubs}:{environment['PATH']}",
             "PYTHON": sys.executable,
             "CALLS": str(self.calls_file),
+            "STEPS": str(folder / "steps"),
         }
         environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-3]", "SLURM_SUBMIT_DIR": str(ROOT)}
         environment |= {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_GPUS_ON_NODE": "4", "OUT": str(folder / "run")}
@@ -489,6 +525,8 @@ def test_a_job_whose_time_is_up_stops_the_trainer_and_queues_again(job, tmp_path
     assert ran.finish() == 0, ran.log.read_text()
     assert len(ran.calls("stopped")) == len(ran.calls("accelerate")) == launchers
     assert [call["words"] for call in ran.calls("scontrol") if call["words"][0] != "show"] == [["requeue", "7"]]
+    if script == "several_nodes.sbatch":  # the server, step 0, goes on meanwhile
+        assert [call["words"] for call in ran.calls("scancel")] == [["--signal=TERM", "7.1"]]
 
 
 @pytest.mark.parametrize("script", [script.name for script in SCRIPTS])

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
@@ -112,12 +113,13 @@ def test_vllm_knows_the_options_of_the_servers():
     for line in lines:
         ours, rest = serve.parse([*line, "--api-server-count", "4"])
         command = serve.command("a/model", ours, rest, cpu=False)
-        parsed = on_gpu.parse_args(command[command.index("serve") :])
+        parsed: Any = on_gpu.parse_args(command[command.index("serve") :])
         assert (parsed.model_tag, parsed.api_server_count) == ("a/model", 4)
         with pytest.raises(ValueError, match="--api-server-count: needs `vllm serve`"):
             serve.command("a/model", ours, rest, cpu=True)
         command = serve.command("a/model", *serve.parse(line), cpu=True)
-        assert on_cpu.parse_args(command[command.index("--model") :]).model == "a/model"
+        parsed = on_cpu.parse_args(command[command.index("--model") :])
+        assert parsed.model == "a/model"
 
 
 @pytest.mark.parametrize("cpu", [True, False])

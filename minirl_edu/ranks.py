@@ -75,6 +75,9 @@ def make_accelerator(*, wait: float, **options: Any) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         **options,
     )
+    # The flag is one for the process. Another trainer that ended while it accumulated leaves it off, and optimizers
+    # then skip their steps without a word.
+    accelerator.gradient_state.sync_gradients = True
     if sharded and not accelerator.is_fsdp2:
         raise ValueError(
             f"FSDP2 was asked for, but accelerate runs {accelerator.num_processes} processes as "

@@ -68,7 +68,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
     },
     "eval": {"every": 0, "problems": 8, "samples": 4, "through_trainer": False},
     "output": {"save_every": 0, "keep_last": 1, "trackers": ["tensorboard"]},
-    "ranks": {"wait": 60.0, "silent": 5.0},
+    "ranks": {"wait": 60.0, "silent": 5.0, "stalled": 900.0},
 }
 
 

@@ -84,6 +84,18 @@ def test_one_process_talks_to_nobody():
     ranks.close()
 
 
+def test_another_trainer_that_stopped_while_it_accumulated_does_not_stop_this_ones_steps():
+    """accelerate keeps one flag for the process; TRL's trainer leaves it off."""
+    other = Accelerator(cpu=True)
+    other.gradient_state.sync_gradients = False
+    accelerator = make_accelerator(wait=60.0)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = accelerator.prepare(torch.optim.SGD([weight], lr=0.5))
+    weight.sum().backward()
+    optimizer.step()
+    assert weight.item() == 0.5
+
+
 def test_fsdp1_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")

@@ -51,17 +51,19 @@ the calibration's runs too: its warnings about the reward, without those about t
 ![ROC curves, and how early the alarms came](figures/early_warning.png)
 
 {table}
+"""
 
+DRIFT_WARNING = """
 ## Where experts matter, and where lengths depend on the reward
 
-{others} runs of the settings `experts_…` and `trail_…`, the only ones that logged `entropy_drift` and
-`length_reward_cov`. Thresholds from the runs with odd seeds, judged on the {others_held_out} with even ones. Those two
+{runs} runs of the settings `experts_…` and `trail_…`, the only ones that logged `entropy_drift` and
+`length_reward_cov`. Thresholds from the runs with odd seeds, judged on the {held_out} with even ones. Those two
 metrics may be negative, so their level is the fast average itself, with the sign turned: an alarm says that leaving out
 the weight *would* lower the entropy. Runs with the weight have that drift too, and no harm from it.
 
-    {others_command}
+    {command}
 
-{others_table}
+{table}
 """
 
 Results = Mapping[Run, Sequence[RunResult]]
@@ -125,7 +127,7 @@ def early_warning_page(spec: Spec, out: Path, *, tier: str, seeds: int) -> tuple
     """EARLY_WARNING.md and its figure: the predictors of a fall judged on all runs of the phase diagrams, with
     thresholds from the calibration's.
 
-    Then all of them, and the drift, on the runs that logged it.
+    Then all of them, and the drift, on the spec's groups of runs that logged it.
 
     Raises ValueError while any of these lacks runs that fell or healthy ones.
     """
@@ -134,21 +136,23 @@ def early_warning_page(spec: Spec, out: Path, *, tier: str, seeds: int) -> tuple
         watched[spec.figures[name].calibration] += [run for _, run in _watched(spec, [name], out, tier, seeds)]
     verdicts = early_warning.judge(watched[True], watched[False])
     curves = {name: early_warning.curve(watched[False], predictor) for name, predictor in PREDICTORS.items()}
-    names = [name for group in ("experts", "lengths_all") for name in spec.expand([group])]
-    others = _watched(spec, names, out, tier, seeds)
-    odd, even = ([run for seed, run in others if seed % 2 == rest] for rest in (1, 0))
-    every = PREDICTORS | DRIFT_PREDICTORS
-    areas = {name: early_warning.area(*early_warning.curve(even, predictor)) for name, predictor in every.items()}
     text = EARLY_WARNING.format(
         held_out=len(watched[False]),
         tuning=len(watched[True]),
         command=f"minirl reproduce {' '.join(spec.grids)} --tier {tier} --seeds {seeds} --out {out.name}",
         table=early_warning.markdown(verdicts, {name: early_warning.area(*both) for name, both in curves.items()}),
-        others=len(others),
-        others_held_out=len(even),
-        others_command=f"minirl reproduce {' '.join(names)} --tier {tier} --seeds {seeds} --out {out.name}",
-        others_table=early_warning.markdown(early_warning.judge(odd, even, every), areas),
     )
+    if names := [name for group in ("experts", "lengths_all") for name in spec.groups.get(group, ())]:
+        others = _watched(spec, names, out, tier, seeds)
+        odd, even = ([run for seed, run in others if seed % 2 == rest] for rest in (1, 0))
+        every = PREDICTORS | DRIFT_PREDICTORS
+        areas = {name: early_warning.area(*early_warning.curve(even, predictor)) for name, predictor in every.items()}
+        text += DRIFT_WARNING.format(
+            runs=len(others),
+            held_out=len(even),
+            command=f"minirl reproduce {' '.join(names)} --tier {tier} --seeds {seeds} --out {out.name}",
+            table=early_warning.markdown(early_warning.judge(odd, even, every), areas),
+        )
     return text, plots.early_warning(curves, verdicts)
 
 

@@ -75,7 +75,7 @@ class Run:
 
     def differ(self, p: float, q: float, times: float = 1.0) -> bool:
         """Whether two scores are further apart than so many times `noise`."""
-        return abs(p - q) > times * noise(p, q, self.rewards)
+        return abs(p - q) > times * score_noise(p, q, self.rewards)
 
     @cached_property
     def course(self) -> tuple[int, int] | None:
@@ -124,7 +124,7 @@ Labelled = Mapping[str, Sequence[Run]]
 """A report's runs by label; those of one label differ in their seeds."""
 
 
-def noise(p: float, q: float, rewards: int) -> float:
+def score_noise(p: float, q: float, rewards: int) -> float:
     """Two standard errors of the difference of two scores on the same problems, each the mean of so many rewards in
     [0, 1]: at most what sampling again would do."""
     # One success and one failure are added, so that a score of exactly 1 isn't taken for a certainty.

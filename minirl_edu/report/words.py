@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-from minirl_edu.report.runs import Labelled, Run, during, each, moments, most_fallen, noise
+from minirl_edu.report.runs import Labelled, Run, during, each, moments, most_fallen, score_noise
 
 
 def number(value: float, form: str = "") -> str:
@@ -101,7 +101,7 @@ def remarks(runs: Labelled) -> list[str]:
         mean = "" if samples == 1 else f", the mean of {samples} samples of each"
         found.append(
             f"The score is the share of {fewest.problems} held-out problems that are solved{mean}; "
-            f"differences below {noise(0.5, 0.5, fewest.rewards):.2f} can be noise."
+            f"differences below {score_noise(0.5, 0.5, fewest.rewards):.2f} can be noise."
         )
     for name, run in everyone.items():
         if ended := _ended(run):

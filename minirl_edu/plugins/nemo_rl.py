@@ -31,7 +31,7 @@ from minirl_edu.plugins import PAPER, Choices, summed_loss
 class MiniRLLossFn:
     """Equation (7) as a NeMo-RL loss function.
 
-    `use_fused_linear_logprobs` must be what policy.megatron_cfg.use_fused_linear_logprobs is.
+    `use_fused_linear_logprobs` has to be the value that the field of this name in the policy's `megatron_cfg` has.
 
     Raises:
         ImportError: NeMo-RL is not installed.

@@ -1,241 +1,280 @@
-"""Proves the labelled equations of lesson 05. Called by tests/lessons; each check is below ten seconds."""
+"""Proofs of the equations of lesson 05, each labelled by the name of its function."""
 
-import math
 from itertools import pairwise, product
+from math import comb, lgamma, sqrt
 
 import torch
 from torch import Tensor
 
-from minirl_edu.exact import TabularPolicy, token_gradient, token_ratios
+from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages
+from minirl_edu.exact import TabularPolicy
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 
-LOW, HIGH = 0.2, 0.27
+
+def _problem(seed: int = 0) -> tuple[TabularPolicy, Tensor, Tensor]:
+    """A policy over responses of one to four tokens, rewards 0 or 1, and the lengths."""
+    pi = TabularPolicy.random(3, 4, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 7)
+    rewards = (torch.rand(len(pi.tokens), generator=generator, dtype=torch.float64) < 0.4).double()
+    return pi, rewards, pi.mask.sum(1).double()
 
 
-def _policies(seed: int = 0) -> tuple[TabularPolicy, TabularPolicy, TabularPolicy, Tensor]:
-    """μ_old, π_old, π_θ over all responses of up to 3 of 4 tokens, and an advantage of either sign for each."""
-    old = TabularPolicy.random(4, 3, seed=seed)
-    noise, update = (torch.randn(old.logits.shape, generator=torch.Generator().manual_seed(s)) for s in (7, 8))
-    advantages = torch.randn(len(old.tokens), generator=torch.Generator().manual_seed(9)).double()
-    return old.moved(noise.double(), 0.4), old, old.moved(update.double(), 0.4), advantages
+def _per_response(pi: TabularPolicy, coefficient: Tensor) -> Tensor:
+    """Σ_y π(y) c(y) ∇log π(y)."""
+    return pi.score_sum((pi.response_probs() * coefficient)[:, None].expand(pi.mask.shape))
 
 
-def _mask(ratio: Tensor, advantages: Tensor) -> Tensor:
-    """M_t, written down from (05.4), for tensors that broadcast."""
-    return 1.0 - ((advantages > 0) & (ratio > 1 + HIGH) | (advantages < 0) & (ratio < 1 - LOW)).double()
+def _close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def _ppo(ratio: Tensor, advantages: Tensor) -> Tensor:
-    """PPO's surrogate of each token."""
-    return torch.minimum(ratio * advantages, ratio.clamp(1 - LOW, 1 + HIGH) * advantages)
+def check_05_sum() -> None:
+    """Left: the losses' own gradient, summed over all responses. Right: autograd of E_π[R]. For two baselines.
+
+    The left side takes −∂loss/∂logp of minirl_loss, response by response, into the scores of the policy.
+    """
+    pi, rewards, _ = _problem()
+    logits = pi.logits.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad((TabularPolicy(logits, 4).response_probs() * rewards).sum(), logits)
+    for baseline in (0.0, float((pi.response_probs() * rewards).sum())):
+        logp = pi.log_probs().requires_grad_()
+        loss = minirl_loss(logp, pi.log_probs(), pi.log_probs(), rewards - baseline, pi.mask).loss
+        (pull,) = torch.autograd.grad(loss, logp)
+        _close(pi.score_sum(-len(logp) * pull * pi.response_probs()[:, None]), wanted)
 
 
-def _gradient(policy: TabularPolicy, of) -> Tensor:
-    """By autograd, the gradient with respect to the logits of a number computed from log π [B, T]."""
-    logits = policy.logits.clone().requires_grad_()
-    number = of(TabularPolicy(logits, policy.max_length).log_probs())
-    return torch.autograd.grad(number, logits)[0]
+def check_05_per_response() -> None:
+    """Left: the gradient of minirl_loss(length_norm=True). Right: autograd of E_π[(R − b)/|y|] with b held fixed.
+
+    It is another direction than the policy gradient's, unless all responses are equally long.
+    """
+    pi, rewards, lengths = _problem()
+    b = (pi.response_probs() * rewards).sum()
+    logp = pi.log_probs().requires_grad_()
+    args = pi.log_probs(), pi.log_probs(), rewards - b, pi.mask
+    (pull,) = torch.autograd.grad(minirl_loss(logp, *args, length_norm=True).loss, logp)
+    left = pi.score_sum(-len(logp) * pull * pi.response_probs()[:, None])
+    logits = pi.logits.clone().requires_grad_()
+    objective = (TabularPolicy(logits, 4).response_probs() * (rewards - b) / lengths).sum()
+    (right,) = torch.autograd.grad(objective, logits)
+    _close(left, right)
+    wanted = _per_response(pi, rewards)
+    assert (left * wanted).sum() / (left.norm() * wanted.norm()) < 0.99
+    _close(_per_response(pi, (rewards - b) / 3.0), wanted / 3.0)
 
 
-def check_05_two_factors():
-    """Every token of every response; the second factor is 1 exactly where θ = θ_old, the first is not."""
-    mu, old, new, _ = _policies()
-    torch.testing.assert_close(token_ratios(new, mu), token_ratios(old, mu) * token_ratios(new, old))
-    assert (token_ratios(new, mu) - token_ratios(old, mu) * token_ratios(old, new)).abs().max() > 0.1
-    assert (token_ratios(old, old) == 1).all() and (token_ratios(old, mu) - 1).abs().max() > 0.1
+def check_05_token_mean() -> None:
+    """The exact expectation of ΣX/ΣL over batches of B, by their multinomial counts: the limit, the rate, and B = 1.
+
+    X is one entry of Â∇log π, L the length. What (05.3) leaves out falls by 4 when B doubles.
+    """
+    pi = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    x = torch.tensor([1.5, -0.7, 0.4], dtype=torch.float64)
+    length = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64)
+    mean_x, mean_l = (pi * x).sum(), (pi * length).sum()
+    covariance = (pi * (x - mean_x) * (length - mean_l)).sum()
+    variance = (pi * (length - mean_l).square()).sum()
+
+    def expected(batch: int) -> Tensor:
+        counts = [(i, j, batch - i - j) for i in range(batch + 1) for j in range(batch + 1 - i)]
+        n = torch.tensor(counts, dtype=torch.float64)
+        log_weight = lgamma(batch + 1) - torch.lgamma(n + 1).sum(1) + (n * pi.log()).sum(1)
+        return (log_weight.exp() * (n @ x) / (n @ length)).sum()
+
+    _close(expected(1), (pi * x / length).sum())  # a batch of one: GRPO's divisor
+    errors = []
+    for batch in (20, 40, 80):
+        predicted = mean_x / mean_l - (covariance - mean_x / mean_l * variance) / (batch * mean_l**2)
+        errors.append(float(expected(batch) - predicted))
+    ratios = [a / b for a, b in pairwise(errors)]
+    assert all(abs(r / 4 - 1) < 0.1 for r in ratios), ratios
 
 
-def check_05_sum_of_steps():
-    """Gradient steps on MiniRL's own loss: log r before update k is the sum of the k moves j = 0 … k − 1, no more."""
-    mu, old, _, advantages = _policies()
-    policies = [old]
-    for _ in range(5):
-        now = policies[-1]
-        gradient = _gradient(
-            now,
-            lambda logp: minirl_loss(logp, old.log_probs(), mu.log_probs(), advantages, old.mask).loss,
-        )
-        policies.append(now.moved(-gradient, 3.0))
-    moves = [b.log_probs() - a.log_probs() for a, b in pairwise(policies)]
-    assert min(move.abs().max().item() for move in moves) > 1e-3
-    for k, now in enumerate(policies):
-        log_ratio = now.log_probs() - old.log_probs()
-        torch.testing.assert_close(log_ratio, sum(moves[:k], torch.zeros_like(log_ratio)))
-        if k == 0:
-            assert (log_ratio == 0).all()
+def check_05_length_bias() -> None:
+    """The exact derivative of log π(long)/π(short) along the gradient, for two wrong responses of equal probability.
 
-
-def check_05_drift():
-    """With half the learning rate the remainder is a quarter: it is of second order, so every first-order term fits."""
-    _, old, _, advantages = _policies()
-    batches = [old.mask & (torch.arange(len(old.tokens)) % 4 == j)[:, None] for j in range(4)]
-
-    def ascent(policy: TabularPolicy, batch: Tensor) -> Tensor:
-        return policy.score_sum(advantages[:, None] * batch * old.response_probs()[:, None])
-
-    def remainder(rate: float) -> float:
-        now, linear = old, torch.zeros_like(old.log_probs())
-        for batch in batches:
-            step = ascent(now, batch)
-            # ∇log π(y_t) · step for each token, at θ_old: the difference to θ_j is of the order of the rate
-            scores = step - (step * old.logits.softmax(-1)).sum(1, keepdim=True)
-            linear = linear + rate * torch.where(old.mask, scores[old.prefix, old.tokens], 0.0)
-            now = now.moved(step, rate)
-        moved = now.log_probs() - old.log_probs()
-        assert moved.abs().max() > rate * 0.01
-        return (moved - linear).abs().max().item()
-
-    assert 3.7 < remainder(0.02) / remainder(0.01) < 4.3
-
-
-def check_05_kl_quadratic():
-    """One distribution of 6 tokens moved along a direction: the remainder falls by 8, so ½ and the square are right."""
-    logits, direction = torch.randn(2, 6, generator=torch.Generator().manual_seed(1)).double()
-    log_old = logits.log_softmax(0)
-
-    def remainder(step: float) -> float:
-        log_ratio = (logits + step * direction).log_softmax(0) - log_old
-        kl = -(log_old.exp() * log_ratio).sum()
-        return abs(kl.item() - 0.5 * (log_old.exp() * log_ratio.square()).sum().item())
-
-    assert 7.5 < remainder(0.02) / remainder(0.01) < 8.5
-
-
-def check_05_mask():
-    """The library's gradient is 0 in the two quadrants beyond the bounds and r · Â everywhere else, just inside too."""
-    ratios = torch.tensor(
-        [0.05, 0.5, 0.8 - 1e-6, 0.8 + 1e-6, 1.0, 1.2, 1.27 - 1e-6, 1.27 + 1e-6, 2.0, 4.0], dtype=torch.float64
-    )
-    logp_old = torch.full((3, len(ratios)), -4.0, dtype=torch.float64)
-    advantages = torch.tensor([0.7, -0.7, 0.0], dtype=torch.float64)
-    logp = (logp_old + ratios.log()).requires_grad_()
-    ones = torch.ones_like(logp).bool()
-    minirl_loss(logp, logp_old, logp_old, advantages, ones, eps_low=LOW, eps_high=HIGH).loss.backward()
-    kept = torch.tensor([[1] * 7 + [0] * 3, [0] * 3 + [1] * 7, [1] * 10]).double()
-    assert logp.grad is not None
-    torch.testing.assert_close(-3 * logp.grad, kept * ratios * advantages[:, None])
-    torch.testing.assert_close(_mask(ratios, advantages[:, None]), kept)
-
-
-def check_05_min_form():
-    """On a grid of ratios and advantages; with the bounds exchanged, or minimum for maximum, it would not hold."""
-    ratios = torch.linspace(0.01, 3.0, 500).double()
-    for advantage in (-2.0, -0.3, 0.3, 2.0):
-        left = _ppo(ratios, torch.tensor(advantage).double())
-        right = advantage * (ratios.clamp(max=1 + HIGH) if advantage > 0 else ratios.clamp(min=1 - LOW))
-        torch.testing.assert_close(left, right)
-
-
-def check_05_ppo_gradient():
-    """Both sides by enumeration: autograd through the surrogate, and the sum of masked scores without autograd."""
-    mu, old, new, advantages = _policies()
-    weights = mu.response_probs()[:, None] * old.mask
-    left = _gradient(new, lambda logp: (weights * _ppo((logp - old.log_probs()).exp(), advantages[:, None])).sum())
-    ratio = token_ratios(new, old)
-    mask = _mask(ratio, advantages[:, None])
-    assert 0.02 < 1 - mask[old.mask].mean() < 0.9  # the mask has something to do
-    torch.testing.assert_close(left, new.score_sum(weights * mask * ratio * advantages[:, None]))
-    # the same through the library: GRPO's loss has PPO's surrogate, MiniRL's the mask (one token a response here)
-    one = torch.ones(len(old.tokens), 1).bool()
-    first_new, first_old = new.log_probs()[:, :1], old.log_probs()[:, :1]
-    gradients = []
-    for loss in (
-        lambda logp: grpo_loss(logp, first_old, advantages, one, eps_low=LOW, eps_high=HIGH).loss,
-        lambda logp: minirl_loss(logp, first_old, None, advantages, one, is_correction=False, is_cap=math.inf).loss,
-    ):
-        logp = first_new.clone().requires_grad_()
-        loss(logp).backward()
-        gradients.append(logp.grad)
-    torch.testing.assert_close(*gradients)
-
-
-def check_05_decoupled():
-    """Decoupled PPO by autograd against MiniRL's gradient from the library, without a cap; with one they differ."""
-    mu, old, new, advantages = _policies()
-    responses = len(old.tokens)
-
-    def surrogate(logp: Tensor) -> Tensor:
-        terms = token_ratios(old, mu) * _ppo((logp - old.log_probs()).exp(), advantages[:, None])
-        return (terms * old.mask).sum() / responses
-
-    def library(logp: Tensor, cap: float) -> Tensor:
-        return minirl_loss(logp, old.log_probs(), mu.log_probs(), advantages, old.mask, is_cap=cap).loss
-
-    left = _gradient(new, surrogate)
-    torch.testing.assert_close(left, -_gradient(new, lambda logp: library(logp, math.inf)))
-    assert token_ratios(new, mu).max() > 1.5
-    assert (left + _gradient(new, lambda logp: library(logp, 1.5))).abs().max() > 1e-3
-    by_hand = _mask(token_ratios(new, old), advantages[:, None]) * token_ratios(new, mu) * advantages[:, None]
-    torch.testing.assert_close(left, new.score_sum(by_hand / responses))
-
-
-def check_05_on_mu():
-    """At θ = θ_old, by enumeration: with M nothing is lost, with M^μ exactly the sum on the right, and it is not 0."""
-    mu, old, _, advantages = _policies()
-    weights = mu.response_probs()[:, None] * advantages[:, None] * old.mask
-    discrepancy = token_ratios(old, mu)
-    exact = token_gradient(old, mu, advantages)
-    with_old = old.score_sum(weights * _mask(token_ratios(old, old), advantages[:, None]) * discrepancy)
-    torch.testing.assert_close(with_old, exact)
-    on_mu = _mask(discrepancy, advantages[:, None])
-    lost = old.score_sum(weights * (1 - on_mu) * discrepancy)
-    torch.testing.assert_close(exact - old.score_sum(weights * on_mu * discrepancy), lost)
-    assert lost.norm() > 0.05 * exact.norm()
-    assert ((1 - on_mu) * old.mask).sum() > 0
-
-
-def check_05_others():
-    """The step on one token of a distribution, measured on all of them; the remainder is of second order."""
-    logits = torch.randn(5, generator=torch.Generator().manual_seed(3)).double()
+    Under the sum it is 0; along (05.2) it is positive. Measured with a small step, too.
+    """
+    logits = torch.tensor([0.4, -0.2, -0.2, 0.1], dtype=torch.float64)  # right, wrong short, wrong long, right
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    lengths = torch.tensor([3.0, 2.0, 10.0, 6.0], dtype=torch.float64)
     pi = logits.softmax(0)
-    for b, coefficient in product(range(5), (-1.0, 0.8)):
-        step = coefficient * (torch.nn.functional.one_hot(torch.tensor(b), 5) - pi)
-
-        def remainder(rate: float) -> float:
-            moved = (logits + rate * step).log_softmax(0) - logits.log_softmax(0)  # noqa: B023
-            own = (torch.arange(5) == b).double()  # noqa: B023
-            predicted = rate * coefficient * (own - pi - pi[b] + pi.square().sum())  # noqa: B023
-            return (moved - predicted).abs().max().item()
-
-        assert 3.7 < remainder(0.02) / remainder(0.01) < 4.3
+    b = (pi * rewards).sum()
+    for scale, expected in ((torch.ones(4), 0.0), (lengths, float(pi[1] * b * (1 / 2 - 1 / 10)))):
+        f = (rewards - b) / scale
+        step = 1e-6 * pi * (f - (pi * f).sum())
+        before, after = (z.log_softmax(0) for z in (logits, logits + step))
+        change = (after[2] - after[1] - before[2] + before[1]) / 1e-6
+        torch.testing.assert_close(change, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
 
-def check_05_kl_escape():
-    """KL by its definition on a grid of δ; the sampled token's ratio stays 1, and the KL passes any bound."""
-    old = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
-    for delta in (0.25, 0.1, 1e-2, 1e-6, 1e-12):
-        new = torch.tensor([0.5, 0.5 - delta, delta], dtype=torch.float64)
-        kl = (old * (old / new).log()).sum().item()
-        assert math.isclose(kl, -0.25 * math.log(16 * delta * (0.5 - delta)), rel_tol=1e-9, abs_tol=1e-12)
-        assert new[0] / old[0] == 1
-    assert kl > 6
+def check_05_can_fall() -> None:
+    """Left by autograd, right by the formula; for the lesson's three responses it is negative, and J really falls."""
+    pi = torch.tensor([0.10, 0.15, 0.75], dtype=torch.float64)  # right and long, wrong and short, wrong and long
+    rewards = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    lengths = torch.tensor([100.0, 1.0, 100.0], dtype=torch.float64)
+    advantages = rewards - (pi * rewards).sum()
+    logits = pi.log().requires_grad_()
+    f = advantages / lengths
+    (wanted,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
+    (taken,) = torch.autograd.grad((logits.softmax(0) * f).sum(), logits)
+    _close((wanted * taken).sum(), (pi.square() * advantages * (f - (pi * f).sum())).sum())
+    assert (wanted * taken).sum() < 0
+    after = (logits.detach() + 0.01 * taken / taken.norm()).softmax(0)
+    assert after[0] < pi[0]
+    # With equal lengths the same form is a sum of squares.
+    assert (pi.square() * advantages * advantages / 5).sum() > 0
 
 
-def check_05_cispo():
-    """Against the library's CISPO by autograd: the coefficient is the clipped ratio, and no token's is 0."""
-    ratios = torch.tensor([0.01, 0.5, 1.0, 1.27, 4.0, 9.0], dtype=torch.float64)
-    logp_old = torch.full((2, len(ratios)), -5.0, dtype=torch.float64)
-    advantages = torch.tensor([0.7, -0.7], dtype=torch.float64)
-    for low, high in ((1.0, 4.0), (0.2, 0.27)):
-        logp = (logp_old + ratios.log()).requires_grad_()
-        mask = torch.ones_like(logp).bool()
-        cispo_loss(logp, logp_old, advantages, mask, eps_low=low, eps_high=high).loss.backward()
-        assert logp.grad is not None
-        coefficient = ratios.clamp(1 - low, 1 + high) * advantages[:, None]
-        torch.testing.assert_close(-logp.numel() * logp.grad, coefficient)
-        assert (logp.grad != 0).all()
+def check_05_std() -> None:
+    """Both sides by autograd, for success probabilities from 2 % to 98 %; the library's advantage for a whole group."""
+    for p_value in (0.02, 0.1, 0.5, 0.9, 0.98):
+        theta = torch.tensor(p_value, dtype=torch.float64).logit().requires_grad_()
+        p = theta.sigmoid()
+        (slope,) = torch.autograd.grad(p, theta, retain_graph=True)
+        (arcsine,) = torch.autograd.grad(2 * p.sqrt().asin(), theta)
+        _close(slope / (p * (1 - p)).sqrt().detach(), arcsine)
+    rewards = torch.tensor([1.0] * 2 + [0.0] * 6, dtype=torch.float64)
+    by_hand = (rewards - 0.25) / sqrt(0.25 * 0.75)
+    torch.testing.assert_close(group_mean_std_advantages(rewards, 8), by_hand, rtol=1e-5, atol=0.0)  # ε = 1e-6
 
 
-def check_05_dual():
-    """Autograd through the dual clip, on both sides of every bound: for Â < 0 the gradient is 0 above c as well."""
-    c = 3.0
-    ratios = torch.tensor([0.1, 0.79, 0.81, 1.0, 1.26, 1.28, 2.9, 3.1, 20.0], dtype=torch.float64)
-    for advantage in (0.7, -0.7):
-        log_ratio = ratios.log().requires_grad_()
-        signal = torch.tensor(advantage).double()
-        value = _ppo(log_ratio.exp(), signal)
-        value = torch.maximum(value, c * signal) if advantage < 0 else value
-        (gradient,) = torch.autograd.grad(value.sum(), log_ratio)
-        keep = _mask(ratios, signal) * (1.0 if advantage > 0 else (ratios <= c).double())
-        torch.testing.assert_close(gradient, keep * ratios * advantage)
-        assert (gradient == 0).sum() == 4  # Â > 0: r above 1.27; Â < 0: two below 0.8, two above c
+def check_05_group() -> None:
+    """Every group of G = 3 responses of a policy with four, both advantages of the library; right: autograd of p."""
+    logits = torch.tensor([0.4, -0.9, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
+    right = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    p = (logits.softmax(0) * right).sum()
+    (slope,) = torch.autograd.grad(p, logits)
+    p = float(p.detach())
+    pi, size = logits.detach().softmax(0), 3
+    scores = torch.eye(4, dtype=torch.float64) - pi
+    mean_only, with_std = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    for group in product(range(4), repeat=size):
+        drawn = torch.tensor(group)
+        probability = pi[drawn].prod()
+        mean_only += probability * group_mean_advantages(right[drawn], size) @ scores[drawn] / size
+        with_std += probability * group_mean_std_advantages(right[drawn], size, 1e-12) @ scores[drawn] / size
+    _close(mean_only, (size - 1) / size * slope)
+    chance = [comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
+    factor = sum(c * sqrt(k * (size - k)) for k, c in enumerate(chance)) / (size * p * (1 - p))
+    _close(with_std, factor * slope)
+
+
+def _batch() -> dict[str, Tensor]:
+    """A batch with every case: random ratios of both kinds, advantages of both signs, three lengths."""
+    generator = torch.Generator().manual_seed(5)
+    old, mu_shift, shift = torch.randn(3, 6, 5, generator=generator, dtype=torch.float64)
+    old = -old.abs() - 3
+    lengths = torch.tensor([5, 3, 1, 4, 2, 5])
+    return {
+        "logp_old": old,
+        "logp_rollout": old + mu_shift,
+        "logp": old + 0.7 * shift,
+        "advantages": torch.tensor([0.75, -0.25, -0.25, -0.25, 0.5, -0.5], dtype=torch.float64),
+        "mask": torch.arange(5) < lengths[:, None],
+    }
+
+
+def _pull(loss: Tensor, logp: Tensor) -> Tensor:
+    return -torch.autograd.grad(loss, logp)[0]
+
+
+def check_05_minirl() -> None:
+    """The coefficient against −∂loss/∂logp of the library; the batch has capped and dropped tokens of both signs."""
+    batch = _batch()
+    logp = batch["logp"].clone().requires_grad_()
+    output = minirl_loss(logp, batch["logp_old"], batch["logp_rollout"], batch["advantages"], batch["mask"])
+    a, mask = batch["advantages"][:, None], batch["mask"]
+    r, w = ((batch["logp"] - batch[name]).exp() for name in ("logp_old", "logp_rollout"))
+    dropped = ((a > 0) & (r > 1.27)) | ((a < 0) & (r < 0.8))
+    _close(_pull(output.loss, logp), w.clamp(max=5) * a * ~dropped * mask / 6)
+    assert all(output.metrics[name] > 0 for name in ("is_capped_frac", "clip_frac_pos", "clip_frac_neg"))
+
+
+def check_05_grpo() -> None:
+    """As for MiniRL: r where the minimum is the first of its two, 0 where it is the second; each row by its length."""
+    batch = _batch()
+    logp = batch["logp"].clone().requires_grad_()
+    loss = grpo_loss(logp, batch["logp_old"], batch["advantages"], batch["mask"]).loss
+    a, mask = batch["advantages"][:, None], batch["mask"]
+    r = (batch["logp"] - batch["logp_old"]).exp()
+    first = r * a <= r.clamp(0.8, 1.2) * a
+    _close(_pull(loss, logp), r * a * first * mask / (6 * mask.sum(1, keepdim=True)))
+    assert first[mask].any() and not first[mask].all()
+
+
+def check_05_cispo() -> None:
+    """As for MiniRL: no token is dropped, one divisor; the batch has a clipped token."""
+    batch = _batch()
+    logp = batch["logp"].clone().requires_grad_()
+    loss = cispo_loss(logp, batch["logp_old"], batch["advantages"], batch["mask"], eps_high=1.5).loss
+    a, mask = batch["advantages"][:, None], batch["mask"]
+    r = (batch["logp"] - batch["logp_old"]).exp()
+    pull = _pull(loss, logp)
+    _close(pull, r.clamp(0, 2.5) * a * mask / mask.sum())
+    assert (pull[mask] != 0).all() and (r[mask] > 2.5).any()
+
+
+def check_05_micro() -> None:
+    """Three unequal micro-batches of the library's losses with global divisors, against one call for the batch."""
+    batch = _batch()
+    cuts = (slice(0, 1), slice(1, 4), slice(4, 6))
+    tokens = int(batch["mask"].sum())
+
+    def both(part: slice, **divisor: int) -> tuple[Tensor, Tensor]:
+        rows = {name: values[part] for name, values in batch.items()}
+        common = rows["advantages"], rows["mask"]
+        responses, count = divisor.get("responses"), divisor.get("tokens")
+        minirl = minirl_loss(rows["logp"], rows["logp_old"], rows["logp_rollout"], *common, num_responses=responses)
+        return minirl.loss, cispo_loss(rows["logp"], rows["logp_old"], *common, num_tokens=count).loss
+
+    whole = both(slice(0, 6))
+    for i in (0, 1):
+        _close(torch.stack([both(cut, responses=6, tokens=tokens)[i] for cut in cuts]).sum(), whole[i])
+        assert abs(torch.stack([both(cut)[i] for cut in cuts]).mean() - whole[i]) > 1e-3
+
+
+def check_05_local() -> None:
+    """The weight of each token in a mean of local means, read off its gradient, against the formula."""
+    batch = _batch()
+    cuts = (slice(0, 1), slice(1, 4), slice(4, 6))
+    logp = batch["logp"].clone().requires_grad_()
+    ones = torch.ones(6, dtype=torch.float64)
+    losses = [cispo_loss(logp[c], logp[c].detach(), ones[c], batch["mask"][c]).loss for c in cuts]
+    pull = _pull(torch.stack(losses).mean(), logp)
+    tokens = batch["mask"].sum().double()
+    for cut in cuts:
+        mask = batch["mask"][cut]
+        share = tokens / (len(cuts) * mask.sum())
+        _close(pull[cut], (share * mask / tokens).double())
+
+
+def check_05_drift() -> None:
+    """π and μ alike in all contexts: (03.14) with the advantage per token, context by context, and its sum.
+
+    Together with the signal of that advantage it is the gradient of minirl_loss(length_norm=True) without the weight.
+    Undivided, the same sum is not 0.
+    """
+    pi = TabularPolicy(torch.tensor([[0.5, 0.0, -0.4]]).double().expand(15, 3), 4)
+    mu = TabularPolicy(torch.tensor([[0.1, 0.3, -0.9]]).double().expand(15, 3), 4)
+    _, rewards, lengths = _problem()
+    rewards = rewards - 0.3 * lengths  # wrong responses are longer
+    probs, apart = mu.response_probs(), (mu.logits.softmax(-1) - pi.logits.softmax(-1))[0]
+    advantages = rewards - (probs * rewards).sum()
+
+    def passing(coefficient: Tensor) -> Tensor:
+        """E_μ[coefficient · 1[y passes c, and draws a there]], [P, V]."""
+        mass = torch.where(mu.mask, (probs * coefficient)[:, None], 0.0)
+        return torch.zeros_like(mu.logits).index_put((mu.prefix, mu.tokens), mass, accumulate=True)
+
+    drawn = passing(advantages / lengths)
+    drift = drawn.sum(1, keepdim=True) * apart
+    _close(drift.sum(0), torch.zeros(3).double())
+    assert drift.norm() > 1e-2
+    assert (passing(advantages).sum() * apart).abs().max() > 1e-2
+    logp = pi.log_probs().requires_grad_()
+    args = pi.log_probs(), mu.log_probs(), probs * advantages, pi.mask
+    loss = minirl_loss(logp, *args, num_responses=1, is_correction=False, length_norm=True).loss
+    (pull,) = torch.autograd.grad(loss, logp)
+    signal = drawn - drawn.sum(1, keepdim=True) * mu.logits.softmax(-1)
+    _close(pi.score_sum(-pull), signal + drift)

@@ -251,7 +251,7 @@ def drift() -> Figure:
 
 
 def red_ink() -> Figure:
-    """Lesson 04: the push on each token of a short and a long wrong response, in two mini-batches."""
+    """Lesson 05: the push on each token of a short and a long wrong response, in two mini-batches."""
     batches = ((3, 5), (3, 12))
 
     def pushes(name: str, lengths: tuple[int, int]) -> np.ndarray:
@@ -287,7 +287,7 @@ def red_ink() -> Figure:
 
 
 def remedies() -> Figure:
-    """Lesson 05: a token's two factors as a plane, and which remedy bounds or shrinks what."""
+    """Lesson 04: a token's two factors as a plane, and which remedy bounds or shrinks what."""
     figure, ax = diagram(3.7)
     ax = figure.add_axes((0.115, 0.135, 0.5, 0.84))
     rng = np.random.default_rng(3)
@@ -333,7 +333,7 @@ def remedies() -> Figure:
 
 
 def clip_regions() -> Figure:
-    """Lesson 05: MiniRL's push on a token over its ratio, for both signs of the advantage: the library's loss."""
+    """Lesson 04: MiniRL's push on a token over its ratio, for both signs of the advantage: the library's loss."""
     figure, axes = charts(2.7, 2, sharey=True)
     ratio = torch.linspace(0.25, 1.75, 1501, dtype=torch.float64)
     for ax, sign in zip(axes, (1, -1), strict=True):
@@ -602,9 +602,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "01_one_step": one_step,
     "02_first_order": first_order,
     "03_drift": drift,
-    "04_red_ink": red_ink,
-    "05_remedies": remedies,
-    "05_clip_regions": clip_regions,
+    "05_red_ink": red_ink,
+    "04_remedies": remedies,
+    "04_clip_regions": clip_regions,
     "06_layer": layer,
     "06_router": router,
     "07_replay_timeline": replay_timeline,

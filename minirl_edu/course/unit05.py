@@ -1,266 +1,458 @@
-"""Exercises of lab 05: how stale a rollout is, and what the clip mask drops."""
+"""Exercises of lab 05: divisors, standard deviations, and the losses of MiniRL, GRPO and CISPO written by hand."""
 
-import math
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages, leave_one_out_advantages
 from minirl_edu.course import Answer, Observations, exercise
-from minirl_edu.course.variants import EPS_HIGH, EPS_LOW, dropped, gradient, masked_mean, surrogate
+from minirl_edu.course.variants import (
+    EPS_HIGH,
+    EPS_LOW,
+    Part,
+    batch_advantages,
+    divided_by,
+    dropped,
+    gradient,
+    masked_mean,
+    responses,
+    surrogate,
+    tokens,
+    torch_std_advantages,
+)
+from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
+
+# Responses of 4, 2 and 1 tokens.
+_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+_TERMS = torch.tensor([[1.0, 2.0, -1.0, 0.5], [3.0, -0.5, 7.0, 7.0], [-2.0, 9.0, -8.0, 6.0]])
 
 
-def _age(grad_step: int, mini_batches: int) -> tuple[int, int, int]:
-    done, updates = divmod(grad_step - 1, mini_batches)
-    return done + 1, updates, done
+def _observe_divisors(answer: Answer) -> Observations:
+    def three(terms: Tensor, mask: Tensor) -> Tensor:
+        return torch.stack([torch.as_tensor(value) for value in answer(terms, mask)])
+
+    sums, means, per_token = three(_TERMS, _MASK)
+    empty = torch.cat([_MASK[:2], torch.zeros(1, 4).bool()])
+    return {
+        "a mean over responses of sums": sums,
+        "a mean over responses of means": means,
+        "a mean over tokens": per_token,
+        "all three where padding holds NaN": three(_TERMS.masked_fill(~_MASK, torch.nan), _MASK),
+        "all three where one response is empty": three(_TERMS, empty),
+    }
 
 
-def _age_but(change: Answer) -> Answer:
-    """With another number of updates or version than the right ones."""
+def _divisors(
+    terms: Tensor, mask: Tensor, *, times_mask: bool = False, at_least: int = 1, axis: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums = (terms * mask if times_mask else torch.where(mask, terms, 0.0)).sum(axis)
+    lengths = mask.sum(axis)
+    return sums.mean(), (sums / lengths.clamp(min=at_least)).mean(), sums.sum() / lengths.sum()
 
-    def answer(grad_step: int, mini_batches: int) -> tuple[int, int, int]:
-        step, updates, version = _age(grad_step, mini_batches)
-        return (step, *change(grad_step, mini_batches, updates, version))
 
-    return answer
+def _padding_counted(terms: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return terms.sum(1).mean(), terms.mean(1).mean(), terms.mean()
 
 
 EX1 = exercise(
-    """05.1 How stale is this update? (difficulty 1, importance 3, 5 minutes)
+    """05.1 Three ways to divide (difficulty 2, importance 5, 10 minutes)
 
-    1. Write down N = 4 and the gradient steps 1 to 9. Where does a new rollout begin?
-    2. Counting from 0 makes it a division with remainder: `divmod(grad_step - 1, mini_batches)`.
-    3. The engine got its weights after the last *finished* global step. That number is the version.
+    1. All three start from the sum over each response's tokens and the number of those tokens.
+    2. MiniRL: the mean of the sums. GRPO: each sum over its own length, then the mean. CISPO: all sums over all
+       lengths.
+    3. `torch.where(mask, terms, 0.0)` first: NaN · 0 is NaN. An empty response has the sum 0; don't divide it by 0.
 
-    - counted from one: your first mini-batch is already one update old. No update has happened since the rollout when
-      its gradient is computed: there θ is θ_old and every ratio is exactly 1.
-    - a step ahead: gradient steps are counted from 1, so step N still belongs to the first rollout, as its last and
-      stalest mini-batch. Yours begins a new rollout there.
-    - version of the next rollout: the version is that of the weights that sampled. During global step s the engine
-      still holds what s − 1 finished global steps left it.
-    - never reset: you count the updates since training began. Staleness starts again at 0 with every rollout: that is
-      why a synchronous loop stays bounded.
-    - version counted in updates: a version is a number of syncs, and there is one sync in a global step, not one for
-      each update.
+    - padding summed: padding was added up as well. Outside the mask stands anything at all.
+    - padding counted: the sums are right, the divisors count padding. Then a response's weight depends on how long the
+      longest response of its batch is.
+    - multiplied by the mask: right as long as padding is finite. NaN · 0 is NaN: replace it before adding up.
+    - empty response: an empty response gives 0/0. It contributes nothing and still counts as a response.
+    - GRPO and CISPO swapped: the second and the third are swapped. A mean of means gives every response the same
+      weight, a mean over tokens every token.
+    - wrong axis: you added up over responses, place by place. |y| is a sum along a row.
 
-    At most N − 1 updates lie between a rollout and its use, and 1 in N mini-batches is never stale.
+    Everything else in this lab follows from these three lines.
     """,
-    observe=lambda answer: {
-        f"(global step, updates since the rollout, version) of gradient step {step} with N = {n}": answer(step, n)
-        for step, n in [(1, 1), (7, 1), (1, 4), (4, 4), (5, 4), (12, 4), (15, 8), (16, 8)]
-    },
-    solution=_age,
+    observe=_observe_divisors,
+    solution=_divisors,
     mistakes={
-        "counted from one": _age_but(lambda grad_step, n, updates, version: (updates + 1, version)),
-        "a step ahead": lambda grad_step, n: _age(grad_step + 1, n),
-        "version of the next rollout": _age_but(lambda grad_step, n, updates, version: (updates, version + 1)),
-        "never reset": _age_but(lambda grad_step, n, updates, version: (grad_step - 1, version)),
-        "version counted in updates": _age_but(lambda grad_step, n, updates, version: (updates, version * n)),
+        "padding summed": _padding_counted,
+        "padding counted": lambda terms, mask: _padding_counted(torch.where(mask, terms, 0.0), mask),
+        "multiplied by the mask": partial(_divisors, times_mask=True),
+        "empty response": partial(_divisors, at_least=0),
+        "GRPO and CISPO swapped": lambda terms, mask: [_divisors(terms, mask)[i] for i in (0, 2, 1)],
+        "wrong axis": partial(_divisors, axis=0),
     },
 )
 
 
-def _observe_mask(answer: Answer) -> Observations:
-    # Between the bounds and their look-alikes: 1.23 (in (1.2, 1.27)), 0.79 (below 0.8, its inverse still below 1.27),
-    # 1.29 (above 1.27, its logarithm is not above 0.27), 0.81 (above 0.8, its logarithm is below −0.2).
-    ratio = torch.tensor([[0.50, 0.79, 0.81, 1.00, 1.23, 1.29, 2.00]]).repeat(3, 1)
-    old = torch.tensor([[-0.9, -1.1, -2.0, -0.7, -1.3, -1.6, -3.0]]).repeat(3, 1)
-    mask = answer(old + ratio.log(), old, torch.tensor([0.5, -0.5, 0.0]), EPS_LOW, EPS_HIGH)
-    return {f"M where the advantage is {sign}": mask[i] for i, sign in enumerate(("positive", "negative", "zero"))}
+_LOGITS = torch.tensor([0.3, -0.5, 1.0, 0.2], dtype=torch.float64)
+_REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+_LENGTHS = torch.tensor([2.0, 1.0, 8.0, 5.0], dtype=torch.float64)
 
 
-def _mask(logp: Tensor, old: Tensor, advantages: Tensor, low: float, high: float, *, any_sign: bool = False) -> Tensor:
-    return 1.0 - dropped(logp, old, advantages, low, high, any_sign=any_sign).float()
+def _observe_objective(answer: Answer) -> Observations:
+    return {
+        "the gradient": answer(_LOGITS.clone(), _REWARDS, _LENGTHS),
+        "the gradient where all lengths are 4": answer(_LOGITS.clone(), _REWARDS, torch.full_like(_LENGTHS, 4.0)),
+        "the gradient where all rewards are 1": answer(_LOGITS.clone(), torch.ones_like(_REWARDS), _LENGTHS),
+    }
+
+
+def _centred(logits: Tensor, values: Tensor) -> Tensor:
+    """Values minus their mean under π."""
+    return values - logits.softmax(0) @ values
+
+
+def _ascent(logits: Tensor, values: Tensor) -> Tensor:
+    """∇ E_π[values] in the logits."""
+    return logits.softmax(0) * _centred(logits, values)
+
+
+def _baseline_differentiated(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
+    logits = logits.requires_grad_()
+    return gradient((logits.softmax(0) * _centred(logits, rewards) / lengths).sum(), logits)
 
 
 EX2 = exercise(
-    """05.2 The clip mask (difficulty 2, importance 5, 12 minutes)
+    """05.2 The gradient of the length-normalised objective (difficulty 3, importance 4, 15 minutes)
 
-    1. There are four quadrants: the sign of the advantage × the side of 1 on which the ratio lies. Two of them never
-       drop anything.
-    2. Which way does the gradient push a token with a positive advantage? Has a ratio above 1 + ε_high moved that way
-       already?
-    3. `ratio = (logp - logp_old).exp()`; advantages need a second axis; write *dropped* as an `|` of two `&`.
+    1. It is a policy gradient for another reward: (R − b)/|y| with b the mean reward. What is ∇ E_π[f] in the logits?
+    2. ∇ E_π[f] = π · (f − E_π[f]), entry by entry; f is the scaled advantage.
+    3. b comes in as a number: the loss subtracts it, and nothing differentiates it. With autograd: detach it.
 
-    - both sides for both signs: you drop every token whose ratio is outside the range, whatever the sign. A token that
-      drifted *against* its push needs its gradient most: it is what brings it back.
-    - the other two quadrants: your mask drops the tokens that moved against their push and keeps those that went too
-      far. The signs are exchanged.
-    - bounds exchanged: ε_high belongs to the upper side, 1 + ε_high, and ε_low to the lower. The two are not equal:
-      0.27 up, 0.2 down.
-    - one where dropped: M is what the gradient is multiplied by: 0 drops a token, 1 keeps it. Yours is the other way
-      round.
-    - logarithm against the bound: you compare log r with ε. The bounds are for r itself: log 1.27 is 0.239, log 0.8 is
-      −0.223.
-    - ratio upside down: your ratio is π_old/π_θ. The target policy stands above the line: r says how far θ has moved.
+    - the plain policy gradient: this is the gradient of the expected reward. The length is missing.
+    - mean length: you divided everything by the mean length. That is the token mean of a large batch: the direction
+      stays that of the expected reward. Here every response has its own divisor.
+    - reward over length: that is the gradient of E[R/|y|]. The baseline is subtracted first and divided as well: a
+      wrong response gets −b/|y|, and that is where the length bias comes from.
+    - times the length: the advantage was multiplied by the length: long responses now count more, not less.
+    - softmax forgotten: the entries do not add up to 0. Logits are pulled by f − E_π[f]: scaled advantages no longer
+      have mean 0 by themselves.
+    - baseline differentiated: the baseline was differentiated too. In the loss b is a number that was computed from
+      rewards.
 
-    It lets go of what has moved far enough, and never of what must come back.
+    With equal lengths it is the policy gradient divided by the length: harmless, another learning rate.
     """,
-    observe=_observe_mask,
-    solution=_mask,
+    observe=_observe_objective,
+    solution=lambda logits, rewards, lengths: _ascent(logits, _centred(logits, rewards) / lengths),
     mistakes={
-        "both sides for both signs": partial(_mask, any_sign=True),
-        "the other two quadrants": lambda logp, old, advantages, low, high: _mask(logp, old, -advantages, low, high),
-        "bounds exchanged": lambda logp, old, advantages, low, high: _mask(logp, old, advantages, high, low),
-        "one where dropped": lambda *case: 1.0 - _mask(*case),
-        # log r > ε is r > e^ε.
-        "logarithm against the bound": lambda logp, old, advantages, low, high: _mask(
-            logp, old, advantages, 1 - math.exp(-low), math.exp(high) - 1
-        ),
-        "ratio upside down": lambda logp, old, *case: _mask(old, logp, *case),
+        "the plain policy gradient": lambda logits, rewards, lengths: _ascent(logits, rewards),
+        "mean length": lambda logits, rewards, lengths: _ascent(logits, rewards) / (logits.softmax(0) @ lengths),
+        "reward over length": lambda logits, rewards, lengths: _ascent(logits, rewards / lengths),
+        "times the length": lambda logits, rewards, lengths: _ascent(logits, _centred(logits, rewards) * lengths),
+        "softmax forgotten": lambda logits, rewards, lengths: _ascent(logits, rewards) / lengths,
+        "baseline differentiated": _baseline_differentiated,
     },
 )
 
 
-def _observe_fractions(answer: Answer) -> Observations:
-    # Four response tokens, three, and one; what stands outside must not count, neither above nor below the line.
-    ratio = torch.tensor([[1.5, 1.4, 1.0, 0.5], [0.5, 1.5, 0.7, 9.0], [0.7, 0.1, 9.0, 9.0]])
-    real = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
-    old, advantages = torch.full_like(ratio, -1.5), torch.tensor([0.75, -0.25, -0.5])
-    clean = answer(old + ratio.log(), old, advantages, real)
-    dirty = answer((old + ratio.log()).masked_fill(~real, torch.nan), old, advantages, real)
+_GROUPED = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+
+def _observe_advantages(answer: Answer) -> Observations:
+    minirl, grpo = answer(_GROUPED, 4)
     return {
-        "the pair": torch.stack([torch.as_tensor(x) for x in clean]),
-        "the pair with NaN outside the response": torch.stack([torch.as_tensor(x) for x in dirty]),
+        "MiniRL's advantage": minirl,
+        "GRPO's advantage in the two mixed groups": torch.as_tensor(grpo)[:8],
+        "GRPO's advantage where all are right": torch.as_tensor(grpo)[8:],
     }
 
 
-def _fractions(
-    logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, over: str = "tokens"
-) -> tuple[Tensor, Tensor]:
-    positive, lost = advantages[:, None] > 0, dropped(logp, old, advantages)
-    return masked_mean(lost & positive, mask, over), masked_mean(lost & ~positive, mask, over)
+def _both(minirl: Answer, grpo: Answer) -> Answer:
+    return lambda rewards, group_size: (minirl(rewards, group_size), grpo(rewards, group_size))
 
 
-def _of_the_sign(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    positive, lost = advantages[:, None] > 0, dropped(logp, old, advantages)
-    return masked_mean(lost, mask & positive), masked_mean(lost, mask & ~positive)
+def _over_std(centred: Answer) -> Answer:
+    """Centred rewards over the standard deviation of the whole batch."""
+
+    def advantages(rewards: Tensor, group_size: int) -> Tensor:
+        difference = centred(rewards, group_size)
+        return difference / (difference.square().mean().sqrt() + 1e-6)
+
+    return advantages
+
+
+def _over_variance(rewards: Tensor, group_size: int) -> Tensor:
+    variance = rewards.view(-1, group_size).var(1, correction=0).repeat_interleave(group_size)
+    return group_mean_advantages(rewards, group_size) / (variance + 1e-6)
 
 
 EX3 = exercise(
-    """05.3 Clip fractions by sign (difficulty 2, importance 3, 10 minutes)
+    """05.3 Two advantages (difficulty 2, importance 4, 8 minutes)
 
-    1. Count the dropped tokens of each sign, then divide both counts by the same number.
-    2. The divisor is the number of response tokens in the mini-batch: `mask.sum()`.
-    3. NaN compares as false, so `dropped & mask` is safe; a product with the mask would not be.
+    1. `rewards.view(-1, group_size)` puts a group in each row.
+    2. MiniRL subtracts the group's mean and stops there.
+    3. GRPO divides by the group's standard deviation, divisor G, plus 1e-6 for groups in which all are rewarded alike.
 
-    - of the tokens of that sign: you divide each count by the tokens of its own sign. The metric divides both by all
-      response tokens, so that the two add up to the share of tokens that lost their gradient.
-    - of the whole table: padding counts in your divisor: the fraction would change with the longest response of the
-      batch.
-    - padding dropped: you count places outside the responses as dropped tokens. Whatever stands there must not matter.
-    - mean over responses: you average fractions of responses. A short response then counts as much as a long one; the
-      metric is a fraction of tokens.
-    - in the other order: the pair is (advantage above 0, advantage below 0); yours is exchanged.
+    - std left in: MiniRL's advantage was divided by the standard deviation. It is the mean only: the division gives
+      groups that are nearly all right or nearly all wrong more weight than their share.
+    - no std anywhere: the second is not GRPO's: the division by the group's standard deviation is missing.
+    - divisor G − 1: `torch.std` divides by G − 1 unless told otherwise (`correction=0`). The paper's is the standard
+      deviation of the group itself, divisor G; your advantages are smaller by a factor √((G−1)/G).
+    - std left in, divisor G − 1: MiniRL's advantage is the difference from the mean only: take the division out. And in
+      GRPO's, `torch.std` divides by G − 1; the paper's has the divisor G.
+    - mean of the batch: you centred on the whole batch. Then a hard problem's responses are all bad and an easy one's
+      all good, whatever was tried.
+    - std of the batch: the mean is the group's and the standard deviation the batch's. That is a common factor for all
+      groups, not GRPO.
+    - no epsilon: a group that is all right gives 0/0.
+    - variance: you divided by the variance. The root is missing.
+    - leave one out: the first leaves each response out of its own baseline. That is RLOO, larger by G/(G−1); the paper
+      subtracts the plain mean of the group.
 
-    Look at the two apart: they answer different questions, how fast good and bad tokens run away.
+    In the library: group_mean_advantages and group_mean_std_advantages.
     """,
-    observe=_observe_fractions,
-    solution=_fractions,
+    observe=_observe_advantages,
+    solution=_both(group_mean_advantages, group_mean_std_advantages),
     mistakes={
-        "of the tokens of that sign": _of_the_sign,
-        "of the whole table": partial(_fractions, over="counted padding"),
-        "padding dropped": partial(_fractions, over="summed padding"),
-        "mean over responses": partial(_fractions, over="responses"),
-        "in the other order": lambda *case: _fractions(*case)[::-1],
+        "std left in": _both(group_mean_std_advantages, group_mean_std_advantages),
+        "no std anywhere": _both(group_mean_advantages, group_mean_advantages),
+        "divisor G − 1": _both(group_mean_advantages, torch_std_advantages),
+        "std left in, divisor G − 1": _both(torch_std_advantages, torch_std_advantages),
+        "mean of the batch": _both(batch_advantages, _over_std(batch_advantages)),
+        "std of the batch": _both(group_mean_advantages, _over_std(group_mean_advantages)),
+        "no epsilon": _both(group_mean_advantages, partial(group_mean_std_advantages, eps=0.0)),
+        "variance": _both(group_mean_advantages, _over_variance),
+        "leave one out": _both(leave_one_out_advantages, group_mean_std_advantages),
     },
 )
 
-
-def _observe_surrogate(answer: Answer) -> Observations:
-    ratio = torch.tensor([[0.5, 0.9, 1.1, 1.23, 1.6]], dtype=torch.float64).repeat(2, 1)
-    old = torch.tensor([[-0.9, -1.1, -2.0, -0.7, -1.3]], dtype=torch.float64).repeat(2, 1)
-    advantages = torch.tensor([[0.75], [-0.25]], dtype=torch.float64).expand(2, 5)
-    logp = (old + ratio.log()).requires_grad_()
-    value = answer(logp, old, advantages, EPS_LOW, EPS_HIGH)
-    slope = gradient(value, logp, 1.0)
-    return {"the surrogate of each token": value, "its gradient with respect to log π_θ": slope}
-
-
-EX4 = exercise(
-    """05.4 PPO's surrogate, with the same gradient (difficulty 3, importance 4, 15 minutes)
-
-    1. PPO takes the smaller of two numbers: with the ratio as it is, and with the ratio clipped.
-    2. The advantage must be inside both, before the minimum: multiplying by a negative number turns an order round.
-    3. `torch.minimum(r * A, r.clamp(1 - eps_low, 1 + eps_high) * A)`, and the ratio must carry gradient.
-
-    - maximum: you take the larger of the two. The minimum makes the surrogate a pessimist: it never promises more than
-      the unclipped one, and it is flat only where the token has gone too far.
-    - clipped only: without the minimum the gradient vanishes on both sides, also for a token that moved against its
-      push. Such a token would never come back.
-    - minimum before the advantage: you take the minimum of the ratios and multiply afterwards. For a negative advantage
-      the smaller product belongs to the larger ratio.
-    - ratio detached: your surrogate has the right value and no gradient. In PPO's form the gradient flows through the
-      ratio; only in MiniRL's form is the ratio stopped, and log π_θ carries the gradient.
-    - one bound for both sides: you use ε_low above as well. The upper bound here is 1 + ε_high.
-    - the loss: the sign is that of a loss. The surrogate is maximised; the minus comes where the optimiser is called.
-
-    Where the minimum is the clipped one the gradient is 0, elsewhere it is r · Â: exactly M · r · Â.
-    """,
-    observe=_observe_surrogate,
-    solution=surrogate,
-    mistakes={
-        "maximum": partial(surrogate, form="maximum"),
-        "clipped only": partial(surrogate, form="clipped"),
-        "minimum before the advantage": partial(surrogate, form="minimum of the ratios"),
-        "ratio detached": lambda logp, *case: surrogate(logp.detach(), *case),
-        "one bound for both sides": lambda logp, old, advantages, low, high: surrogate(logp, old, advantages, low, low),
-        "the loss": lambda *case: -surrogate(*case),
-    },
+# A batch for the three losses: responses of 4, 2 and 1 tokens.
+# Ratios r = π_θ/π_old: kept, dropped, moved against the push, capped.
+_OLD = torch.tensor([[0.50, 0.30, 0.08, 0.60], [0.40, 0.50, 1.00, 1.00], [0.02, 1.00, 1.00, 1.00]], dtype=torch.float64)
+_RATIO = torch.tensor(
+    [[1.00, 1.50, 1.23, 0.60], [0.70, 1.40, 1.00, 1.00], [6.50, 1.00, 1.00, 1.00]], dtype=torch.float64
 )
+_ROLLOUT = torch.tensor(
+    [[0.40, 0.30, 0.01, 0.90], [0.40, 0.60, 1.00, 1.00], [0.05, 1.00, 1.00, 1.00]], dtype=torch.float64
+)
+_ADVANTAGES = torch.tensor([0.75, -0.5, -0.25], dtype=torch.float64)
 
 
-def _observe_lost(answer: Answer) -> Observations:
-    # π_old/μ_old and π_θ/π_old; by token: only the wrong clip drops it, both do, neither, only the right one, neither
-    # (out of the range, on the side where this sign is kept), padding.
-    discrepancy = torch.tensor([[1.40, 1.10, 1.05, 0.80, 0.70, 1.40], [0.70, 0.90, 0.95, 1.50, 1.40, 0.70]])
-    staleness = torch.tensor([[1.00, 1.40, 1.02, 1.40, 1.00, 1.00], [1.05, 0.70, 0.98, 0.70, 1.00, 1.00]])
-    rollout = torch.full((2, 6), -2.0)
-    old = rollout + discrepancy.log()
-    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0]]).bool()
-    lost = answer(old + staleness.log(), old, rollout, torch.tensor([0.5, -0.5]), mask)
-    return {
-        "tokens lost where the advantage is positive": lost[0],
-        "tokens lost where the advantage is negative": lost[1],
+def _observe_loss(*others: Tensor) -> Answer:
+    """The gradient with respect to log π_θ for one batch, for the negated advantages, and on-policy."""
+
+    def of(answer: Answer, ratio: Tensor, advantages: Tensor) -> Tensor:
+        logp = (ratio.log() + _OLD.log()).requires_grad_()
+        return gradient(answer(logp, *(other.log() for other in others), advantages, _MASK), logp, without=torch.nan)
+
+    return lambda answer: {
+        "∂loss/∂logp on-policy": of(answer, torch.ones_like(_RATIO), _ADVANTAGES),
+        "∂loss/∂logp": of(answer, _RATIO, _ADVANTAGES),
+        "∂loss/∂logp with the other advantages": of(answer, _RATIO, -_ADVANTAGES),
     }
 
 
-def _lost(
-    logp: Tensor, old: Tensor, rollout: Tensor, advantages: Tensor, mask: Tensor, *, any_sign: bool = False
+def _library(objective: Answer) -> Answer:
+    return lambda *case: objective(*case).loss
+
+
+def _minirl(
+    logp: Tensor,
+    old: Tensor,
+    rollout: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    attached: bool = False,
+    clip_around_rollout: bool = False,
+    weight_by_old: bool = False,
+    cap: float = 5.0,
+    any_sign: bool = False,
+    bounds: tuple[float, float] = (EPS_LOW, EPS_HIGH),
+    over: str = "sums",
 ) -> Tensor:
-    wrong, right = (dropped(logp, reference, advantages, any_sign=any_sign) for reference in (rollout, old))
-    return wrong & ~right & mask
+    """Equation (7), as `minirl_loss` has it; every option is a way to get it wrong."""
+    weight = (logp - (old if weight_by_old else rollout)).exp().clamp(max=cap)
+    kept = ~dropped(logp, rollout if clip_around_rollout else old, advantages, *bounds, any_sign=any_sign)
+    terms = kept * (weight if attached else weight.detach()) * advantages[:, None] * logp
+    return -masked_mean(terms, mask, over)
 
 
-EX5 = exercise(
-    """05.5 Tokens lost to the engine's error (difficulty 3, importance 4, 15 minutes)
+EX4 = exercise(
+    """05.4 MiniRL's loss (difficulty 3, importance 5, 20 minutes)
 
-    1. Two clips: one that measures π_θ/μ_old and one that measures π_θ/π_old. You want what only the first drops.
-    2. Write one small function of (logp, reference, advantages) that returns the dropped tokens, and call it twice.
-    3. `wrong & ~right & mask`.
+    1. Two ratios: π_θ/μ_old is the weight (capped at 5), π_θ/π_old decides about M. Both are detached.
+    2. M drops a token where Â > 0 and r > 1.27, or Â < 0 and r < 0.8. Not where it moved against its push.
+    3. −(1/B) · sum over responses of the sum over tokens of M · w · Â · logp.
 
-    - all that the wrong clip drops: some of these the right clip drops too, for going too far since the rollout. Lost
-      to the engine's error are only those that it would have kept.
-    - turned round: these are the tokens that the wrong clip fails to drop: the engine's error hides how far they moved.
-      That is its other fault; the question was about the tokens it takes away.
-    - either way: you count every disagreement between the two clips, also the tokens that only the right one drops.
-    - padding: one of yours is not a response token. Take the mask along.
-    - without the sign: a clip drops by the sign of the advantage: only above 1 + ε_high for positive ones, only below 1
-      − ε_low for negative ones.
+    - sign: the sign is that of the objective. A loss is minimised: −J.
+    - weight attached: the weight was not detached: autograd adds ∇w · log π to every token's gradient.
+    - length normalised: each response was divided by its length. MiniRL adds up over tokens; this is the ablation “+
+      length norm”.
+    - ratio to the rollout policy: the clip looks at π_θ/μ_old. The trust region is around π_old (decoupled PPO): with
+      μ_old in its place, a token can be dropped before θ has moved at all.
+    - no train–inference weight: the weight is π_θ/π_old: that is the ablation “− IS”. The tokens were drawn by μ_old.
+    - no cap: the weight has no cap: one token has more than 5.
+    - drops whatever the sign: tokens are dropped on both sides whatever their advantage. A token that moved *against*
+      its push must keep its gradient, or it is never brought back.
+    - epsilons swapped: ε_low and ε_high are swapped: 0.27 above, 0.2 below.
 
-    The optimiser moved none of these tokens out of the range. A clip on μ_old cannot tell.
+    Compare with minirl_loss in objectives.py: the same, with care for NaN and for micro-batches.
     """,
-    observe=_observe_lost,
-    solution=_lost,
+    observe=_observe_loss(_OLD, _ROLLOUT),
+    solution=_library(minirl_loss),
     mistakes={
-        "all that the wrong clip drops": lambda logp, old, mu, advantages, mask: dropped(logp, mu, advantages) & mask,
-        "turned round": lambda logp, old, mu, advantages, mask: _lost(logp, mu, old, advantages, mask),
-        "either way": lambda logp, old, mu, advantages, mask: (
-            _lost(logp, old, mu, advantages, mask) | _lost(logp, mu, old, advantages, mask)
-        ),
-        "padding": lambda logp, old, mu, advantages, mask: _lost(logp, old, mu, advantages, torch.ones_like(mask)),
-        "without the sign": partial(_lost, any_sign=True),
+        "sign": lambda *case: -_minirl(*case),
+        "weight attached": partial(_minirl, attached=True),
+        "length normalised": partial(_minirl, over="responses"),
+        "ratio to the rollout policy": partial(_minirl, clip_around_rollout=True),
+        "no train–inference weight": partial(_minirl, weight_by_old=True),
+        "no cap": partial(_minirl, cap=torch.inf),
+        "drops whatever the sign": partial(_minirl, any_sign=True),
+        "epsilons swapped": partial(_minirl, bounds=(EPS_HIGH, EPS_LOW)),
     },
 )
 
-EXERCISES = (EX1, EX2, EX3, EX4, EX5)
+
+def _grpo(
+    logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, *, form: str = "minimum", over: str = "responses"
+) -> Tensor:
+    return -masked_mean(surrogate(logp, old, advantages[:, None], 0.2, 0.2, form=form), mask, over)
+
+
+EX5 = exercise(
+    """05.5 GRPO's loss (difficulty 3, importance 3, 12 minutes)
+
+    1. There is no log π in it: the ratio itself carries the gradient.
+    2. `torch.minimum(r * Â, r.clamp(0.8, 1.2) * Â)`, token by token. Where the clipped one is smaller, no gradient is
+       left.
+    3. Mean over each response's tokens first, then the mean over responses, then minus.
+
+    - sign: the sign is that of the objective. A loss is minimised: −J.
+    - detached: nothing carries a gradient. In GRPO, as in PPO, the ratio is differentiated; sg belongs to MiniRL and
+      CISPO.
+    - larger of the two: you took the larger of the two. The minimum is the pessimistic one: it keeps a token that moved
+      against its push and lets go of one that moved far enough.
+    - no clip: there is no clip: tokens that have moved far keep being pushed.
+    - only the clipped ratio: with the clipped ratio alone a token that moved against its push has no gradient either.
+      The minimum with the unclipped one is what brings it back.
+    - sum over tokens: the division by each response's length is missing: that is MiniRL's sum.
+    - mean over tokens: you divided by all tokens of the batch. GRPO divides each response by its own length first.
+
+    The library's is grpo_loss.
+    """,
+    observe=_observe_loss(_OLD),
+    solution=_library(grpo_loss),
+    mistakes={
+        "sign": lambda *case: -_grpo(*case),
+        "detached": lambda logp, *case: _grpo(logp.detach(), *case),
+        "larger of the two": partial(_grpo, form="maximum"),
+        "no clip": partial(_grpo, form="not clipped"),
+        "only the clipped ratio": partial(_grpo, form="clipped"),
+        "sum over tokens": partial(_grpo, over="sums"),
+        "mean over tokens": partial(_grpo, over="tokens"),
+    },
+)
+
+
+def _cispo(
+    logp: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    attached: bool = False,
+    bounds: tuple[float, float] = (0.0, 5.0),
+    drops: bool = False,
+    over: str = "tokens",
+) -> Tensor:
+    """CISPO's objective; every option is a way to get it wrong."""
+    ratio = (logp - old).exp()
+    weight = ratio.clamp(*bounds) * (ratio <= bounds[1] if drops else 1)
+    terms = (weight if attached else weight.detach()) * advantages[:, None] * logp
+    return -masked_mean(terms, mask, over)
+
+
+EX6 = exercise(
+    """05.6 CISPO's loss (difficulty 3, importance 3, 10 minutes)
+
+    1. Like MiniRL it is a detached weight times Â times log π. The weight is r = π_θ/π_old, clipped to [0, 5].
+    2. No token is dropped: one beyond the ceiling counts as 5.
+    3. Add up over everything and divide by the number of tokens in the batch.
+
+    - sign: the sign is that of the objective. A loss is minimised: −J.
+    - weight attached: the weight was not detached: autograd adds ∇w · log π.
+    - tokens dropped: a token beyond the ceiling has no gradient left. Either it was dropped, or the clipped ratio was
+      differentiated, which is constant there. In CISPO the weight is clipped, the gradient comes from log π, and every
+      token keeps one.
+    - GRPO's range: the weight was clipped to [0.8, 1.2], GRPO's range. CISPO's has no floor, and its ceiling is far
+      from 1: 5 here.
+    - no ceiling: the weight is not clipped: one token has more than 5.
+    - mean of means: each response was divided by its own length. That is GRPO's mean; CISPO divides once, by all
+      tokens.
+    - sum over tokens: you divided by the number of responses. CISPO divides by the number of tokens in the batch.
+    - padding counted: padding was counted in the divisor. Σ|y| is the number of true positions of the mask.
+
+    The library's is cispo_loss.
+    """,
+    observe=_observe_loss(_OLD),
+    solution=_library(cispo_loss),
+    mistakes={
+        "sign": lambda *case: -_cispo(*case),
+        "weight attached": partial(_cispo, attached=True),
+        "tokens dropped": partial(_cispo, drops=True),
+        "GRPO's range": partial(_cispo, bounds=(0.8, 1.2)),
+        "no ceiling": partial(_cispo, bounds=(0.0, torch.inf)),
+        "mean of means": partial(_cispo, over="responses"),
+        "sum over tokens": partial(_cispo, over="sums"),
+        "padding counted": partial(_cispo, over="counted padding"),
+    },
+)
+
+
+_PARTS: tuple[Part, ...] = (
+    (torch.tensor([[2.0, -1.0, 3.0], [1.0, 0.5, 0.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()),
+    (torch.tensor([[4.0, 0.0], [-3.0, 0.0], [1.5, 2.5]]), torch.tensor([[1, 0], [1, 0], [1, 1]]).bool()),
+    (torch.tensor([[6.0, 1.0, 1.0, 2.0]]), torch.tensor([[1, 1, 1, 1]]).bool()),
+)
+
+
+def _observe_parts(answer: Answer) -> Observations:
+    losses = [torch.as_tensor(loss) for loss in answer(_PARTS)]
+    whole = [torch.as_tensor(loss) for loss in answer(_PARTS[:1])]
+    return {
+        "the number of losses": len(losses),
+        "the loss of a batch that is not split": whole[0],
+        "the losses of the parts": torch.stack(losses),
+    }
+
+
+_negative = partial(divided_by, sign=-1)
+
+EX7 = exercise(
+    """05.7 A mean over tokens, in parts (difficulty 3, importance 4, 10 minutes)
+
+    1. What must the losses of the parts add up to? Write that number down with its divisor first.
+    2. The divisor is the same for every part, and it has to be known before the first of them is computed.
+
+    - local means: each part was divided by its own tokens. Gradients of parts add up, so the step grows with the number
+      of parts.
+    - mean of local means: a mean of the parts' means. A token in a part with few tokens then counts for more: its
+      weight depends on who shares its micro-batch, that is on packing.
+    - responses: you divided by the number of responses: MiniRL's divisor. Asked is the token mean.
+    - padding: padding was counted. It differs from part to part and is no token.
+    - divided twice: the divisor is already the whole batch's. Dividing by the number of parts as well makes the step
+      smaller the finer the batch is cut (many loops do this by default: gradient accumulation).
+    - weighted by responses: the local means are weighted by the parts' share of the *responses*. For a mean over tokens
+      it is the share of the tokens.
+    - sign: the losses have the sign of the objective.
+
+    The library takes the global count as an argument: num_responses, and num_tokens for CISPO.
+    """,
+    observe=_observe_parts,
+    solution=_negative(lambda part, parts: tokens(*parts)),
+    mistakes={
+        "local means": _negative(lambda part, parts: tokens(part)),
+        "mean of local means": _negative(lambda part, parts: tokens(part) * len(parts)),
+        "responses": _negative(lambda part, parts: responses(*parts)),
+        "padding": _negative(lambda part, parts: sum(mask.numel() for _, mask in parts)),
+        "divided twice": _negative(lambda part, parts: tokens(*parts) * len(parts)),
+        "weighted by responses": _negative(lambda part, parts: tokens(part) * responses(*parts) / responses(part)),
+        "sign": divided_by(lambda part, parts: tokens(*parts)),
+    },
+)
+
+EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7)

@@ -585,11 +585,11 @@ print(f"{n} held-out problems: a score has a standard error of {error:.2f}")
 # * [01_sequence_reward](01_sequence_reward.ipynb): from one reward for a whole response to a gradient for every token.
 # * [02_first_order](02_first_order.ipynb): the token objective as a first-order approximation, and when it breaks.
 # * [03_sampler_and_policy](03_sampler_and_policy.ipynb): sampling from one policy, learning another.
-# * [04_length_norm](04_length_norm.ipynb): what changes when a response's sum is divided by its length.
+# * [05_length_norm](05_length_norm.ipynb): what changes when a response's sum is divided by its length.
 #
 # *What pulls the policies apart, and the brakes*
 #
-# * [05_staleness_and_clipping](05_staleness_and_clipping.ipynb): several updates from one rollout; the clip mask.
+# * [04_staleness_and_clipping](04_staleness_and_clipping.ipynb): several updates from one rollout; the clip mask.
 # * [06_mixture_of_experts](06_mixture_of_experts.ipynb): routers, flips, and how they enter both factors of (5).
 # * [07_routing_replay](07_routing_replay.ipynb): R2 and R3, and what each of them alters.
 #

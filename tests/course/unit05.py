@@ -1,113 +1,152 @@
-"""Two right answers to each exercise of lab 05, written differently from its solution."""
+"""Two right answers to each exercise of lab 05, each written differently from the solution."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def age_by_walking(grad_step: int, mini_batches: int) -> list[int]:
-    """Walk through the loop and stop at the gradient step."""
-    version, step = 0, 0
-    while True:
-        for updates in range(mini_batches):
-            step += 1
-            if step == grad_step:
-                return [version + 1, updates, version]
-        version += 1
+def divisors_loop(terms: Tensor, mask: Tensor) -> tuple[float, float, float]:
+    """Row by row, in plain Python."""
+    rows = [[float(x) for x, m in zip(row, keep, strict=True) if m] for row, keep in zip(terms, mask, strict=True)]
+    sums = [sum(row) for row in rows]
+    means = [sum(row) / len(row) if row else 0.0 for row in rows]
+    return sum(sums) / len(rows), sum(means) / len(rows), sum(sums) / sum(map(len, rows))
 
 
-def age_by_ceiling(grad_step: int, mini_batches: int) -> tuple[int, int, int]:
-    """The global step is a ceiling; the rest follows from it."""
-    global_step = math.ceil(grad_step / mini_batches)
-    return global_step, grad_step - (global_step - 1) * mini_batches - 1, global_step - 1
+def divisors_weights(terms: Tensor, mask: Tensor) -> list[Tensor]:
+    """One weight for each token; the sum over tokens at the end."""
+    weights = mask.float()
+    length = weights.sum(1, keepdim=True)
+    per_response = weights / torch.where(length > 0, length, 1.0) / len(mask)
+    values = torch.nan_to_num(terms) * weights
+    return [torch.einsum("bt,bt->", w, values) for w in (weights / len(mask), per_response, weights / weights.sum())]
 
 
-def mask_by_loops(logp: Tensor, logp_old: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
-    """One token at a time."""
-    kept = torch.ones_like(logp)
-    for i, advantage in enumerate(advantages.tolist()):
-        for t in range(logp.shape[1]):
-            ratio = math.exp(float(logp[i, t] - logp_old[i, t]))
-            if (advantage > 0 and ratio > 1 + eps_high) or (advantage < 0 and ratio < 1 - eps_low):
-                kept[i, t] = 0
-    return kept
+def objective_autograd(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Differentiates E_π[(R − b)/|y|] with b held fixed."""
+    logits = logits.requires_grad_()
+    pi = logits.softmax(0)
+    b = (pi * rewards).sum().detach()
+    return torch.autograd.grad((pi * ((rewards - b) / lengths)).sum(), logits)[0]
 
 
-def mask_by_one_inequality(
-    logp: Tensor, logp_old: Tensor, advantages: Tensor, eps_low: float, eps_high: float
-) -> Tensor:
-    """Turn the ratio's axis by the sign of the advantage: one bound is left."""
-    sign = advantages.sign()[:, None]
-    bound = torch.where(sign > 0, math.log1p(eps_high), -math.log1p(-eps_low))
-    return (sign * (logp - logp_old) <= bound) | (sign == 0)
+def objective_scores(logits: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Σ_y π(y) Â/|y| (onehot(y) − π)."""
+    pi = logits.exp() / logits.exp().sum()
+    total = torch.zeros_like(pi)
+    for y in range(len(pi)):
+        score = -pi.clone()
+        score[y] += 1
+        total += pi[y] * (rewards[y] - pi @ rewards) / lengths[y] * score
+    return total
 
 
-def fractions_by_loops(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor) -> tuple[float, float]:
-    """Count over the response tokens."""
-    tokens, up, down = 0, 0, 0
-    for i, t in mask.nonzero().tolist():
-        ratio = math.exp(float(logp[i, t] - logp_old[i, t]))
-        tokens += 1
-        up += advantages[i] > 0 and ratio > 1.27
-        down += advantages[i] < 0 and ratio < 0.8
-    return float(up) / tokens, float(down) / tokens
+def advantages_loop(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Group by group; for rewards 0 and 1 the standard deviation is √(p(1 − p))."""
+    minirl, grpo = [], []
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size].tolist()
+        p = sum(group) / group_size
+        minirl += [r - p for r in group]
+        grpo += [(r - p) / (math.sqrt(p * (1 - p)) + 1e-6) for r in group]
+    return torch.tensor(minirl), torch.tensor(grpo)
 
 
-def fractions_of_a_list(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Pick the response tokens out first; then plain means."""
-    ratio = (logp[mask] - logp_old[mask]).exp()
-    sign = advantages.repeat_interleave(mask.sum(1)).sign()
-    return torch.stack([((sign == 1) & (ratio > 1.27)).float().mean(), ((sign == -1) & (ratio < 0.8)).float().mean()])
+def advantages_matrix(rewards: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """The projection I − 11ᵀ/G, and the length of what it leaves."""
+    project = torch.eye(group_size) - 1 / group_size
+    centred = rewards.reshape(-1, group_size) @ project
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True) / group_size**0.5
+    return centred.reshape(-1), (centred / (norm + 1e-6)).reshape(-1)
 
 
-def surrogate_by_cases(logp: Tensor, logp_old: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
-    """Equation (05.5): by the sign of the advantage only one bound is left."""
-    ratio = torch.exp(logp - logp_old)
-    return torch.where(advantages > 0, ratio.clamp(max=1 + eps_high), ratio.clamp(min=1 - eps_low)) * advantages
-
-
-def surrogate_as_a_penalty(
-    logp: Tensor, logp_old: Tensor, advantages: Tensor, eps_low: float, eps_high: float
-) -> Tensor:
-    """The unclipped surrogate minus what lies beyond the bound."""
-    ratio = torch.exp(logp - logp_old)
-    beyond = (ratio - 1 - eps_high).relu() * advantages.relu() + (1 - eps_low - ratio).relu() * (-advantages).relu()
-    return ratio * advantages - beyond
-
-
-def lost_by_loops(
+def minirl_coefficients(
     logp: Tensor, logp_old: Tensor, logp_rollout: Tensor, advantages: Tensor, mask: Tensor
-) -> list[list[bool]]:
-    """One token at a time."""
-
-    def out(difference: Tensor, advantage: Tensor) -> bool:
-        ratio = math.exp(float(difference))
-        return ratio > 1.27 if advantage > 0 else bool(advantage < 0) and ratio < 0.8
-
-    return [
-        [
-            bool(mask[i, t])
-            and out(logp[i, t] - logp_rollout[i, t], advantages[i])
-            and not out(logp[i, t] - logp_old[i, t], advantages[i])
-            for t in range(logp.shape[1])
-        ]
-        for i in range(len(logp))
-    ]
+) -> Tensor:
+    """The coefficient of each token as a table of numbers, then one inner product."""
+    table = torch.zeros_like(logp)
+    for b, t in mask.nonzero().tolist():
+        a = float(advantages[b])
+        new, old, mu = (float(x[b, t].detach()) for x in (logp, logp_old, logp_rollout))
+        r = math.exp(new - old)
+        if (a > 0 and r > 1.27) or (a < 0 and r < 0.8):
+            continue
+        table[b, t] = min(math.exp(new - mu), 5.0) * a
+    return -torch.einsum("bt,bt->", table, logp) / len(mask)
 
 
-def lost_by_masks(logp: Tensor, logp_old: Tensor, logp_rollout: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """How much the mask changes between the two denominators."""
-    sign = advantages.sign()[:, None]
-    bound = torch.where(sign > 0, math.log(1.27), -math.log(0.8))
-    kept_old, kept_mu = ((sign * (logp - other) <= bound).float() for other in (logp_old, logp_rollout))
-    return (kept_old - kept_mu).clamp(min=0) * mask
+def minirl_product(logp: Tensor, logp_old: Tensor, logp_rollout: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """With Â as [B, T] and the clip as a condition on the sign of Â."""
+    a = advantages.unsqueeze(1).expand_as(logp)
+    with torch.no_grad():
+        staleness = torch.exp(logp) / torch.exp(logp_old)
+        w = torch.minimum(
+            staleness * torch.exp(logp_old) / torch.exp(logp_rollout), torch.tensor(5.0, dtype=logp.dtype)
+        )
+        keep = torch.where(a >= 0, staleness <= 1.27, staleness >= 0.8) & mask
+    return -(w * a * logp)[keep].sum() / logp.shape[0]
 
 
-RIGHT = {
-    "05.1": (age_by_walking, age_by_ceiling),
-    "05.2": (mask_by_loops, mask_by_one_inequality),
-    "05.3": (fractions_by_loops, fractions_of_a_list),
-    "05.4": (surrogate_by_cases, surrogate_as_a_penalty),
-    "05.5": (lost_by_loops, lost_by_masks),
+def grpo_branches(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """The minimum as a choice between a constant and the ratio."""
+    a = advantages[:, None].expand_as(logp)
+    ratio = logp.exp() / logp_old.exp()
+    stopped = ((a > 0) & (ratio > 1.2)) | ((a < 0) & (ratio < 0.8))
+    surrogate = torch.where(stopped, ratio.detach().clamp(0.8, 1.2), ratio) * a
+    weights = mask / mask.sum(1, keepdim=True)
+    return -(weights * surrogate).sum(1).mean()
+
+
+def grpo_loop(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Token by token."""
+    total = logp.new_zeros(())
+    for b in range(len(mask)):
+        length = int(mask[b].sum())
+        for t in range(length):
+            r, a = (logp[b, t] - logp_old[b, t]).exp(), advantages[b]
+            total = total - min(r * a, r.clamp(0.8, 1.2) * a, key=lambda x: x.item()) / length / len(mask)
+    return total
+
+
+def cispo_gradient(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """A detached coefficient for each selected token."""
+    a = advantages[:, None].expand_as(logp)[mask]
+    w = torch.exp(logp - logp_old)[mask].clamp(max=5).detach()
+    return -torch.dot(w * a, logp[mask]) / int(mask.sum())
+
+
+def cispo_loop(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """Token by token, with numbers as coefficients."""
+    losses = []
+    for b, t in mask.nonzero().tolist():
+        weight = min(math.exp(float(logp[b, t].detach()) - float(logp_old[b, t])), 5.0)
+        losses.append(-weight * float(advantages[b]) * logp[b, t])
+    return torch.stack(losses).mean()
+
+
+def parts_shares(micro_batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Local means, each weighted by its share of the tokens."""
+    counts = [mask.sum() for _, mask in micro_batches]
+    total = torch.stack(counts).sum()
+    return [-terms[mask].mean() * n / total for (terms, mask), n in zip(micro_batches, counts, strict=True)]
+
+
+def parts_loop(micro_batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """Plain Python."""
+    kept = [[float(x) for x in terms[mask]] for terms, mask in micro_batches]
+    tokens = len([x for part in kept for x in part])
+    return [-sum(part) / tokens for part in kept]
+
+
+RIGHT: dict[str, list[Callable[..., Any]]] = {
+    "05.1": [divisors_loop, divisors_weights],
+    "05.2": [objective_autograd, objective_scores],
+    "05.3": [advantages_loop, advantages_matrix],
+    "05.4": [minirl_coefficients, minirl_product],
+    "05.5": [grpo_branches, grpo_loop],
+    "05.6": [cispo_gradient, cispo_loop],
+    "05.7": [parts_shares, parts_loop],
 }

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Staleness and clipping
 #
-# The lesson: [05_staleness_and_clipping.md](../lessons/05_staleness_and_clipping.md), with the derivations.
+# The lesson: [04_staleness_and_clipping.md](../lessons/04_staleness_and_clipping.md), with the derivations.
 #
 # A coach films a striker in one match and runs eight drills from that film. By the eighth, the film shows a player who
 # no longer exists. One rollout, $N$ updates: this lab measures how far the policy runs from the one that was sampled,
@@ -83,7 +83,7 @@ Image(to_png(figure), width=850)
 # that uses it. With $N = 1$ there are no bars: on-policy. In every rollout the first mini-batch has age 0.
 
 # %% [markdown]
-# {exercise} 05.1
+# {exercise} 04.1
 # Return, for a gradient step counted from 1 and a number of mini-batches $N$: the global step it belongs to (counted
 # from 1), the number of updates since its rollout was sampled, and the version of the weights that sampled it (the
 # number of global steps that were finished by then).
@@ -98,7 +98,7 @@ def age_of(grad_step, mini_batches):
     # end
 
 
-check("05.1", age_of)
+check("04.1", age_of)
 
 # %% [markdown]
 # ## 2 · How far the policy runs
@@ -122,7 +122,7 @@ show_table(["updates k", "log r, token 1", "token 2", "token 3", "KL(π_old‖π
 
 # %% [markdown]
 # From row to row $\log r$ grows by nearly equal amounts, and the KL grows faster and faster. The last column is
-# equation (05.3): second order is all there is to see at this size. Tokens 2 and 3 were never pushed: they move because
+# equation (04.3): second order is all there is to see at this size. Tokens 2 and 3 were never pushed: they move because
 # probabilities add up to 1.
 #
 # Now a real one. The tiny Mixture-of-Experts model samples one rollout through the 4-bit engine, eight mini-batches of
@@ -252,7 +252,7 @@ show_table(
 # likely a large one.
 
 # %% [markdown]
-# {exercise} 05.2
+# {exercise} 04.2
 # Write $M_t$ as a tensor `[B, T]`: 1 where a token keeps its gradient, 0 where it is dropped. `advantages` is `[B]`.
 
 
@@ -266,7 +266,7 @@ def keep_mask(logp, logp_old, advantages, eps_low, eps_high):
     # end
 
 
-check("05.2", keep_mask)
+check("04.2", keep_mask)
 
 # %% [markdown]
 # Now all tokens of the stalest mini-batch, each as a dot. Its place on the vertical axis is its advantage (a little
@@ -307,7 +307,7 @@ Image(to_png(figure), width=850)
 # both sides would leave them there. The row at 0 belongs to groups that were all right or all wrong: no push, no drop.
 
 # %% [markdown]
-# {exercise} 05.3
+# {exercise} 04.3
 # The two metrics: which fraction of the response tokens is dropped with $\hat A > 0$, and which with $\hat A < 0$?
 # `mask` is true on response tokens; what stands elsewhere, NaN included, must not matter. Use the paper's bounds,
 # `EPS_LOW` and `EPS_HIGH`.
@@ -324,7 +324,7 @@ def dropped_by_sign(logp, logp_old, advantages, mask):
     # end
 
 
-check("05.3", dropped_by_sign)
+check("04.3", dropped_by_sign)
 
 # %% [markdown]
 # The loss returns the same two as metrics. On every mini-batch of our rollouts:
@@ -361,7 +361,7 @@ for ax, sign in zip(figure.subplots(1, 2), (1.0, -1.0), strict=True):
     surrogate = torch.minimum(log_ratio.exp() * sign, log_ratio.exp().clamp(1 - EPS_LOW, 1 + EPS_HIGH) * sign)
     (slope,) = torch.autograd.grad(surrogate.sum(), log_ratio)
     dropped = r > 1 + EPS_HIGH if sign > 0 else r < 1 - EPS_LOW
-    torch.testing.assert_close(slope, torch.where(dropped, 0.0, r * sign))  # equation (05.6)
+    torch.testing.assert_close(slope, torch.where(dropped, 0.0, r * sign))  # equation (04.6)
     ax.plot(r, surrogate.detach(), color=BLUE, linewidth=2, label="surrogate")
     ax.plot(
         r, slope, color=ORANGE, linewidth=2, linestyle="--", label=r"its gradient with respect to $\log\,\pi_\theta$"
@@ -378,7 +378,7 @@ Image(to_png(figure), width=850)
 # A$ at every point. 'Drop the gradient' and 'take the minimum' are one rule.
 
 # %% [markdown]
-# {exercise} 05.4
+# {exercise} 04.4
 # Write the surrogate of every token, `[B, T]`, to be maximised, so that autograd through it gives $M_t\, r_t\, \hat A$.
 # Here `advantages` has the shape of `logp`.
 
@@ -392,7 +392,7 @@ def ppo_surrogate(logp, logp_old, advantages, eps_low, eps_high):
     # end
 
 
-check("05.4", ppo_surrogate)
+check("04.4", ppo_surrogate)
 
 # %% [markdown]
 # ## 5 · Which denominator
@@ -448,7 +448,7 @@ show_table(
 # three. All of it is lost to the engine's error, on-policy, where there is no staleness whatever.
 
 # %% [markdown]
-# {exercise} 05.5
+# {exercise} 04.5
 # Off-policy both happen at once. Return, as booleans `[B, T]`, the response tokens that a clip on
 # $\pi_\theta/\mu_{old}$ drops and a clip on $\pi_\theta/\pi_{old}$ keeps.
 
@@ -466,7 +466,7 @@ def lost_to_the_engine(logp, logp_old, logp_rollout, advantages, mask):
     # end
 
 
-check("05.5", lost_to_the_engine)
+check("04.5", lost_to_the_engine)
 
 # %% [markdown]
 # ## 6 · What the clip does not do
@@ -514,7 +514,7 @@ print(f"further away than when dropped   {(after < before).mean():.0%}")
 # optimiser's momentum. The printed shares say how many came home and how many went on.
 #
 # **It does not bound the KL.** A sampled token with ratio exactly 1, and two others that exchange their probability,
-# equation (05.10):
+# equation (04.10):
 
 # %%
 for delta in (0.25, 0.1, 0.01, 0.001, 1e-6):

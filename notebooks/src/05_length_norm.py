@@ -9,7 +9,7 @@
 # %% [markdown]
 # # What length normalisation does to the gradient: MiniRL, GRPO, CISPO side by side
 #
-# The lab of [lesson 04](../lessons/04_length_norm.md). Three algorithms multiply the same thing, an advantage times
+# The lab of [lesson 05](../lessons/05_length_norm.md). Three algorithms multiply the same thing, an advantage times
 # $\nabla\log\pi$, and divide it by different numbers: the responses, each response's length, the tokens of the batch.
 # It looks like a choice of units. It is a choice of objective.
 #
@@ -124,7 +124,7 @@ show_table(
 # gradient of the expected reward says, as the next section shows.
 
 # %% [markdown]
-# {exercise} 04.1
+# {exercise} 05.1
 # From numbers `terms` `[B, T]` and a `mask` that is true on response tokens, return three scalars: the mean over
 # responses of the sum over tokens (MiniRL), the mean over responses of the mean over tokens (GRPO), the mean over all
 # tokens (CISPO). Padding may hold anything, NaN included. A response may be empty: it contributes 0 and counts as a
@@ -140,7 +140,7 @@ def three_divisors(terms, mask):
     # end
 
 
-check("04.1", three_divisors)
+check("05.1", three_divisors)
 
 # %% [markdown]
 # ## 2 · The gradient of what?
@@ -270,7 +270,7 @@ Image(to_png(figure), width=850)
 # larger in steps whose responses happen to be short. What remains different in CISPO is elsewhere: section 5.
 
 # %% [markdown]
-# {exercise} 04.2
+# {exercise} 05.2
 # One prompt, $V$ possible responses, `logits`, `rewards` and `lengths` all `[V]`. Return the gradient `[V]` with
 # respect to the logits that length normalisation *ascends*, on-policy and in expectation. The baseline is the expected
 # reward at the present logits, a number.
@@ -285,7 +285,7 @@ def length_normalised_gradient(logits, rewards, lengths):
     # end
 
 
-check("04.2", length_normalised_gradient)
+check("05.2", length_normalised_gradient)
 
 # %% [markdown]
 # ## 3 · Short wrong, long wrong
@@ -462,7 +462,7 @@ Image(to_png(figure), width=760)
 # make it.
 
 # %% [markdown]
-# {exercise} 04.3
+# {exercise} 05.3
 # From `rewards` `[B]`, grouped by prompt, return two tensors `[B]`: MiniRL's advantages, and GRPO's (standard deviation
 # of the group itself, plus `1e-6`).
 
@@ -477,7 +477,7 @@ def two_advantages(rewards, group_size):
     # end
 
 
-check("04.3", two_advantages)
+check("05.3", two_advantages)
 
 # %% [markdown]
 # ## 5 · Three algorithms, one batch
@@ -562,7 +562,7 @@ Image(to_png(figure), width=850)
 # `[B]`; return the scalar loss.
 
 # %% [markdown]
-# {exercise} 04.4
+# {exercise} 05.4
 # MiniRL, equation (7): $\varepsilon_{low}=0.2$, $\varepsilon_{high}=0.27$, cap 5.
 
 
@@ -577,10 +577,10 @@ def loss_of_minirl(logp, logp_old, logp_rollout, advantages, mask):
     # end
 
 
-check("04.4", loss_of_minirl)
+check("05.4", loss_of_minirl)
 
 # %% [markdown]
-# {exercise} 04.5
+# {exercise} 05.5
 # GRPO: $\frac1B\sum_b\frac1{|y_b|}\sum_t\min(r\hat A,\ \mathrm{clip}(r,0.8,1.2)\hat A)$, as a loss.
 
 
@@ -594,10 +594,10 @@ def loss_of_grpo(logp, logp_old, advantages, mask):
     # end
 
 
-check("04.5", loss_of_grpo)
+check("05.5", loss_of_grpo)
 
 # %% [markdown]
-# {exercise} 04.6
+# {exercise} 05.6
 # CISPO: $\frac1{\sum|y_b|}\sum_b\sum_t\mathrm{sg}[\mathrm{clip}(r,0,5)]\,\hat A\log\pi_\theta$, as a loss.
 
 
@@ -609,7 +609,7 @@ def loss_of_cispo(logp, logp_old, advantages, mask):
     # end
 
 
-check("04.6", loss_of_cispo)
+check("05.6", loss_of_cispo)
 
 # %% [markdown]
 # ## 6 · Micro-batches and global divisors
@@ -650,7 +650,7 @@ show_table(["a token of the", "in one piece", "in parts, global divisor", "in pa
 # normalisation through the back door. MiniRL has the same trap with responses: divide by $B$, not by the part's $b$.
 
 # %% [markdown]
-# {exercise} 04.7
+# {exercise} 05.7
 # `micro_batches` is a list of `(terms, mask)`, `[b, T]` each, `terms` being weight × Â × log π. Return a list with one
 # loss for each, such that their sum is the loss of the whole batch under the **token mean**. (Padding is finite here.)
 
@@ -663,7 +663,7 @@ def losses_of_parts(micro_batches):
     # end
 
 
-check("04.7", losses_of_parts)
+check("05.7", losses_of_parts)
 
 # %% [markdown]
 # ## 7 · What our runs show
@@ -814,4 +814,4 @@ for setting, reference, variant in (("on_policy", "MiniRL", "minirl"), ("n2", "R
 # 2. In section 6 cut the batch into right and wrong answers instead. Which half does the mean of local means favour?
 # 3. In section 7 write a task whose answers to one prompt differ in length, and measure the cosines again.
 #
-# Back to the [lesson](../lessons/04_length_norm.md), for the proofs and for what to remember.
+# Back to the [lesson](../lessons/05_length_norm.md), for the proofs and for what to remember.

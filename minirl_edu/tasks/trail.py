@@ -67,10 +67,9 @@ class TrailTask(ChainTask):
 
     def respond(self, problem: Problem, response: Sequence[int]) -> Sequence[int] | None:
         """None where the walk is over: see `ends`. Nothing is written into a response."""
-        first = self._first_round(problem)
-        if len(response) != len(first):
+        if len(response) != 2 * problem.prompt.count("+"):  # asked at each token: cheap first
             return ()
-        right = self.tokenizer.decode(list(response)) == first
+        right = self.tokenizer.decode(list(response)) == self._first_round(problem)
         return None if self.ends == "all" or (self.ends == "right") == right else ()
 
     def demonstration(

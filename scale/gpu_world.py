@@ -28,8 +28,8 @@ H5  The same without the weight, where right responses are longer: predicted and
     at least 0.9.
 
 Runs come in the order in which they matter: {MiniRL, − IS, R3} for seed after seed; then H5's pairs, two thirds as
-long; then + length norm. Each finished run is a line of JSON in the file, and is skipped by the next call; so is the cold
-start, which lies in a folder beside it. A run that fails leaves a line with `error`, and is tried again.
+long; then + length norm. Each finished run is a line of JSON in the file, and is skipped by the next call; so is the
+cold start, which lies in a folder beside it. A run that fails leaves a line with `error`, and is tried again.
 """
 
 import argparse
@@ -682,7 +682,8 @@ class Worker:
             line, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
         self.said: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -704,9 +705,10 @@ class Worker:
             return {"error": f"not done after {limit:.0f} s"}
         if said:
             return json.loads(said)
-        self.close()
         self.errors.seek(0)
-        return {"error": f"the process ended: {self.errors.read()[-1500:]}"}
+        error = {"error": f"the process ended: {self.errors.read()[-1500:]}"}
+        self.close()
+        return error
 
     @property
     def alive(self) -> bool:
@@ -717,6 +719,10 @@ class Worker:
         """End the process."""
         self.process.kill()
         self.process.wait()
+        self.listener.join()
+        for stream in (self.process.stdin, self.process.stdout, self.errors):
+            with contextlib.suppress(OSError):  # what was not yet written to a process that is gone
+                stream.close()  # type: ignore[union-attr]
 
 
 def work(world: World) -> None:

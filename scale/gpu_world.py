@@ -35,6 +35,7 @@ cold start, which lies in a folder beside it. A run that fails leaves a line wit
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -77,10 +78,15 @@ class World:
     eval_every: int = 5
     eval_samples: int = 8
     cold_steps: int = 800
-    workers: int = 6
+    workers: int = 8
     limit: float = 150.0
     graph: bool = True
     device: str = "cuda"
+
+    @property
+    def size(self) -> dict[str, Any]:
+        """What decides a run's numbers: runs of another size are not compared, and none is skipped for their sake."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("workers", "limit", "graph")}
 
     @property
     def contrast_updates(self) -> int:
@@ -533,6 +539,7 @@ def one_run(world: World, variant: str, ends: str, seed: int, model_folder: str)
     from minirl_edu.trainer import MiniRLTrainer, TrainingDiverged
 
     started = time.perf_counter()
+    gc.collect()  # what the run before left on the card
     config = make_config(world, variant, ends, seed, model_folder)
     model: Any = load_model(model_folder)
     model.to(world.device)
@@ -564,13 +571,16 @@ def one_run(world: World, variant: str, ends: str, seed: int, model_folder: str)
     curves = {name: [_short(line.get(name)) for line in lines] for name in CURVES}
     found |= {"updates": len(lines), "curves": curves, "graph": engine.graph is not None, "products": engine.kind}
     found["grouped_fp8"] = engine.kind == "fp8" and has_grouped_fp8()
+    found |= {"card": world.device, "torch": torch.__version__}
     if world.device == "cuda":
+        found["card"] = torch.cuda.get_device_name()
         found["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return {**found, "run_seconds": round(time.perf_counter() - started, 1)}
 
 
 def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+    """Four digits of a number, None if there is none."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -610,6 +620,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from minirl_edu.experiments.statistics import summary as of_run
 
     done = [line for line in lines if "curves" in line]
+    done = [line for line in done if line["size"] == done[-1]["size"]]
     spec, window = load_spec(), max((line["updates"] for line in done), default=3) // 3
     right = {v: [as_result(x) for x in done if (x["variant"], x["ends"]) == (v, "right")] for v in (*MAIN, *LATER)}
     found: dict[str, Any] = {"check": "summary", "window": window, "variants": {}, "drift": {}}
@@ -727,6 +738,11 @@ class Worker:
 
 def work(world: World) -> None:
     """The loop of a worker: a job a line on stdin, a result a line on stdout."""
+    import torch
+
+    import minirl_edu.trainer  # noqa: F401 (imports and the card's start, while another makes the cold start)
+
+    torch.zeros(1, device=world.device)
     jobs: dict[str, Callable[..., dict[str, Any]]] = {
         "cold": lambda folder: cold_start(world, Path(folder)),
         "run": lambda *job: one_run(world, *job),
@@ -800,7 +816,8 @@ class Runs:
 
     def make(self, jobs: Sequence[tuple[str, str, int]]) -> None:
         """Make the cold start and the jobs that no line of the file has."""
-        known = {(x["variant"], x["ends"], x["seed"]) for x in read(self.out) if "curves" in x}
+        done = [x for x in read(self.out) if "curves" in x and x["size"] == self.world.size]
+        known = {(x["variant"], x["ends"], x["seed"]) for x in done}
         self.waiting = [job for job in jobs if job not in known]
         workers = [Worker(self.world) for _ in range(min(self.world.workers, len(self.waiting)))]  # import meanwhile
         try:
@@ -836,12 +853,13 @@ class Runs:
                 if error := found.get("error"):
                     self.failures += 1
                     worker.close()
-                    if self.world.graph and "graph" in error.lower():
+                    if self.world.graph and any(word in error for word in ("captur", "CUDAGraph", "graph.replay")):
                         self.world = dataclasses.replace(self.world, graph=False)
                         self.waiting.insert(0, (variant, ends, seed))
                 else:
                     self.longest = max(self.longest, seconds)
-                append(self.out, {"check": "run", "variant": variant, "ends": ends, "seed": seed, **found})
+                known = {"check": "run", "variant": variant, "ends": ends, "seed": seed, "size": self.world.size}
+                append(self.out, {**known, **found})
                 score = [_short(x["score"]) for x in found.get("scores", [])]
                 text = error or f"score {score[:1]} to {score[-1:]}, {self.left:.0f} s left"
                 print(f"{variant:12}{ends:6} seed {seed}  {seconds:6.1f} s  {text}", flush=True)

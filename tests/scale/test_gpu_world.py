@@ -211,7 +211,15 @@ def line(variant, ends, seed, *, drift, entropy, score):
     scores = [
         {"grad_step": i, "score": s, "score_rollout": s} for i, s in ((0, 0.1), (3, 0.15), (6, score), (9, score))
     ]
-    known = {"variant": variant, "ends": ends, "seed": seed, "updates": 9, "diverged": None, "run_seconds": 1.0}
+    known = {
+        "variant": variant,
+        "ends": ends,
+        "seed": seed,
+        "updates": 9,
+        "diverged": None,
+        "run_seconds": 1.0,
+        "size": {},
+    }
     return {**known, "curves": curves, "scores": [*scores[:-1], *({**scores[-1], "grad_step": n} for n in (7, 8, 9))]}
 
 

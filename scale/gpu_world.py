@@ -10,7 +10,8 @@ go on, a Mixture of Experts in which each choice matters (one of 16), an engine 
 and 16 experts), 1,024 responses per update for 128 (128 prompts × 8). What is real: the trainer computes in bf16 over
 fp32 weights, the engine in bf16 with fp8 products (e4m3, one scale for each token and each output channel; routers and
 head stay in bf16, as in practice). Half the updates, 60: at twice the width, Adam's step of the same rate moves a
-function about twice as far. Learning rate, noise, cold start's teacher and its score are the setting's.
+function about twice as far, and there is less noise in it. Learning rate, noise and the cold start's teacher are the
+setting's.
 
 What is compared was fixed before the first run:
 

@@ -80,7 +80,7 @@ class World:
     eval_samples: int = 8
     cold_steps: int = 800
     workers: int = 8
-    limit: float = 150.0
+    limit: float = 300.0
     graph: bool = True
     device: str = "cuda"
 
@@ -175,7 +175,7 @@ class Product:
                 rounded, self.weight.mT, scale[:, 0].contiguous(), self.scale, ends, out_dtype=torch.bfloat16
             )
         x = functional.grouped_mm(rounded.bfloat16(), self.weight.bfloat16().mT, offs=ends)  # the same operands
-        rows = torch.arange(len(x), device=x.device)
+        rows = torch.arange(len(x), device=x.device, dtype=ends.dtype)
         return (x * scale * self.scale[torch.searchsorted(ends, rows, right=True)]).bfloat16()
 
 
@@ -862,7 +862,9 @@ class Runs:
                 known = {"check": "run", "variant": variant, "ends": ends, "seed": seed, "size": self.world.size}
                 append(self.out, {**known, **found})
                 score = [_short(x["score"]) for x in found.get("scores", [])]
-                text = error or f"score {score[:1]} to {score[-1:]}, {self.left:.0f} s left"
+                updates = sorted(found.get("curves", {}).get("seconds", [])) or [0.0]
+                pace = f"{updates[len(updates) // 2]:.2f} s an update, {self.left:.0f} s left"
+                text = error or f"score {score[:1]} to {score[-1:]}, {pace}"
                 print(f"{variant:12}{ends:6} seed {seed}  {seconds:6.1f} s  {text}", flush=True)
         worker.close()
 

@@ -22,12 +22,10 @@ def model():
     return load_model("trail-experts").eval()
 
 
-def rollout_of(model, *, kind="exact", noise=0.0, group_size=8, environment=True):
+def rollout_of(model, *, kind="exact", noise=0.0, group_size=8, environment=True, dtype=torch.float32):
     """Responses of the script's engine to problems of `trail`."""
     task = TrailTask(max_new_tokens=24)
-    engine = gpu_world.Engine(
-        model, kind=kind, noise=noise, rows=64, length=24, seed=0, graph=False, dtype=torch.float32
-    )
+    engine = gpu_world.Engine(model, kind=kind, noise=noise, rows=64, length=24, seed=0, graph=False, dtype=dtype)
     problems = task.sample(4, seed=0)
     asked = {"group_size": group_size, "sampling": Sampling(24), "seed": 1}
     respond = (lambda i, response: task.respond(problems[i], response)) if environment else None
@@ -84,6 +82,19 @@ def test_emulated_products_are_those_of_the_library(model):
     assert off.median() < 1e-5 and off.mean() < 1e-2
     exact = (scored(model, rollout, replayed=True) - rollout.logp_rollout).abs()[rollout.response_mask]
     assert exact.mean() > 20 * off.mean()
+
+
+def test_real_fp8_products_in_bf16_are_near_the_emulated_ones(model, monkeypatch):
+    """torch has the products of two matrices for CPUs, not those of stacked experts."""
+    monkeypatch.setattr(gpu_world, "has_grouped_fp8", lambda: False)
+    rollout, *_ = rollout_of(model, kind="fp8", noise=0.3, dtype=torch.bfloat16)
+    off = (scored(model, rollout, replayed=True) - rollout.logp_rollout).abs()[rollout.response_mask]
+    assert 1e-4 < off.mean() < 5e-2 and rollout.logp_rollout.dtype == torch.float32
+    weight = torch.randn(4, 48, 32, generator=torch.Generator().manual_seed(0))
+    x, ends = torch.randn(16, 32, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 3, 9, 16]).int()
+    for w, where in ((weight, ends), (weight[0], None)):
+        real, emulated = (gpu_world.Product(w, kind, torch.float32)(x, where) for kind in ("fp8", "emulated"))
+        assert (real - emulated).norm() < 1e-2 * emulated.norm()
 
 
 def test_fp8_values_times_scales_are_what_the_emulation_rounds_to():

@@ -1,5 +1,6 @@
 """The capstone's checks: right files pass, however they are written, and each known mistake gets its own hint."""
 
+import ast
 import dataclasses
 import re
 import sys
@@ -83,6 +84,27 @@ def test_every_mistake_has_a_wrong_file_and_a_hint_of_its_own(number):
     hints = steps()[number].hints
     assert set(hints) - set(TRAINING) == set(VARIANTS[number])
     assert len(set(hints.values())) == len(hints) >= 9
+
+
+PAGE = (ROOT / "lessons" / "capstone.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_the_steps_and_the_signatures_of_files_that_pass():
+    sections = re.findall(r"^## Step (\d\d) · .+?\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert [number for number, _ in sections] == list(NUMBERS)
+    written = {
+        node.name: [argument.arg for argument in node.args.args]
+        for source in (model("05"), NANO)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    asked = {}
+    for _, text in sections:
+        for name, arguments in re.findall(r"^\| `(\w+)\((.*?)\)` \|", text, re.MULTILINE):
+            asked[name] = [argument.partition("=")[0] for argument in arguments.split(", ")]
+    assert asked == {name: written[name] for name in asked}
+    needed = {name for step in steps().values() for name in step.names} - {"Rollout"}
+    assert needed | {"reinforce_loss"} == set(asked)
 
 
 # --------------------------------------------------------------------------------- a file in a process of its own

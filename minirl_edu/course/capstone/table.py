@@ -639,9 +639,9 @@ def _micro_batches(mine: Any) -> Iterator[Finding]:
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     rows = []
 
-    def watch(loss: Any, logp: Tensor, *rest: Any) -> Any:
+    def watch(loss: Any, logp: Tensor, logp_old: Tensor, part: Any, responses: int) -> Any:
         rows.append(len(logp))
-        return loss(logp, *rest)
+        return loss(logp, logp_old, part, responses)
 
     with watched(mine, "minirl_loss", watch):
         mine.update(policy, optimizer, drawn, size, micro)

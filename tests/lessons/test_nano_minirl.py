@@ -117,7 +117,7 @@ def test_the_page_about_it_names_the_right_lines():
         for name, node in functions.items()
     }
     assert parts == {name: spans[name] for name in spans if name not in ("norm", "rotate")}
-    printed = re.search(r"```\n( 0  score.*?)```", page, re.DOTALL)
+    printed = re.search(r"```text\n( 0  score.*?)```", page, re.DOTALL)
     assert printed
     words = re.findall(r"^\| ([a-zA-Z ]+) \| ", page.partition("## What it prints")[2], re.MULTILINE)[1:]
     assert words == re.findall(r"([a-zA-Z]+(?: [a-z](?= ))?) +[-+\d]", printed[1].splitlines()[0])

@@ -403,8 +403,8 @@ MINIRL = step(
 - options that get lost: an argument of `train` does not reach `update`. A comparison of two settings would compare a
   setting with itself.
 - another optimizer: the optimizer's settings differ from those of the step's text.
-- a new optimizer in each step: every global step has a new optimizer. It forgets the running means of Adam, and its
-  first steps after each start are the largest.
+- a new optimizer in each step: every global step has a new optimizer. It forgets the running means, and the first step
+  of Adam moves every weight by the whole learning rate, whatever the gradient.
 - an examination of seen problems: the score needs 256 held-out problems.
 - the engine is examined: the score is that of the rounded engine. The result of the training is the policy itself.
 - the score of an earlier policy: the last examination comes before the last update.

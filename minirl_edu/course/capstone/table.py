@@ -464,8 +464,8 @@ ENGINE = step(
   less.
 - the steps of both signs: the largest weight of a row is 2^bits − 1 steps, so you have a bit more than you say: the
   bits hold both signs.
-- all weights rounded: only matrices named `_proj` are rounded. Engines keep embeddings, norms and routers precise
-  because an error there costs more than it saves.
+- all weights rounded: only matrices named `_proj` are rounded. Embeddings, norms and routers are a small part of the
+  weights, and an error there costs more than it saves.
 - shared weights: a weight that is not rounded is the same tensor in both. The optimizer's next update changes the
   engine too, in the middle of the use of its rollout.
 - no cap: there is no cap. One token whose probability the engine has rounded almost to 0 can then outweigh a whole
@@ -686,7 +686,7 @@ MICRO = step(
 - only the last part: the gradient is set to zero before each part, so only the last part counts.
 - gradients pile up: the second step contains the gradient of the first mini-batch once more.
 - divided by the length: each response's sum is divided by its length. Tokens of long wrong answers are then punished
-  less than those of short ones, so wrong answers get longer.
+  less than those of short ones, which rewards long wrong answers over short ones.
 - divided by all tokens: the loss is a mean over the tokens of a part. In micro-batches of other lengths the same token
   gets another weight, so they no longer add up.
 - divided by the longest: the loss is divided by the number of columns. The longest response of a part then sets the

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.exact import TabularPolicy, objective_remainder, token_ratios
 from minirl_edu.gap import Setting, Workload, prompts_for, random_model, random_prompts, run_setting, summary
 from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, response_logprobs
@@ -29,12 +30,13 @@ from minirl_edu.routing import Routes, RoutingReplay
 from minirl_edu.tasks import ChainTask
 
 __all__ = [
-    "HFEngine", "Precision", "Setting", "Workload", "can_share_prompts", "check", "copy", "direction_that_closes",
-    "display", "draw_theta", "flip_figure", "gap_figure", "gates_figure", "group_mean_advantages", "knobs",
-    "lay_out", "load_model", "load_task", "margins_figure", "math", "minirl_loss", "normal_cdf", "np",
-    "objective_remainder", "pick", "pieces_figure", "power", "precision_figure", "prompts_for", "random_model",
-    "random_prompts", "remainder_figure", "response_logprobs", "rewarded_rollout", "router_logits", "run_setting",
-    "score_under", "show_table", "stepped", "summary", "token_ratios", "torch", "toy_policy", "with_margin",
+    "HFEngine", "Precision", "Setting", "Workload", "can_share_prompts", "check", "check_file", "copy",
+    "direction_that_closes", "display", "draw_theta", "flip_figure", "gap_figure", "gates_figure",
+    "group_mean_advantages", "knobs", "lay_out", "load_model", "load_task", "margins_figure", "math", "minirl_loss",
+    "normal_cdf", "np", "objective_remainder", "pick", "pieces_figure", "power", "precision_figure", "prompts_for",
+    "random_model", "random_prompts", "remainder_figure", "response_logprobs", "rewarded_rollout", "router_logits",
+    "run_setting", "score_under", "show_table", "stepped", "summary", "token_ratios", "torch", "toy_policy",
+    "with_margin",
 ]  # fmt: skip
 
 logging.disable_progress_bar()

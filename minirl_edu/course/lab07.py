@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.lab06 import (
     BLUE,
     GREEN,
@@ -40,11 +41,11 @@ from minirl_edu.worlds.simulations import VARIANTS, who_gets_the_gradient, who_g
 
 __all__ = [
     "VARIANTS", "HFEngine", "Precision", "Routes", "RoutingReplay", "Setting", "Workload", "altered_figure",
-    "ascent_figure", "can_share_prompts", "check", "copy", "display", "draw_theta", "group_mean_advantages",
-    "kl_k3", "knobs", "lay_out", "learning_figure", "load_model", "load_task", "minirl_loss", "np",
-    "objectives_figure", "pick", "prompts_for", "random_model", "random_prompts", "removed_figure",
-    "response_logprobs", "rewarded_rollout", "run_setting", "score_under", "show_table", "stepped", "summary",
-    "torch", "toy_policy", "who_gets_the_gradient", "who_gets_the_gradient_ceiling",
+    "ascent_figure", "can_share_prompts", "check", "check_file", "copy", "display", "draw_theta",
+    "group_mean_advantages", "kl_k3", "knobs", "lay_out", "learning_figure", "load_model", "load_task",
+    "minirl_loss", "np", "objectives_figure", "pick", "prompts_for", "random_model", "random_prompts",
+    "removed_figure", "response_logprobs", "rewarded_rollout", "run_setting", "score_under", "show_table",
+    "stepped", "summary", "torch", "toy_policy", "who_gets_the_gradient", "who_gets_the_gradient_ceiling",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.lab06 import (
     BLUE,
     GREEN,
@@ -41,10 +42,10 @@ from minirl_edu.trainer import MiniRLTrainer
 
 __all__ = [
     "HFEngine", "MiniRLTrainer", "Precision", "ToyLoop", "age_figure", "as_run", "can_share_prompts", "check",
-    "copy", "derive_seed", "display", "four_curves", "group_mean_advantages", "kl_k1", "kl_k3", "knobs", "lay_out",
-    "load_config", "load_model", "load_task", "masked_mean", "math", "micro_batches", "minirl_loss", "needles",
-    "np", "pick", "response_logprobs", "rewarded_rollout", "show_table", "tempfile", "torch", "two_scores",
-    "words_figure",
+    "check_file", "copy", "derive_seed", "display", "four_curves", "group_mean_advantages", "kl_k1", "kl_k3",
+    "knobs", "lay_out", "load_config", "load_model", "load_task", "masked_mean", "math", "micro_batches",
+    "minirl_loss", "needles", "np", "pick", "response_logprobs", "rewarded_rollout", "show_table", "tempfile",
+    "torch", "two_scores", "words_figure",
 ]  # fmt: skip
 
 Line = Mapping[str, float]

@@ -433,3 +433,12 @@ show_table(["models", "KL, dense", "KL, MoE", "MoE / dense", "flips per token an
 #
 # **Try this.** In section 4 make the margin ten times as wide, `with_margin(draw_theta(1970), 0.03 * speed)`. Where
 # does the flip move, and what happens to the height of the leap?
+
+# %% [markdown]
+# ## Your file, step 06
+
+# %% [markdown]
+# {capstone} 06
+
+# %%
+check_file("06")

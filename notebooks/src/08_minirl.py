@@ -370,3 +370,12 @@ print(f"{len(unseen)} held-out problems: a score has a standard error of about {
 # What our runs say about this: [unit 12](12_evidence.ipynb).
 #
 # **Try this.** In section 2, sync only every second step. Which needle sees it first?
+
+# %% [markdown]
+# ## Your file, step 08
+
+# %% [markdown]
+# {capstone} 08
+
+# %%
+check_file("08")

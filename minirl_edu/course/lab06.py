@@ -226,7 +226,7 @@ def gates_figure(s: Tensor, rules: Mapping[str, tuple[Tensor, Tensor]]) -> Image
 
 
 def flip_bounds(k: int, sigma: float, experts: int = 8, draws: int = 4000) -> tuple[Tensor, ...]:
-    """Margins of one token, both bounds of (06.6) on its flip probability, and the share of draws that flipped."""
+    """Margins of one token, two bounds on its flip probability, and the share of draws that flipped."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(experts, generator=generator, dtype=torch.float64).sort(descending=True).values
     noise = sigma * torch.randn(draws, experts, generator=generator, dtype=torch.float64)

@@ -106,7 +106,7 @@ EX1 = exercise(
     3. Sample, split, the old log-probabilities of **all** mini-batches, then one update for each, then sync.
 
     - no sync: the engine still holds the weights of the first global step. Every later rollout is staler than the one
-      before, and π_old/μ_old is no longer a discrepancy of engines but of policies.
+      before, and π_old/μ_old compares two policies instead of two engines.
     - π_old of the moment: π_old is computed right before each update, so in later mini-batches it is π_θ: the ratio r
       is 1 everywhere, the clip never acts, and staleness is counted as a discrepancy of the engines.
     - sync after each update: the engine gets weights that it never samples with. Only the final ones become the next
@@ -115,8 +115,7 @@ EX1 = exercise(
       measures the weights of before.
     - one big update: all responses went into a single gradient step. That is on-policy with a larger batch, not N
       updates for one rollout.
-    - the first mini-batch again: every update used the first mini-batch; the other responses were sampled for nothing,
-      and one part was trained on N times.
+    - the first mini-batch again: every update used the first mini-batch; the other responses were sampled for nothing.
 
     One rollout, one π_old, N updates, one sync.
     """,
@@ -197,7 +196,7 @@ EX2 = exercise(
     - rounds the trainer: the rounding was done in place, on the trainer's own weights. Small updates are lost for good.
     - the cache survives: a prompt seen before is still answered from the cache of the old weights. Engines cache the
       keys and values of prompts: reset that at every sync.
-    - no version: the version is that of before. Nobody can tell later which weights sampled a rollout.
+    - no version: the version is that of before. Later nobody knows which weights sampled a rollout.
 
     `HFEngine.sync` does the same, tensor by tensor, and keeps no cache between calls.
     """,

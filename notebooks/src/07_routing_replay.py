@@ -251,7 +251,7 @@ show_table(["after 64 steps", "mean optimised", "mean deployed", "deployed more 
 # %% [markdown]
 # **What to see.** The curves separate where an expert would have changed, and meet again at the next grey line, when
 # the notes are taken afresh. On the left that is a detour. On the right the optimised objective goes on rising while
-# the deployed policy falls apart. The table: in most policies the bias does nothing visible, and in a few a lot.
+# the deployed policy falls apart. The table: that is rare. In most policies the bias does nothing visible.
 
 # %%
 knobs(two_ascents, n=[1, 2, 4, 8, 16, 32], seed=[100, 280, 590, 600, 900])

@@ -518,6 +518,35 @@ def global_step() -> Figure:
     return figure
 
 
+def entropy() -> Figure:
+    """Lesson 08: the entropy along a step of the expected policy gradient, by which word is right, and (08.6)."""
+    figure, axes = charts(2.9, 2, width_ratios=(1, 1.7))
+    logits = np.array([2.0, 1.0, 0.3, -0.4, -1.2])
+    pi = softmax(logits)
+    axes[0].bar(np.arange(1, 6), pi, 0.7, color="#AFC4DC", edgecolor=TRAINER)
+    axes[0].set(xlabel="word", xticks=range(1, 6), yticks=[0, 0.3, 0.6], ylim=(0, 0.66))
+    axes[0].set_title("the policy $\\pi$", size=SIZE)
+
+    def entropy_of(p: np.ndarray) -> np.ndarray:
+        return -(p * np.log(p)).sum(-1)
+
+    eta = np.linspace(0, 1.5, 61)
+    for right, y, words in (
+        (1, 0.905, "word 1 is right"),
+        (3, 1.215, "word 3 is right"),
+        (5, 1.105, "word 5 is right"),
+    ):
+        reward = np.eye(5)[right - 1]
+        push = pi * (reward - pi @ reward)
+        slope = (pi @ np.log(pi)) * (pi @ push) - pi @ (np.log(pi) * push)  # (08.6)
+        axes[1].plot(eta, entropy_of(softmax(logits + eta[:, None] * push)), color=TRAINER, linewidth=2.4)
+        axes[1].plot(eta, entropy_of(pi) + eta * slope, color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
+        say(axes[1], 1.5, y, words, ha="right")
+    axes[1].set(xlabel="step $\\eta$", xticks=[0, 0.5, 1, 1.5], ylim=(0.85, 1.25), yticks=[0.9, 1.0, 1.1, 1.2])
+    axes[1].set_title("entropy after the step, and (08.6)", size=SIZE)
+    return figure
+
+
 def mixed_groups() -> Figure:
     """Lesson 09: how much a group teaches over p, and a pupil's digits before and after sharpening."""
     figure, (left, right) = charts(2.9, 2)
@@ -610,6 +639,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "07_replay_timeline": replay_timeline,
     "07_who_learns": who_learns,
     "08_global_step": global_step,
+    "08_entropy": entropy,
     "09_mixed_groups": mixed_groups,
     "10_two_faults": two_faults,
     "11_what_lives_where": what_lives_where,

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from minirl_edu import exact
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.page import (
     BLUE,
     GREEN,
@@ -34,10 +35,11 @@ from minirl_edu.tasks import ChainTask
 from minirl_edu.worlds.simulations import VARIANTS, WORLDS, Curves, doomed_tails, doomed_tails_border
 
 __all__ = [
-    "ENGINES", "PROBLEMS", "VARIANTS", "WORLDS", "HFEngine", "Precision", "Sampling", "check", "cosine",
-    "doomed_tails", "doomed_tails_border", "exact", "gap_picture", "kl_k1", "kl_k3", "lay_out", "load_chain",
-    "math", "np", "pick", "plot_cap", "plot_cosines", "plot_estimators", "plot_reported", "plot_training",
-    "plot_world", "problem", "quantise", "response_logprobs", "show_table", "sliders", "token_ess", "torch",
+    "ENGINES", "PROBLEMS", "VARIANTS", "WORLDS", "HFEngine", "Precision", "Sampling", "check", "check_file",
+    "cosine", "doomed_tails", "doomed_tails_border", "exact", "gap_picture", "kl_k1", "kl_k3", "lay_out",
+    "load_chain", "math", "np", "pick", "plot_cap", "plot_cosines", "plot_estimators", "plot_reported",
+    "plot_training", "plot_world", "problem", "quantise", "response_logprobs", "show_table", "sliders", "token_ess",
+    "torch",
 ]  # fmt: skip
 
 logging.disable_progress_bar()
@@ -146,8 +148,8 @@ def plot_cap() -> Image:
         rmse = np.sqrt(bias**2 + spread**2 / n)
         right.plot(caps, rmse, color=colour, linestyle=style, label=f"n = {n}: best cap {caps[rmse.argmin()]:.1f}")
         right.plot(caps[rmse.argmin()], rmse.min(), marker="o", color=colour)
-    right.set(yscale="log")
-    right.legend(frameon=False)
+    right.set(yscale="log", ylim=(0.018, 1.3))
+    right.legend(frameon=False, loc="upper right")
     tidy(right, "error of the mean of n draws", "cap", "root mean square error")
     right.set_yticks([0.02, 0.05, 0.1, 0.2, 0.4], ["0.02", "0.05", "0.1", "0.2", "0.4"])
     for ax in (left, right):

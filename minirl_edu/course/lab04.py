@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.page import BLUE, GREY, ORANGE, PINK, charts, image, show_table, sliders, tidy
 from minirl_edu.course.variants import EPS_HIGH, EPS_LOW, dropped
 from minirl_edu.logprobs import Layout, lay_out, response_logprobs
@@ -25,9 +26,9 @@ from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.tasks import ChainTask
 
 __all__ = [
-    "EPS_HIGH", "EPS_LOW", "check", "clip_fractions", "clip_picture", "copy", "minirl_loss", "np", "one_rollout",
-    "pick", "plot_ages", "plot_paths", "plot_quadrants", "plot_staleness", "plot_surrogate", "response_logprobs",
-    "show_table", "sliders", "start_model", "torch",
+    "EPS_HIGH", "EPS_LOW", "check", "check_file", "clip_fractions", "clip_picture", "copy", "minirl_loss", "np",
+    "one_rollout", "pick", "plot_ages", "plot_paths", "plot_quadrants", "plot_staleness", "plot_surrogate",
+    "response_logprobs", "show_table", "sliders", "start_model", "torch",
 ]  # fmt: skip
 
 logging.disable_progress_bar()

@@ -11,6 +11,7 @@ from torch import Tensor
 from minirl_edu import exact
 from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.lab03 import cosine
 from minirl_edu.course.lab04 import RATIO
 from minirl_edu.course.page import BLACK, BLUE, GREEN, GREY, YELLOW, charts, image, show_table, sliders, tidy
@@ -23,10 +24,10 @@ from minirl_edu.worlds.report import exact_shares
 from minirl_edu.worlds.simulations import VARIANTS, WORLDS, doomed_tails
 
 __all__ = [
-    "CORRECTIONS", "VARIANTS", "WORLDS", "check", "cispo_loss", "cosine", "doomed_tails", "enumerable", "exact",
-    "exact_shares", "expected_update", "group_mean_advantages", "group_mean_std_advantages", "grpo_loss", "math",
-    "minirl_loss", "np", "pick", "plot_directions", "plot_group_weights", "plot_lengths", "plot_pushes",
-    "plot_scores", "relatives", "show_table", "sliders", "step_picture", "torch",
+    "CORRECTIONS", "VARIANTS", "WORLDS", "check", "check_file", "cispo_loss", "cosine", "doomed_tails",
+    "enumerable", "exact", "exact_shares", "expected_update", "group_mean_advantages", "group_mean_std_advantages",
+    "grpo_loss", "math", "minirl_loss", "np", "pick", "plot_directions", "plot_group_weights", "plot_lengths",
+    "plot_pushes", "plot_scores", "relatives", "show_table", "sliders", "step_picture", "torch",
 ]  # fmt: skip
 
 torch.set_num_threads(1)

@@ -60,7 +60,7 @@ EX1 = exercise(
        lengths.
     3. `torch.where(mask, terms, 0.0)` first: NaN · 0 is NaN. An empty response has the sum 0; don't divide it by 0.
 
-    - padding summed: padding was added up as well. Outside the mask stands anything at all.
+    - padding summed: padding was added up as well. Anything at all may stand outside the mask.
     - padding counted: the sums are right, the divisors count padding. Then a response's weight depends on how long the
       longest response of its batch is.
     - multiplied by the mask: right as long as padding is finite. NaN · 0 is NaN: replace it before adding up.
@@ -123,7 +123,7 @@ EX2 = exercise(
     - mean length: you divided everything by the mean length. That is the token mean of a large batch: the direction
       stays that of the expected reward. Here every response has its own divisor.
     - reward over length: that is the gradient of E[R/|y|]. The baseline is subtracted first and divided as well: a
-      wrong response gets −b/|y|, and that is where the length bias comes from.
+      wrong response gets −b/|y|, and the length bias comes from there.
     - times the length: the advantage was multiplied by the length: long responses now count more, not less.
     - softmax forgotten: the entries do not add up to 0. Logits are pulled by f − E_π[f]: scaled advantages no longer
       have mean 0 by themselves.
@@ -453,7 +453,7 @@ EX7 = exercise(
     - no cap: the product has no cap. Over a long response it can be huge.
     - arithmetic mean: the second is the arithmetic mean of the ratios. The geometric mean is the exponential of the
       mean log-ratio; it is smaller, and a single large ratio moves it less.
-    - padding in the product: padding was added up as well. Outside the mask stands anything at all.
+    - padding in the product: padding was added up as well. Anything at all may stand outside the mask.
     - padding in the length: the sum is right, but it is divided by the width of the table. The root is the |y|-th.
     - logarithms: these are log-weights. The weight is their exponential.
     - swapped: the two are in the other order: first the product, then the geometric mean.
@@ -501,7 +501,7 @@ EX8 = exercise(
 
     1. Where the drift's total is 0 there is nothing to correct. What does a weight still cost?
     2. In the figure, compare each correction's lowest score over the three cases.
-    3. A product over a response is exact and has few limits; how large does it get over 96 tokens?
+    3. A product over a response is exact. How large does it get over 96 tokens?
 
     - the weight everywhere: the first is wrong. With equal lengths there is no drift to remove, and a weight only adds
       variance: without it the runs end higher.

@@ -452,3 +452,12 @@ sliders(gap_picture, precision=(ENGINES, "int4"), cap=([1.05, 1.2, 2, 5, 10], 5)
 # nats? Give `doomed_tails` a smaller `sigma`, or `wrong=0.0`: what does `doomed_tails_border` say before you run it?
 #
 # Back to the [lesson](../lessons/03_sampler_and_policy.md), for the proofs.
+
+# %% [markdown]
+# ## Your file, step 03
+
+# %% [markdown]
+# {capstone} 03
+
+# %%
+check_file("03")

@@ -72,7 +72,7 @@ show_table(["updates k", "log r, token 1", "token 2", "token 3", "KL(π_old‖π
 
 # %% [markdown]
 # From row to row $\log r$ grows by nearly equal amounts, and the KL grows faster and faster. The last column is
-# equation (04.3). Tokens 2 and 3 were never pushed: they move because probabilities add up to 1.
+# equation (04.2). Tokens 2 and 3 were never pushed: they move because probabilities add up to 1.
 #
 # Now a real model. The tiny Mixture-of-Experts samples one rollout through the 4-bit engine: eight mini-batches of
 # 16 prompts × 8 responses. Then come eight updates at a hot learning rate. Before each update we look at the ratios of
@@ -216,7 +216,7 @@ for sign in (1.0, -1.0):
     surrogate = torch.minimum(log_ratio.exp() * sign, log_ratio.exp().clamp(1 - EPS_LOW, 1 + EPS_HIGH) * sign)
     (slope,) = torch.autograd.grad(surrogate.sum(), log_ratio)
     out = r > 1 + EPS_HIGH if sign > 0 else r < 1 - EPS_LOW
-    torch.testing.assert_close(slope, torch.where(out, 0.0, r * sign))  # equation (04.6)
+    torch.testing.assert_close(slope, torch.where(out, 0.0, r * sign))  # equation (04.4)
     curves[sign] = surrogate.detach(), slope
 plot_surrogate(r, curves)
 
@@ -329,7 +329,7 @@ print(f"further away than when dropped   {(after < before).mean():.0%}")
 # momentum.
 #
 # **It does not bound the KL.** A sampled token with ratio exactly 1, and two others that exchange their probability,
-# equation (04.10):
+# equation (04.8):
 
 # %%
 for delta in (0.25, 0.1, 0.01, 0.001, 1e-6):
@@ -342,3 +342,12 @@ for delta in (0.25, 0.1, 0.01, 0.001, 1e-6):
 #
 # **Try this.** Set `RATE = 3e-4`, then `2e-3`: at which rate do the two runs become one, and at which does the clip no
 # longer hold? Pass `eps_low=0.05, eps_high=0.05` to `minirl_loss` in `updates_from`: how stale does it get?
+
+# %% [markdown]
+# ## Your file, step 04
+
+# %% [markdown]
+# {capstone} 04
+
+# %%
+check_file("04")

@@ -61,7 +61,8 @@ show_table(
 # %% [markdown]
 # **What to see.** Blue tokens become likelier, red ones rarer. Left and right, all tokens of one colour are equally
 # strong, and the two panels differ by one common factor. In the middle every *row* has the same total, so a token of a
-# long response gets little: the long wrong answer is the palest of all.
+# long response gets little: the long wrong answer is the palest of all. All divisors count the whole mini-batch, or
+# what is learned depends on how the batch is cut ([lesson 08](../lessons/08_minirl.md)).
 
 # %% [markdown]
 # {exercise} 05.1
@@ -438,3 +439,12 @@ check("05.8", chosen_corrections)
 # section 7 give `doomed_tails` `sigma=0.5`: which corrections recover?
 #
 # Back to the [lesson](../lessons/05_length_norm.md), for the proofs.
+
+# %% [markdown]
+# ## Your file, step 05
+
+# %% [markdown]
+# {capstone} 05
+
+# %%
+check_file("05")

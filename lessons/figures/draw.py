@@ -235,7 +235,7 @@ def drift() -> Figure:
             say(tokens, 0.14, 1.3, "0", color=NO_WEIGHT, weight="bold", size=12)
 
         covariance = 0.25 * (right - wrong)  # Cov(|y|, R) with half of the responses right
-        moved = softmax(logits + 4 * covariance * (sampler - policy))  # (03.16), a step of 4
+        moved = softmax(logits + 4 * covariance * (sampler - policy))  # (03.7), a step of 4
         places = np.arange(len(policy))
         change.bar(places - 0.2, policy, 0.38, facecolor="white", edgecolor=INK, linewidth=1.2)
         change.bar(places + 0.2, moved, 0.38, facecolor=NO_WEIGHT, edgecolor=INK, linewidth=1.2)

@@ -277,8 +277,8 @@ for precision in ("bf16", "fp8_e4m3", "int8", "int5", "int4", "int3"):
 show_table(["engine", "dropped by a clip on μ_old", "by a clip on π_old"], rows)
 
 # %% [markdown]
-# The right column is zero by construction. The left one grows as bits are taken away. All of it is lost to the engine's
-# error, on-policy, where there is no staleness.
+# The right column is zero by construction. The left one is small where there are many bits, and no longer small at
+# three. All of it is lost to the engine's error, on-policy, where there is no staleness.
 
 # %% [markdown]
 # {exercise} 04.5

@@ -235,7 +235,7 @@ def drift() -> Figure:
             say(tokens, 0.14, 1.3, "0", color=NO_WEIGHT, weight="bold", size=12)
 
         covariance = 0.25 * (right - wrong)  # Cov(|y|, R) with half of the responses right
-        moved = softmax(logits + 4 * covariance * (sampler - policy))  # (03.16), a step of 4
+        moved = softmax(logits + 4 * covariance * (sampler - policy))  # (03.7), a step of 4
         places = np.arange(len(policy))
         change.bar(places - 0.2, policy, 0.38, facecolor="white", edgecolor=INK, linewidth=1.2)
         change.bar(places + 0.2, moved, 0.38, facecolor=NO_WEIGHT, edgecolor=INK, linewidth=1.2)
@@ -247,6 +247,37 @@ def drift() -> Figure:
     say(axes[4], 3.4, 0.97, "white: before\nfilled: after", ha="right", va="top")
     axes[3].set_ylabel("$\\pi$ of four tokens", size=SIZE)
     axes[0].set_ylabel("tokens of a response", size=SIZE)
+    return figure
+
+
+def estimators() -> Figure:
+    """Lesson 03: one token's term of k1, k2 and k3 over log r, and the noise of a mean of 2,000 terms over the KL."""
+    terms = {"$k_1$": lambda x: -x, "$k_2$": lambda x: x**2 / 2, "$k_3$": lambda x: np.expm1(x) - x}
+    looks = [("#0072B2", "-"), (SOFT, ":"), ("#D55E00", "--")]
+    rng = np.random.default_rng(0)
+    logits, error = 1.5 * rng.normal(size=64), rng.normal(size=64)
+    pi, kl, noise = softmax(logits), [], []
+    for size in np.geomspace(0.003, 2.0, 40):
+        mu = softmax(logits + size * error)
+        values = np.stack([term(np.log(pi / mu)) for term in terms.values()])
+        kl.append(mu @ np.log(mu / pi))
+        noise.append(np.sqrt(((values - (values @ mu)[:, None]) ** 2 @ mu) / 2000) / kl[-1])
+    figure, (left, right) = charts(2.9, 2)
+    x = np.linspace(-2, 2, 201)
+    for (name, term), (colour, line), curve in zip(terms.items(), looks, np.transpose(noise), strict=True):
+        left.plot(x, term(x), color=colour, linestyle=line, linewidth=2, label=name)
+        right.loglog(kl, curve, color=colour, linestyle=line, linewidth=2)
+    left.axhline(0, color=SOFT, linewidth=0.8)
+    left.set(xlabel="$\\log r$ of one token, nats", ylabel="its term, nats", xlim=(-2, 2))
+    left.set_xticks([-2, -1, 0, 1, 2], ["−2", "−1", "0", "1", "2"])
+    left.set_yticks([-2, 0, 2, 4], ["−2", "0", "2", "4"])
+    left.legend(frameon=False, fontsize=SIZE, loc="upper center")
+    right.axhline(1, color=SOFT, linewidth=0.8)
+    say(right, 0.6, 1.3, "noise = KL", ha="right", va="bottom", color=SOFT)
+    right.set(xlabel="KL per token, nats", ylabel="noise of a mean ÷ KL")
+    right.set_xticks([1e-5, 1e-3, 1e-1], ["$10^{-5}$", "$10^{-3}$", "$10^{-1}$"])
+    right.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+    right.minorticks_off()
     return figure
 
 
@@ -283,6 +314,40 @@ def red_ink() -> Figure:
                 ax.set_title(f"two responses, {lengths[0]} and {lengths[1]} tokens", size=SIZE)
         axes[2 * row].set_ylabel(name, size=11, weight="bold")
     figure.supylabel("push on each token", size=SIZE)
+    return figure
+
+
+def coefficients() -> Figure:
+    """Lesson 05: what MiniRL, GRPO, CISPO and the dual clip multiply a score with, over the ratio, by their losses.
+
+    The engine drew the token too rarely, by a factor of 1.5.
+    """
+    ratio = torch.linspace(0.02, 7, 700, dtype=torch.float64)
+    old = torch.full((len(ratio), 1), 0.01, dtype=torch.float64).log()
+    losses = {
+        "MiniRL": lambda x, a, m: minirl_loss(x, old, old - np.log(1.5), a, m),
+        "GRPO": lambda x, a, m: grpo_loss(x, old, a, m),
+        "CISPO": lambda x, a, m: cispo_loss(x, old, a, m),
+    }
+    figure, axes = charts(3.1, 2)
+    for ax, sign in zip(axes, (1.0, -1.0), strict=True):
+        advantages, mask = torch.full((len(ratio),), sign), torch.ones(old.shape, dtype=torch.bool)
+        for name, loss_of in losses.items():
+            logp = (old + ratio.log()[:, None]).requires_grad_()
+            pull = -torch.autograd.grad(loss_of(logp, advantages, mask).loss, logp)[0][:, 0] * len(ratio)
+            look = {"color": METHOD_STYLE[name]["color"], "linestyle": METHOD_STYLE[name]["linestyle"]}
+            ax.plot(ratio, pull, linewidth=2.2, label=name, **look)
+            if name == "GRPO" and sign < 0:
+                ax.plot(
+                    ratio, pull.masked_fill(ratio > 3, 0), color=R3, linewidth=1.6, linestyle="-.", label="dual clip"
+                )
+        ax.axvline(1, color=SOFT, linewidth=0.8)
+        ax.set(xlabel="ratio  $r=\\pi_\\theta/\\pi_{old}$", xlim=(0, 7), xticks=[0, 1, 3, 5, 7])
+        ax.set_title("$\\hat A>0$: push up" if sign > 0 else "$\\hat A<0$: push down", size=11)
+    axes[0].set(ylim=(-0.3, 7.3), yticks=[0, 5], ylabel="coefficient of $\\nabla\\log\\pi_\\theta$")
+    axes[1].set_ylim(-7.3, 0.3)
+    axes[1].set_yticks([-5, 0], ["−5", "0"])
+    axes[0].legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=SIZE, loc="upper left")
     return figure
 
 
@@ -631,9 +696,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "01_one_step": one_step,
     "02_first_order": first_order,
     "03_drift": drift,
-    "05_red_ink": red_ink,
+    "03_estimators": estimators,
     "04_remedies": remedies,
     "04_clip_regions": clip_regions,
+    "05_red_ink": red_ink,
+    "05_coefficients": coefficients,
     "06_layer": layer,
     "06_router": router,
     "07_replay_timeline": replay_timeline,

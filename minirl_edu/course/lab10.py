@@ -1,0 +1,185 @@
+"""What lab 10, the six mystery runs, imports: the charts and how they are drawn, and the lab's other figures."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from IPython.display import Image, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from minirl_edu.advantages import group_mean_advantages
+from minirl_edu.course import check, checkout
+from minirl_edu.course.mystery import FAULTS, HEALTHY, read_charts
+from minirl_edu.course.show import axes_of, picture, set_up, show_table, titled, turn
+from minirl_edu.diagnostics import CollapseDetector, kl_k3
+from minirl_edu.exact import TabularPolicy
+from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
+from minirl_edu.models import load_model, load_tokenizer
+from minirl_edu.objectives import minirl_loss
+from minirl_edu.plots import to_png
+from minirl_edu.precision import Precision
+from minirl_edu.records import Metrics
+from minirl_edu.rollout import HFEngine, Sampling
+from minirl_edu.tasks import ChainTask
+
+__all__ = ["FAULTS", "HEADER", "HEALTHY", "RUNS", "ChainTask", "CollapseDetector", "HFEngine", "Image", "Precision"]
+__all__ += ["Sampling", "TabularPolicy", "can_share_prompts", "chart_of", "chart_sheet", "charts", "check", "checkout"]
+__all__ += ["display", "entropy_ratios", "group_mean_advantages", "kl_k3", "kl_over_temperature", "lay_out"]
+__all__ += ["load_model", "load_tokenizer", "math", "minirl_loss", "noise_over_reward", "np", "picture", "read_charts"]
+__all__ += ["readings", "response_logprobs", "set_up", "show_table", "temperature_curves", "to_png", "torch", "turn"]
+
+RUNS = sorted(FAULTS)
+"""The names of the six runs."""
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
+# In the order in which to read them: impossible readings, engine against trainer, step size, and the score last.
+_PANELS = {
+    "routing_flip_rate": ("flip rate", "linear"),
+    "clip_frac_neg": ("clipped from below, share", "linear"),
+    "log_ratio_mismatch": ("mismatch |log π_old/μ_old|", "log"),
+    "log_ratio_staleness": ("staleness |log π_θ/π_old|", "log"),
+    "score": ("score (dashed: engine's)", "linear"),
+    "reward": ("training reward", "linear"),
+    "entropy": ("token entropy, nats", "linear"),
+    "grad_norm": ("gradient norm", "log"),
+    "response_length": ("tokens per response", "linear"),
+}
+# A dead run falls through any floor of a logarithmic axis.
+_LIMITS = {"grad_norm": (0.05, 50), "log_ratio_mismatch": (0.01, 4), "log_ratio_staleness": (1e-3, 10)}
+_LIMITS |= {"reward": (0, 1), "score": (0, 1), "clip_frac_neg": (-0.003, 0.08), "routing_flip_rate": (-0.03, 0.85)}
+
+
+@functools.cache
+def charts() -> dict[str, list[Metrics]]:
+    """The charts of the six runs and of the healthy one, for each seed that was recorded for all of them."""
+    stored = read_charts(checkout() / "lessons" / "results" / "mystery")
+    seeds = sorted(set.intersection(*(set(stored[name]) for name in (*RUNS, HEALTHY))))
+    return {name: [stored[name][seed] for seed in seeds] for name in (*RUNS, HEALTHY)}
+
+
+def _draw(ax: Axes, chart: Metrics, key: str, colour: str, width: float, line: str = "-") -> None:
+    """One curve: scores as they are, the others as a mean over a whole rollout of four gradient steps."""
+    known = np.isfinite(chart[key])
+    steps, values = chart["grad_step"][known], chart[key][known]
+    if not key.startswith("score"):
+        steps, values = steps[3:], np.convolve(values, np.ones(4) / 4, "valid")
+    ax.plot(steps, values, color=colour, linewidth=width, linestyle=line)
+
+
+def _sheet(figure: Figure, rows: int, healthy: Sequence[Metrics], sick: Metrics | None) -> Figure:
+    axes = axes_of(figure, 3, rows)
+    for ax, (key, (title, scale)) in zip(axes, list(_PANELS.items())[: len(axes)], strict=True):
+        drawn = [*((chart, _GREY, 1.4) for chart in healthy), *([(sick, _ORANGE, 2.2)] if sick else [])]
+        for chart, colour, width in drawn:
+            _draw(ax, chart, key, colour, width)
+            if key == "score" and (sick is None or chart is sick):
+                _draw(ax, chart, "score_rollout", colour, 1.4, "--")
+        ax.set_yscale(scale)
+        ax.set_ylim(_LIMITS.get(key))
+        titled(ax, title)
+    figure.supxlabel("gradient step", fontsize=11)
+    return figure
+
+
+def chart_of(name: str, seed: int = 0) -> Figure:
+    """Six instruments of one run in orange, and of the healthy run with the same seed in grey."""
+    figure = Figure(figsize=(9, 4.7), layout="constrained")
+    figure.suptitle(f"run {name}", x=0.01, ha="left", fontsize=13, weight="bold")
+    return _sheet(figure, 2, [charts()[HEALTHY][seed]], charts()[name][seed])
+
+
+def chart_sheet(sick: Metrics | None = None, name: str = "") -> Figure:
+    """Nine instruments: every seed of the healthy run in grey, and one chart in orange."""
+    figure = Figure(figsize=(9, 6.8), layout="constrained")
+    title = f"{name}   grey: healthy" if name else "the healthy run, every seed"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+    return _sheet(figure, 3, charts()[HEALTHY], sick)
+
+
+HEADER = ["run", "best score", "last (engine's)", "reward − score, step 1", "mismatch, step 1 → last"]
+HEADER += ["staleness, steps 5–40", "clipped from below, most", "flip rate, most", "mean weight, last"]
+"""The columns of `readings`."""
+
+
+def _reading(chart: Metrics, key: str, where: str) -> float:
+    part = {"first": slice(1, 5), "early": slice(5, 41), "last": slice(-40, None), "all": slice(None)}[where]
+    values = chart[key][part]
+    values = values[np.isfinite(values)]
+    return float(values.max() if where == "all" else values.mean())
+
+
+def readings(seed: int) -> list[list[str]]:
+    """A row of numbers for the healthy run and each of the six."""
+    rows = []
+    for name in (HEALTHY, *RUNS):
+        chart = charts()[name][seed]
+        own, engine = (chart[key][np.isfinite(chart[key])] for key in ("score", "score_rollout"))
+        mismatch = (f"{_reading(chart, 'log_ratio_mismatch', where):.3f}" for where in ("first", "last"))
+        row = [name, f"{own.max():.2f}", f"{own[-1]:.2f} ({engine[-1]:.2f})"]
+        row += [f"{_reading(chart, 'reward', 'first') - own[0]:+.2f}", " → ".join(mismatch)]
+        row += [f"{_reading(chart, 'log_ratio_staleness', 'early'):.3f}"]
+        row += [f"{_reading(chart, 'clip_frac_neg', 'all'):.3f}", f"{_reading(chart, 'routing_flip_rate', 'all'):.2f}"]
+        rows.append([*row, f"{_reading(chart, 'is_weight_mean', 'last'):.2f}"])
+    return rows
+
+
+def temperature_curves(
+    temperatures: Sequence[float], kls: Mapping[float, Sequence[float]], entropies: Tensor, at: Tensor
+) -> Figure:
+    """The KL over the sampler's temperature, a curve for each entropy; and the KL at T = 0.7 over the entropy."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = axes_of(figure, 2)
+    for (entropy, values), colour in zip(kls.items(), (_BLUE, _GREEN, _ORANGE), strict=True):
+        left.plot(temperatures, values, color=colour, label=f"entropy {entropy:.2f}")
+    left.set(xlabel="temperature of the sampler", ylabel="KL, nats per token")
+    left.legend(frameon=False)
+    right.plot(entropies, at, color=_BLUE)
+    right.set(xlabel="entropy of the policy, nats", ylabel="KL at T = 0.7, nats per token")
+    return figure
+
+
+def noise_over_reward(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """The size of one response's gradient over the policy's expected reward, a line for each baseline."""
+    figure = Figure(figsize=(9, 3.3), layout="constrained")
+    (ax,) = axes_of(figure, 1)
+    for (label, pairs), colour in zip(points.items(), (_ORANGE, _BLUE), strict=True):
+        ax.plot(*zip(*pairs, strict=True), "o-", color=colour, label=label)
+    ax.set(xlabel="expected reward of the policy", ylabel=r"$\mathbb{E}\,\Vert (R - b)\,g\Vert^2$", ylim=(0, None))
+    ax.legend(frameon=False)
+    return figure
+
+
+def kl_over_temperature(temperatures: Sequence[float], kls: Sequence[float], hidden: float) -> Figure:
+    """The KL of one rollout, scored at several temperatures; the sampler's own is marked."""
+    figure = Figure(figsize=(9, 3.1), layout="constrained")
+    (ax,) = axes_of(figure, 1)
+    ax.plot(temperatures, kls, "o-", color=_BLUE)
+    ax.axvline(hidden, color=_GREY, linestyle=":", label="the sampler's own")
+    ax.set(xlabel="temperature at which the trainer scores", ylabel="k₃, nats per token", yscale="log")
+    ax.legend(frameon=False)
+    return figure
+
+
+def entropy_ratios(ratios: Mapping[str, Sequence[Sequence[float]]], limits: Sequence[float]) -> Figure:
+    """Left, where (10.7) settles; right, the fast over the slow average of entropy in some runs, every seed."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = axes_of(figure, 2, sharey=True)
+    fall = np.linspace(0, 0.0199, 100)
+    left.plot(100 * fall, (1 - 50 * fall) / (1 - 10 * fall), color=_BLUE, linewidth=2)
+    left.set(xlabel="fall of the entropy, % a step", ylabel="fast average / slow average", ylim=(0, 1.3))
+    looks = zip((_GREY, _ORANGE, _GREEN), ("-", "-", "--"), strict=True)
+    for (name, curves), (colour, line) in zip(ratios.items(), looks, strict=True):
+        for i, curve in enumerate(curves):
+            look = {"color": colour, "linestyle": line, "linewidth": 1.8, "label": name if i == 0 else None}
+            right.plot(np.arange(len(curve)), curve, **look)
+    for limit in limits:
+        for ax in (left, right):
+            ax.axhline(limit, color="#222222", linewidth=0.8, linestyle=":")
+        left.text(0.05, limit + 0.02, f"limit {limit}", fontsize=10)
+    right.set(xlabel="gradient step")
+    right.legend(frameon=False, ncols=3, loc="upper left")
+    return figure

@@ -128,7 +128,10 @@ def readings(seed: int) -> list[list[str]]:
 
 
 def temperature_curves(
-    temperatures: Sequence[float], kls: Mapping[float, Sequence[float]], entropies: Tensor, at: Tensor
+    temperatures: Sequence[float],
+    kls: Mapping[float, Sequence[Tensor]],
+    entropies: Sequence[Tensor],
+    at: Sequence[Tensor],
 ) -> Figure:
     """The KL over the sampler's temperature, a curve for each entropy; and the KL at T = 0.7 over the entropy."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
@@ -171,15 +174,13 @@ def entropy_ratios(ratios: Mapping[str, Sequence[Sequence[float]]], limits: Sequ
     fall = np.linspace(0, 0.0199, 100)
     left.plot(100 * fall, (1 - 50 * fall) / (1 - 10 * fall), color=_BLUE, linewidth=2)
     left.set(xlabel="fall of the entropy, % a step", ylabel="fast average / slow average", ylim=(0, 1.3))
-    looks = zip((_GREY, _ORANGE, _GREEN), ("-", "-", "--"), strict=True)
-    for (name, curves), (colour, line) in zip(ratios.items(), looks, strict=True):
+    for (name, curves), colour in zip(ratios.items(), (_GREY, _ORANGE), strict=True):
         for i, curve in enumerate(curves):
-            look = {"color": colour, "linestyle": line, "linewidth": 1.8, "label": name if i == 0 else None}
-            right.plot(np.arange(len(curve)), curve, **look)
+            right.plot(curve, color=colour, linewidth=1.8, label=name if i == 0 else None)
     for limit in limits:
         for ax in (left, right):
             ax.axhline(limit, color="#222222", linewidth=0.8, linestyle=":")
         left.text(0.05, limit + 0.02, f"limit {limit}", fontsize=10)
     right.set(xlabel="gradient step")
-    right.legend(frameon=False, ncols=3, loc="upper left")
+    right.legend(frameon=False, ncols=2, loc="upper left")
     return figure

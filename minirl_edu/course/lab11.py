@@ -231,7 +231,7 @@ def fit_figure(per_gpu: Mapping[str, float], title: str) -> Figure:
 def roofline_figure(
     context: int, decode: Callable[[int, int], Sequence[float]], update: Callable[[float], Sequence[float]]
 ) -> Figure:
-    """Left, the seconds of `decode(batch, context)` for weights, caches, arithmetic; right, FLOPs of `update(length)`."""
+    """Left, the seconds of `decode(batch, context)`: weights, caches, arithmetic; right, FLOPs of `update(length)`."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = axes_of(figure, 2)
     batches = np.unique(np.geomspace(1, 16384, 60).astype(int))

@@ -289,7 +289,7 @@ check("11.4", layer_parameters)
 # %%
 copy = load_model("chain-steps")
 optimizer = torch.optim.AdamW(copy.parameters())
-response_logprobs(copy, lay_out(rollout)).logp.sum().backward()
+response_logprobs(copy, lay_out(rollout, share_prompts=False)).logp.sum().backward()
 optimizer.step()
 small = sum(p.numel() for p in copy.parameters())
 states = sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim())
@@ -450,7 +450,7 @@ engine.sync(model, version=1)
 fresh = engine.generate(prompts, group_size=2, sampling=sampling, seed=0)
 for name, part in {"before the sync": stale, "after it": fresh}.items():
     with torch.no_grad():
-        own = response_logprobs(model, lay_out(part)).logp
+        own = response_logprobs(model, lay_out(part, share_prompts=False)).logp
     gap = (own - part.logp_rollout)[part.response_mask].abs().max().item()
     print(f"{name:16} weight_version {part.weight_version}, largest |log π_old − log μ_old| {gap:.1e}")
 

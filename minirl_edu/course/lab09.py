@@ -11,19 +11,23 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.cold_start import new_model
 from minirl_edu.course import check, pick
-from minirl_edu.course.show import axes_of, picture, set_up, show_table, titled, turn
+from minirl_edu.course.page import charts, image, show_table, sliders, tidy
 from minirl_edu.models import load_model, model_path
 from minirl_edu.plots import method_styles
 from minirl_edu.rollout import Rollout, Sampling, sample
 from minirl_edu.tasks import ChainTask, Problem
 
 __all__ = ["HARD", "TOKENS_PER_STEP", "ChainTask", "check", "cooling_curves", "group_mean_advantages", "group_signal"]
-__all__ += ["load_model", "made_by", "math", "new_model", "np", "pass_curves", "pick", "picture", "pupil_and_teacher"]
-__all__ += ["score_by_steps", "set_up", "show_table", "steps_of", "torch", "tried", "turn"]
+__all__ += ["image", "load_model", "made_by", "math", "new_model", "np", "pass_curves", "pick", "pupil_and_teacher"]
+__all__ += ["score_by_steps", "show_table", "sliders", "steps_of", "torch", "tried"]
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
 
 TOKENS_PER_STEP = {"steps": 2, "operands": 3, "copy": 4}
 """The styles of the cold starts, and how many tokens each writes for one step of a sum."""
@@ -68,8 +72,7 @@ def tried(
 def group_signal(p: float = 0.44, largest: int = 16) -> Figure:
     """Chance of a mixed group, and mean size of an advantage, over the probability of success; `p` is marked."""
     grid = np.linspace(0, 1, 201)
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = axes_of(figure, 2)
+    figure, (left, right) = charts(2, 3.4)
     looks = zip(("#999999", "#56B4E9", "#0072B2", "#000000"), (":", "-.", "-", "--"), strict=True)
     for size, (colour, line) in zip((2, 4, 8, largest), looks, strict=True):
         look = {"color": colour, "linestyle": line, "linewidth": 2, "label": f"G = {size}"}
@@ -77,22 +80,22 @@ def group_signal(p: float = 0.44, largest: int = 16) -> Figure:
         right.plot(grid, 2 * grid * (1 - grid) * (size - 1) / size, **look)
     for ax, title in ((left, "chance of a mixed group"), (right, "mean size of an advantage")):
         ax.axvline(p, color="#D55E00", linewidth=1)
-        ax.set(xlabel="probability of success p", xlim=(0, 1), ylim=(0, None))
-        titled(ax, title)
+        ax.set(xlim=(0, 1), ylim=(0, None))
+        tidy(ax, title, "probability of success p")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
 def pupil_and_teacher(losses: Sequence[float], floor: float, teacher: Tensor, pupil: Tensor) -> Figure:
     """The loss over the steps with its floor, and the ten digits of teacher and pupil."""
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
-    left, right = axes_of(figure, 2)
+    figure, (left, right) = charts(2, 3.2)
     left.plot(losses, color="#0072B2", linewidth=1)
     left.axhline(floor, color="#D55E00", linestyle="--", label="entropy of the teacher")
-    left.set(xlabel="step", ylabel="loss, nats")
+    tidy(left, xlabel="step", ylabel="loss, nats")
     right.bar(np.arange(10) - 0.2, teacher, width=0.4, color="#D55E00", label="teacher")
     right.bar(np.arange(10) + 0.2, pupil, width=0.4, color="#0072B2", label="pupil")
-    right.set(xlabel="digit", ylabel="probability", xticks=range(10))
+    right.set_xticks(range(10))
+    tidy(right, xlabel="digit", ylabel="probability")
     for ax in (left, right):
         ax.legend(frameon=False)
     return figure
@@ -100,8 +103,7 @@ def pupil_and_teacher(losses: Sequence[float], floor: float, teacher: Tensor, pu
 
 def score_by_steps(rewards: Mapping[str, Tensor], steps: Tensor, error_rate: float) -> Figure:
     """The mean score of each style at each number of steps, with standard errors over problems, on equation (09.5)."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    (ax,) = axes_of(figure, 1)
+    figure, (ax,) = charts(1, 3.8)
     at = np.linspace(1.6, 7.4, 100)
     ax.plot(at, 0.1 + 0.9 * (1 - 10 / 9 * error_rate) ** at, color="black", linewidth=2, label="a teacher, (09.5)")
     ax.plot(at, (1 - error_rate) ** at, color="#999999", linestyle=":", label="no slip at all")
@@ -114,18 +116,10 @@ def score_by_steps(rewards: Mapping[str, Tensor], steps: Tensor, error_rate: flo
     ax.axvspan(HARD + 0.5, 7.4, color="#e4e4e4", zorder=0)
     ax.text(6.45, 0.72, "longer than any\ndemonstration", ha="center", fontsize=10, color="#555555")
     ax.text(1.62, 0.115, "blind guess", fontsize=9, color="#777777")
-    ax.set(xlabel="steps of the sum", ylabel="score at temperature 1", xlim=(1.6, 7.4), ylim=(0, 0.8))
+    ax.set(xlim=(1.6, 7.4), ylim=(0, 0.8))
+    tidy(ax, xlabel="steps of the sum", ylabel="score at temperature 1")
     ax.legend(frameon=False, fontsize=9.5, loc="upper left", bbox_to_anchor=(0.33, 1.0))
     return figure
-
-
-def _demonstrated_and_longer() -> tuple[Figure, list[Any]]:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = axes_of(figure, 2, sharey=True)
-    for ax, title in zip(axes, TITLES, strict=True):
-        titled(ax, title)
-        ax.set(ylim=(0, 1.03))
-    return figure, axes
 
 
 def cooling_curves(
@@ -134,31 +128,34 @@ def cooling_curves(
     formula: Mapping[float, float],
 ) -> Figure:
     """Scores of each style at each temperature, on demonstrated and on longer sums; `formula` on the former."""
-    figure, (left, right) = _demonstrated_and_longer()
+    figure, axes = charts(2, 3.6, sharey=True)
+    left, right = axes
     left.plot(list(formula), list(formula.values()), color="black", label="formula")
     for style, pairs in scores.items():
         for ax, values in zip((left, right), zip(*pairs, strict=True), strict=True):
             ax.plot(temperatures, values, **_look(style), label=style)
     right.axhline(0.1, color="#bbbbbb", linewidth=0.8)
-    left.set(xlabel="temperature", ylabel="score")
-    right.set(xlabel="temperature", xlim=left.get_xlim())
+    for ax, title in zip(axes, TITLES, strict=True):
+        ax.set(xlim=(0.1, 1.4), ylim=(0, 1.03))
+        tidy(ax, title, "temperature", "score" if ax is left else "")
     figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
 def pass_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], teacher: Sequence[float]) -> Figure:
     """pass@1 … pass@n of each style, on demonstrated and on longer sums; a teacher's, and a blind guess's."""
-    figure, (left, right) = _demonstrated_and_longer()
+    figure, axes = charts(2, 3.6, sharey=True)
+    left, right = axes
     ks = np.arange(1, len(teacher) + 1)
     for style, pair in curves.items():
         for ax, values in zip((left, right), pair, strict=True):
             ax.plot(ks, values, **_look(style), markevery=3, label=style)
     left.plot(ks, teacher, color="black", label="teacher")
     right.plot(ks, 1 - 0.9**ks, color="#999999", linewidth=2, label="a blind guess")
-    for ax, place in ((left, "lower right"), (right, "upper left")):
-        ax.set(xlabel="k", xscale="log")
+    for ax, title, place in zip(axes, TITLES, ("lower right", "upper left"), strict=True):
+        ax.set(xscale="log", ylim=(0, 1.03))
         ax.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
         ax.minorticks_off()
+        tidy(ax, title, "k", "pass@k" if ax is left else "")
         ax.legend(frameon=False, fontsize=9, loc=place)
-    left.set_ylabel("pass@k")
     return figure

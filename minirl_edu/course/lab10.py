@@ -10,11 +10,12 @@ from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
-from minirl_edu.course import check, checkout
+from minirl_edu.course import check, checkout, page
 from minirl_edu.course.mystery import FAULTS, HEALTHY, read_charts
-from minirl_edu.course.show import axes_of, picture, set_up, show_table, titled, turn
+from minirl_edu.course.page import BLUE, GREEN, GREY, ORANGE, image, show_table, sliders, tidy
 from minirl_edu.diagnostics import CollapseDetector, kl_k3
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
@@ -28,14 +29,16 @@ from minirl_edu.tasks import ChainTask
 
 __all__ = ["FAULTS", "HEADER", "HEALTHY", "RUNS", "ChainTask", "CollapseDetector", "HFEngine", "Image", "Precision"]
 __all__ += ["Sampling", "TabularPolicy", "can_share_prompts", "chart_of", "chart_sheet", "charts", "check", "checkout"]
-__all__ += ["display", "entropy_ratios", "group_mean_advantages", "kl_k3", "kl_over_temperature", "lay_out"]
-__all__ += ["load_model", "load_tokenizer", "math", "minirl_loss", "noise_over_reward", "np", "picture", "read_charts"]
-__all__ += ["readings", "response_logprobs", "set_up", "show_table", "temperature_curves", "to_png", "torch", "turn"]
+__all__ += ["display", "entropy_ratios", "group_mean_advantages", "image", "kl_k3", "kl_over_temperature", "lay_out"]
+__all__ += ["load_model", "load_tokenizer", "math", "minirl_loss", "noise_over_reward", "np", "read_charts"]
+__all__ += ["readings", "response_logprobs", "show_table", "sliders", "temperature_curves", "to_png", "torch"]
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
 
 RUNS = sorted(FAULTS)
 """The names of the six runs."""
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8a8a8a"
 # In the order in which to read them: impossible readings, engine against trainer, step size, and the score last.
 _PANELS = {
     "routing_flip_rate": ("flip rate", "linear"),
@@ -70,34 +73,31 @@ def _draw(ax: Axes, chart: Metrics, key: str, colour: str, width: float, line: s
     ax.plot(steps, values, color=colour, linewidth=width, linestyle=line)
 
 
-def _sheet(figure: Figure, rows: int, healthy: Sequence[Metrics], sick: Metrics | None) -> Figure:
-    axes = axes_of(figure, 3, rows)
-    for ax, (key, (title, scale)) in zip(axes, list(_PANELS.items())[: len(axes)], strict=True):
-        drawn = [*((chart, _GREY, 1.4) for chart in healthy), *([(sick, _ORANGE, 2.2)] if sick else [])]
+def _sheet(title: str, rows: int, healthy: Sequence[Metrics], sick: Metrics | None) -> Figure:
+    figure, axes = page.charts(3, 2.3 * rows, rows)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+    for ax, (key, (name, scale)) in zip(axes, list(_PANELS.items())[: len(axes)], strict=True):
+        drawn = [*((chart, GREY, 1.4) for chart in healthy), *([(sick, ORANGE, 2.2)] if sick else [])]
         for chart, colour, width in drawn:
             _draw(ax, chart, key, colour, width)
             if key == "score" and (sick is None or chart is sick):
                 _draw(ax, chart, "score_rollout", colour, 1.4, "--")
         ax.set_yscale(scale)
         ax.set_ylim(_LIMITS.get(key))
-        titled(ax, title)
+        tidy(ax, name)
     figure.supxlabel("gradient step", fontsize=11)
     return figure
 
 
 def chart_of(name: str, seed: int = 0) -> Figure:
     """Six instruments of one run in orange, and of the healthy run with the same seed in grey."""
-    figure = Figure(figsize=(9, 4.7), layout="constrained")
-    figure.suptitle(f"run {name}", x=0.01, ha="left", fontsize=13, weight="bold")
-    return _sheet(figure, 2, [charts()[HEALTHY][seed]], charts()[name][seed])
+    return _sheet(f"run {name}", 2, [charts()[HEALTHY][seed]], charts()[name][seed])
 
 
 def chart_sheet(sick: Metrics | None = None, name: str = "") -> Figure:
     """Nine instruments: every seed of the healthy run in grey, and one chart in orange."""
-    figure = Figure(figsize=(9, 6.8), layout="constrained")
     title = f"{name}   grey: healthy" if name else "the healthy run, every seed"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
-    return _sheet(figure, 3, charts()[HEALTHY], sick)
+    return _sheet(title, 3, charts()[HEALTHY], sick)
 
 
 HEADER = ["run", "best score", "last (engine's)", "reward − score, step 1", "mismatch, step 1 → last"]
@@ -134,53 +134,52 @@ def temperature_curves(
     at: Sequence[Tensor],
 ) -> Figure:
     """The KL over the sampler's temperature, a curve for each entropy; and the KL at T = 0.7 over the entropy."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = axes_of(figure, 2)
-    for (entropy, values), colour in zip(kls.items(), (_BLUE, _GREEN, _ORANGE), strict=True):
+    figure, (left, right) = page.charts(2, 3.4)
+    for (entropy, values), colour in zip(kls.items(), (BLUE, GREEN, ORANGE), strict=True):
         left.plot(temperatures, values, color=colour, label=f"entropy {entropy:.2f}")
-    left.set(xlabel="temperature of the sampler", ylabel="KL, nats per token")
+    tidy(left, xlabel="temperature of the sampler", ylabel="KL, nats per token")
     left.legend(frameon=False)
-    right.plot(entropies, at, color=_BLUE)
-    right.set(xlabel="entropy of the policy, nats", ylabel="KL at T = 0.7, nats per token")
+    right.plot(entropies, at, color=BLUE)
+    tidy(right, xlabel="entropy of the policy, nats", ylabel="KL at T = 0.7, nats per token")
     return figure
 
 
 def noise_over_reward(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """The size of one response's gradient over the policy's expected reward, a line for each baseline."""
-    figure = Figure(figsize=(9, 3.3), layout="constrained")
-    (ax,) = axes_of(figure, 1)
-    for (label, pairs), colour in zip(points.items(), (_ORANGE, _BLUE), strict=True):
+    figure, (ax,) = page.charts(1, 3.3)
+    for (label, pairs), colour in zip(points.items(), (ORANGE, BLUE), strict=True):
         ax.plot(*zip(*pairs, strict=True), "o-", color=colour, label=label)
-    ax.set(xlabel="expected reward of the policy", ylabel=r"$\mathbb{E}\,\Vert (R - b)\,g\Vert^2$", ylim=(0, None))
+    ax.set_ylim(0, None)
+    tidy(ax, xlabel="expected reward of the policy", ylabel=r"$\mathbb{E}\,\Vert (R - b)\,g\Vert^2$")
     ax.legend(frameon=False)
     return figure
 
 
 def kl_over_temperature(temperatures: Sequence[float], kls: Sequence[float], hidden: float) -> Figure:
     """The KL of one rollout, scored at several temperatures; the sampler's own is marked."""
-    figure = Figure(figsize=(9, 3.1), layout="constrained")
-    (ax,) = axes_of(figure, 1)
-    ax.plot(temperatures, kls, "o-", color=_BLUE)
-    ax.axvline(hidden, color=_GREY, linestyle=":", label="the sampler's own")
-    ax.set(xlabel="temperature at which the trainer scores", ylabel="k₃, nats per token", yscale="log")
+    figure, (ax,) = page.charts(1, 3.1)
+    ax.plot(temperatures, kls, "o-", color=BLUE)
+    ax.axvline(hidden, color=GREY, linestyle=":", label="the sampler's own")
+    ax.set_yscale("log")
+    tidy(ax, xlabel="temperature at which the trainer scores", ylabel="k₃, nats per token")
     ax.legend(frameon=False)
     return figure
 
 
 def entropy_ratios(ratios: Mapping[str, Sequence[Sequence[float]]], limits: Sequence[float]) -> Figure:
     """Left, where (10.7) settles; right, the fast over the slow average of entropy in some runs, every seed."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = axes_of(figure, 2, sharey=True)
+    figure, (left, right) = page.charts(2, 3.6, sharey=True)
     fall = np.linspace(0, 0.0199, 100)
-    left.plot(100 * fall, (1 - 50 * fall) / (1 - 10 * fall), color=_BLUE, linewidth=2)
-    left.set(xlabel="fall of the entropy, % a step", ylabel="fast average / slow average", ylim=(0, 1.3))
-    for (name, curves), colour in zip(ratios.items(), (_GREY, _ORANGE), strict=True):
+    left.plot(100 * fall, (1 - 50 * fall) / (1 - 10 * fall), color=BLUE, linewidth=2)
+    left.set_ylim(0, 1.3)
+    tidy(left, xlabel="fall of the entropy, % a step", ylabel="fast average / slow average")
+    for (name, curves), colour in zip(ratios.items(), (GREY, ORANGE), strict=True):
         for i, curve in enumerate(curves):
             right.plot(curve, color=colour, linewidth=1.8, label=name if i == 0 else None)
     for limit in limits:
         for ax in (left, right):
             ax.axhline(limit, color="#222222", linewidth=0.8, linestyle=":")
         left.text(0.05, limit + 0.02, f"limit {limit}", fontsize=10)
-    right.set(xlabel="gradient step")
+    tidy(right, xlabel="gradient step")
     right.legend(frameon=False, ncols=2, loc="upper left")
     return figure

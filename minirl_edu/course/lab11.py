@@ -18,16 +18,16 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3MoeConfig
+from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.config import load_config
 from minirl_edu.course import check, pick
-from minirl_edu.course.show import axes_of, picture, set_up, show_table, titled, turn
+from minirl_edu.course.page import BLACK, BLUE, GREEN, ORANGE, YELLOW, charts, image, show_table, sliders, tidy
 from minirl_edu.lm_head import CHUNK
 from minirl_edu.logprobs import can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.objectives import minirl_loss
-from minirl_edu.plots import METHOD_STYLE
 from minirl_edu.precision import Precision
 from minirl_edu.rollout import HFEngine, Rollout, Sampling
 from minirl_edu.routing import Routes
@@ -46,11 +46,11 @@ __all__ = [
     "difflib",
 ]
 __all__ += ["fit_figure", "io", "large_model", "lay_out", "load_model", "math", "memory_figure", "micro_batches", "np"]
-__all__ += ["packing_figure", "pick", "picture", "response_gradients", "response_logprobs", "roofline_figure", "set_up"]
-__all__ += ["show_table", "small_rollout", "step_figure", "torch", "turn", "two_ranks"]
+__all__ += ["image", "packing_figure", "pick", "response_gradients", "response_logprobs", "roofline_figure"]
+__all__ += ["show_table", "sliders", "small_rollout", "step_figure", "torch", "two_ranks"]
 
-_BLUE, _ORANGE, _GREEN, _AMBER = (METHOD_STYLE[name]["color"] for name in ("MiniRL", "− IS", "R3", "+ length norm"))
-_INK = "#222222"
+logging.disable_progress_bar()
+torch.set_num_threads(1)
 
 
 def as_bytes(n: float) -> str:
@@ -153,30 +153,26 @@ def config_lines(text: str) -> list[str]:
 
 def deal_errors(lengths: Tensor, errors: Mapping[str, Sequence[float]], bias: Mapping[str, float]) -> Figure:
     """The rollout's lengths; and for each way of dealing, the error of each deal and of their average (a bar)."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = axes_of(figure, 2, gridspec_kw={"width_ratios": [1, 1.7]})
-    left.bar(*torch.unique(lengths, return_counts=True), width=1.0, color=_BLUE)
-    left.set(xlabel="response tokens", ylabel="responses")
-    titled(left, "the rollout")
+    figure, (left, right) = charts(2, 3.4, width_ratios=(1, 1.7))
+    left.bar(*torch.unique(lengths, return_counts=True), width=1.0, color=BLUE)
+    tidy(left, "the rollout", "response tokens", "responses")
     for i, (name, values) in enumerate(errors.items()):
         spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(values))
-        right.plot(i + spread, values, ".", color=_ORANGE, markersize=4, alpha=0.6)
-        right.plot([i - 0.3, i + 0.3], [bias[name]] * 2, color=_INK, linewidth=2.4)
+        right.plot(i + spread, values, ".", color=ORANGE, markersize=4, alpha=0.6)
+        right.plot([i - 0.3, i + 0.3], [bias[name]] * 2, color=BLACK, linewidth=2.4)
     right.set_xticks(range(len(errors)), [name.replace(", ", ",\n") for name in errors])
-    right.set(ylim=(-0.05, None), ylabel="error ÷ true gradient")
-    titled(right, "mean of means (bar: error of the average)")
+    right.set_ylim(-0.05, None)
+    tidy(right, "mean of means (bar: error of the average)", "", "error ÷ true gradient")
     return figure
 
 
 def step_figure(worlds: Sequence[int], moved: Mapping[str, Sequence[float]]) -> Figure:
     """The length of one step without the factor K, over the right one, for each rule."""
-    figure = Figure(figsize=(9, 3.0), layout="constrained")
-    (ax,) = axes_of(figure, 1)
-    for (rule, lengths), colour, style in zip(
-        moved.items(), (_BLUE, _ORANGE, _GREEN), ("-o", "--s", ":^"), strict=True
-    ):
+    figure, (ax,) = charts(1, 3.0)
+    for (rule, lengths), colour, style in zip(moved.items(), (BLUE, ORANGE, GREEN), ("-o", "--s", ":^"), strict=True):
         ax.plot(worlds, lengths, style, color=colour, label=rule, linewidth=1.8, markersize=5)
-    ax.set(xscale="log", yscale="log", xlabel="world size K, the factor forgotten", ylabel="step ÷ right step")
+    ax.set(xscale="log", yscale="log")
+    tidy(ax, xlabel="world size K, the factor forgotten", ylabel="step ÷ right step")
     ax.set_xticks(worlds, [str(k) for k in worlds])
     ax.minorticks_off()
     ax.legend(frameon=False)
@@ -185,45 +181,44 @@ def step_figure(worlds: Sequence[int], moved: Mapping[str, Sequence[float]]) -> 
 
 def packing_figure(cuts: Mapping[str, Sequence[np.ndarray]], budget: int) -> Figure:
     """The token slots of every micro-batch, used and padding, for each way to cut; the line is the budget."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    for ax, (name, parts) in zip(axes_of(figure, len(cuts), sharey=True), cuts.items(), strict=True):
+    figure, axes = charts(len(cuts), 3.4, sharey=True)
+    for ax, (name, parts) in zip(axes, cuts.items(), strict=True):
         used, taken = (np.array([f(part) for part in parts]) for f in (np.sum, lambda p: len(p) * p.max()))
         at = np.arange(len(parts))
         ax.bar(at, taken, width=1.0, color="#f3d9c9", label="padding")
-        ax.bar(at, used, width=1.0, color=_BLUE, label="tokens")
-        ax.axhline(budget, color=_INK, linewidth=1)
-        titled(ax, f"{name}: {len(parts)} forwards, {1 - used.sum() / taken.sum():.0%} padding")
-        ax.set(xlabel="micro-batch", xlim=(-1, max(len(parts), 10)))
-    figure.axes[0].set_ylabel("token slots (line: budget)")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
+        ax.bar(at, used, width=1.0, color=BLUE, label="tokens")
+        ax.axhline(budget, color=BLACK, linewidth=1)
+        tidy(ax, f"{name}: {len(parts)} forwards, {1 - used.sum() / taken.sum():.0%} padding", "micro-batch")
+        ax.set_xlim(-1, max(len(parts), 10))
+    axes[0].set_ylabel("token slots (line: budget)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
     return figure
 
 
 def memory_figure(memory: Mapping[str, float]) -> Figure:
     """Bytes on a logarithmic axis; what belongs to one response is orange."""
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    (ax,) = axes_of(figure, 1)
+    figure, (ax,) = charts(1, 3.8)
     at = np.arange(len(memory))[::-1]
-    ax.barh(at, list(memory.values()), color=[_ORANGE if "response" in name else _BLUE for name in memory])
+    ax.barh(at, list(memory.values()), color=[ORANGE if "response" in name else BLUE for name in memory])
     for y, n in zip(at, memory.values(), strict=True):
         ax.text(n * 1.3, y, as_bytes(n), va="center", fontsize=10, bbox={"color": "white", "pad": 1})
-    ax.axvline(80e9, color=_INK, linewidth=1, linestyle="--")
+    ax.axvline(80e9, color=BLACK, linewidth=1, linestyle="--")
     ax.text(80e9 * 0.85, -0.55, "one GPU of 80 GB", fontsize=10, ha="right")
-    ax.set(xscale="log", xlim=(1e5, 3e13), yticks=at, yticklabels=list(memory), xlabel="bytes")
+    ax.set(xscale="log", xlim=(1e5, 3e13), yticks=at, yticklabels=list(memory))
+    tidy(ax, xlabel="bytes")
     return figure
 
 
 def fit_figure(per_gpu: Mapping[str, float], title: str) -> Figure:
     """What one GPU holds, in bytes, against 80 GB."""
-    figure = Figure(figsize=(9, 2.0), layout="constrained")
-    (ax,) = axes_of(figure, 1)
+    figure, (ax,) = charts(1, 2.0)
     left = 0.0
-    for (name, n), colour in zip(per_gpu.items(), (_BLUE, _GREEN, _AMBER), strict=True):
+    for (name, n), colour in zip(per_gpu.items(), (BLUE, GREEN, YELLOW), strict=True):
         ax.barh(0, n / 1e9, left=left, color=colour, label=f"{name}: {as_bytes(n)}")
         left += n / 1e9
-    ax.axvline(80, color=_INK, linewidth=1.2, linestyle="--")
-    ax.set(yticks=[], xlim=(0, max(100, left * 1.05)), xlabel="GB on each GPU (dashed: 80 GB)")
-    titled(ax, title)
+    ax.axvline(80, color=BLACK, linewidth=1.2, linestyle="--")
+    ax.set(yticks=[], xlim=(0, max(100, left * 1.05)))
+    tidy(ax, title, "GB on each GPU (dashed: 80 GB)")
     figure.legend(loc="outside lower left", ncols=3, frameon=False)
     return figure
 
@@ -232,23 +227,22 @@ def roofline_figure(
     context: int, decode: Callable[[int, int], Sequence[float]], update: Callable[[float], Sequence[float]]
 ) -> Figure:
     """Left, the seconds of `decode(batch, context)`: weights, caches, arithmetic; right, FLOPs of `update(length)`."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = axes_of(figure, 2)
+    figure, (left, right) = charts(2, 3.6)
     batches = np.unique(np.geomspace(1, 16384, 60).astype(int))
     terms = np.array([decode(int(b), context) for b in batches]).T * 1e3
-    names, looks = ("read the weights", "read the caches", "multiply"), ((_BLUE, "-"), (_AMBER, "--"), (_ORANGE, ":"))
+    names, looks = ("read the weights", "read the caches", "multiply"), ((BLUE, "-"), (YELLOW, "--"), (ORANGE, ":"))
     for name, (colour, style), values in zip(names, looks, terms, strict=True):
         left.plot(batches, values, style, color=colour, label=name, linewidth=2)
-    left.set(xscale="log", yscale="log", xlabel="sequences decoded at once", ylabel="milliseconds for a token each")
-    titled(left, f"rollout, {context:,} tokens of context")
+    left.set(xscale="log", yscale="log")
+    tidy(left, f"rollout, {context:,} tokens of context", "sequences decoded at once", "milliseconds for a token each")
     left.legend(frameon=False)
     lengths = np.geomspace(256, 65536, 40)
     flops = np.array([update(n) for n in lengths]).T / 1e9
-    right.fill_between(lengths, 0, flops[0], color=_BLUE, alpha=0.8, linewidth=0, label="parameters, 6 P_active")
-    right.fill_between(lengths, flops[0], flops.sum(0), color=_ORANGE, alpha=0.6, linewidth=0, label="attention")
-    right.set(xscale="log", xlabel="length of the response", ylabel="GFLOP per token", ylim=(0, None))
+    right.fill_between(lengths, 0, flops[0], color=BLUE, alpha=0.8, linewidth=0, label="parameters, 6 P_active")
+    right.fill_between(lengths, flops[0], flops.sum(0), color=ORANGE, alpha=0.6, linewidth=0, label="attention")
+    right.set(xscale="log", ylim=(0, None))
     right.set_xticks([256, 2048, 16384, 65536], ["256", "2,048", "16,384", "65,536"])
     right.minorticks_off()
-    titled(right, "update")
+    tidy(right, "update", "length of the response", "GFLOP per token")
     right.legend(frameon=False, loc="upper left")
     return figure

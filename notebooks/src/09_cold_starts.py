@@ -23,8 +23,6 @@
 # %%
 from minirl_edu.course.lab09 import *
 
-set_up()
-
 # %% [markdown]
 # ## 1 · A group must be mixed
 #
@@ -85,7 +83,7 @@ print(f"mixed groups      {mixed.float().mean():.1%} of {len(blind)}")
 
 # %%
 started = made_by("chain-steps")
-picture(group_signal(p=started["metrics"]["score"]))
+image(group_signal(p=started["metrics"]["score"]))
 
 # %% [markdown]
 # **What to see.** Left: at $p = \tfrac12$ nearly every group of 8 is mixed. The curves fall off steeply near the ends,
@@ -110,8 +108,13 @@ check("09.2", mean_size_of_advantage)
 # %% [markdown]
 # **Turn it yourself.** Move the start, and the largest group.
 
+
 # %%
-turn(group_signal, "group_signal(p=0.02, largest=64)", p=(0.0, 1.0, 0.02), largest=(16, 128, 16))
+def signal_of(p, largest):
+    return image(group_signal(p, largest))
+
+
+sliders(signal_of, p=([0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.95, 0.99], 0.02), largest=([16, 32, 64, 128], 64))
 
 # %% [markdown]
 # ## 3 · A cold start is maximum likelihood
@@ -136,7 +139,7 @@ for _ in range(300):
     optimizer.step()
     optimizer.zero_grad()
     losses.append(loss.item())
-picture(pupil_and_teacher(losses, step_entropy, teacher, pupil.detach().softmax(0)))
+image(pupil_and_teacher(losses, step_entropy, teacher, pupil.detach().softmax(0)))
 
 # %% [markdown]
 # **What to see.** The loss comes down to the teacher's entropy and stays there. On the right the pupil has become the
@@ -226,7 +229,7 @@ steps = steps_of(unseen)
 tasks = {style: ChainTask(hard_fraction=0.25, style=style) for style in TOKENS_PER_STEP}
 pupils = {style: load_model(f"chain-{style}").eval() for style in TOKENS_PER_STEP}
 tries = {style: tried(pupils[style], tasks[style], unseen, group_size=MANY) for style in pupils}
-picture(score_by_steps({style: rewards for style, (rewards, _, _) in tries.items()}, steps, ERROR))
+image(score_by_steps({style: rewards for style, (rewards, _, _) in tries.items()}, steps, ERROR))
 
 # %% [markdown]
 # **What to see.** Left of the shaded strip the pupils lie on their teachers' curve, or a little below it: they copied
@@ -274,7 +277,7 @@ for style, scores in cold.items():
         won, _, _ = tried(pupils[style], tasks[style], unseen, group_size=4, temperature=temperature, seed=1)
         scores.append((won[steps <= HARD].mean().item(), won[steps > HARD].mean().item()))
 formula = {t: np.mean([cooled(t, n) for n in range(2, 6)]) for t in np.linspace(0.15, 1.35, 80)}
-picture(cooling_curves(TEMPERATURES, cold, formula))
+image(cooling_curves(TEMPERATURES, cold, formula))
 
 # %% [markdown]
 # **What to see.** Left: cooling takes every pupil close to 1, along the formula. Nothing was learned; the same weights
@@ -315,7 +318,7 @@ for style, (won, _, _) in tries.items():
     kinds = won[steps <= HARD], won[steps > HARD]
     curves[style] = tuple([pass_at(k, kind) for k in range(1, MANY + 1)] for kind in kinds)
 by_slips = [np.mean([1 - (1 - cooled(1.0, n)) ** k for n in range(2, 6)]) for k in range(1, MANY + 1)]
-picture(pass_curves(curves, by_slips))
+image(pass_curves(curves, by_slips))
 
 # %% [markdown]
 # **What to see.** Left: everything is solved within a few tries, as the teachers' slips predict. Right: the curves

@@ -25,8 +25,6 @@
 # %%
 from minirl_edu.course.lab10 import *
 
-set_up()
-
 # %% [markdown]
 # ## 1 · A healthy chart
 #
@@ -38,7 +36,7 @@ healthy = charts()[HEALTHY]
 print("runs        ", *charts())
 print("seeds       ", len(healthy), "each")
 print("grad. steps ", int(healthy[0]["grad_step"][-1]))
-picture(chart_sheet())
+image(chart_sheet())
 
 # %% [markdown]
 # **What to see.** Reward and score rise together. The dashed score, of the same weights through the 4-bit engine, goes
@@ -91,7 +89,7 @@ temperatures = torch.linspace(0.5, 1.5, 41).tolist()
 kls = {float(entropy_of(s * shape)): [temperature_kl(s * shape, t) for t in temperatures] for s in (1.0, 3.0, 12.0)}
 sharper = [s * shape for s in torch.logspace(-0.7, 1.7, 30).tolist()]
 entropies, at = [entropy_of(z) for z in sharper], [temperature_kl(z, 0.7) for z in sharper]
-picture(temperature_curves(temperatures, kls, entropies, at))
+image(temperature_curves(temperatures, kls, entropies, at))
 
 # %% [markdown]
 # **What to see.** Left: zero at $T = 1$ and a parabola around it, as (10.2) says. Right: read it from right to left, as
@@ -137,7 +135,7 @@ for step in (0, 2, 5, 10, 20, 40):
     expected = float(probs @ verified)
     for name, b in (("R alone", 0.0), ("R − mean", expected)):
         points[name].append((expected, float(probs @ ((verified - b) ** 2 * size))))
-picture(noise_over_reward(points))
+image(noise_over_reward(points))
 
 # %% [markdown]
 # **What to see.** The better the policy, the wider the gap, in proportion. Without a baseline, right answers still push
@@ -176,7 +174,7 @@ for temperature in candidates:
     with torch.no_grad():
         log_old = response_logprobs(model, layout, temperature=temperature).logp
     found.append(kl_k3(rollout.logp_rollout, log_old, rollout.response_mask).item())
-picture(kl_over_temperature(candidates, found, hidden.temperature))
+image(kl_over_temperature(candidates, found, hidden.temperature))
 
 # %% [markdown]
 # **What to see.** The KL has its minimum at the temperature that was sampled with. What is left there is the engine's
@@ -190,22 +188,22 @@ picture(kl_over_temperature(candidates, found, hidden.temperature))
 # against trainer (mismatch) and trainer against itself (staleness), and the scores last.
 
 # %%
-picture(chart_of("A"))
+image(chart_of("A"))
 
 # %%
-picture(chart_of("B"))
+image(chart_of("B"))
 
 # %%
-picture(chart_of("C"))
+image(chart_of("C"))
 
 # %%
-picture(chart_of("D"))
+image(chart_of("D"))
 
 # %%
-picture(chart_of("E"))
+image(chart_of("E"))
 
 # %%
-picture(chart_of("F"))
+image(chart_of("F"))
 
 # %% [markdown]
 # **What to see.** That is for you to say. For each run ask: is a reading impossible? Which curves differ at the first
@@ -216,11 +214,11 @@ picture(chart_of("F"))
 
 
 # %%
-def whole_sheet(name="A", seed=0):
-    return chart_sheet(charts()[name][seed], f"run {name}, seed {seed}")
+def whole_sheet(name, seed):
+    return image(chart_sheet(charts()[name][seed], f"run {name}, seed {seed}"))
 
 
-turn(whole_sheet, 'picture(whole_sheet("A"))', name=RUNS, seed=range(len(healthy)))
+sliders(whole_sheet, name=(RUNS, "A"), seed=(range(len(healthy)), 0))
 
 # %% [markdown]
 # Numbers help where curves are crowded. **Step 1** is the mean over the first rollout's four gradient steps, when the
@@ -440,7 +438,7 @@ show_table(["run, every seed", "lowest fast / slow entropy after step 20", "the 
 
 # %%
 ratios = {name: [watch(run)[0] for run in charts()[name]] for name in (HEALTHY, "A")}
-picture(entropy_ratios(ratios, limits=(0.5, CollapseDetector().entropy_drop)))
+image(entropy_ratios(ratios, limits=(0.5, CollapseDetector().entropy_drop)))
 
 # %% [markdown]
 # **What to see.** Left: where the ratio settles if the entropy keeps falling at one rate, (10.7). Right: the healthy

@@ -24,8 +24,6 @@
 # %%
 from minirl_edu.course.lab11 import *
 
-set_up()
-
 # %% [markdown]
 # ## 1 · One mini-batch, many ranks
 #
@@ -88,7 +86,7 @@ for name, (deal, hands) in deals.items():
     bias[name] = (off.mean(0).norm() / true.norm()).item()
 parts = [single[part].sum(0) / B for part in by_length(0).split(unequal)]
 print(f"sum ÷ B on each rank, added: error {((sum(parts) - true).norm() / true.norm()).item():.1e}")
-picture(deal_errors(lengths, errors, bias))
+image(deal_errors(lengths, errors, bias))
 
 # %% [markdown]
 # **What to see.** A dot is one way to deal the responses to four ranks. Its height is the size of the error, in units
@@ -139,7 +137,7 @@ moved = {}
 for rule, optimizer, clip in (("SGD", sgd, False), ("SGD, norm clipped", sgd, True), ("Adam", adam, False)):
     right = step_length(true, optimizer, clip)
     moved[rule] = [step_length(true / k, optimizer, clip) / right for k in worlds]
-picture(step_figure(worlds, moved))
+image(step_figure(worlds, moved))
 
 # %% [markdown]
 # **What to see.** SGD's step shrinks with $1/K$, so the bug is found at once. Adam's first step does not change,
@@ -205,7 +203,7 @@ for w in np.sort(widths):
     if packed[-1] and (len(packed[-1]) + 1) * w > BUDGET:
         packed.append([])
     packed[-1].append(w)
-picture(packing_figure({"fixed rows": fixed, "sorted, packed": [np.array(part) for part in packed]}, BUDGET))
+image(packing_figure({"fixed rows": fixed, "sorted, packed": [np.array(part) for part in packed]}, BUDGET))
 
 # %% [markdown]
 # **What to see.** A bar is one forward. Left: two rows each, because two of the longest would fit. Most of the budget
@@ -314,7 +312,7 @@ memory = {
     "routes of one response": routes.nbytes,
     "log-probability, entropy and mask": (4 + 4 + 1) * T,
 }
-picture(memory_figure(memory))
+image(memory_figure(memory))
 
 # %% [markdown]
 # **What to see.** The axis is logarithmic: the first and the last bar differ by a factor of more than a million. The
@@ -331,14 +329,14 @@ def fit(gpus=16, context=32768, sequences=64):
     """Bytes on each GPU."""
     parts = {"states": 16 * P, "engine's weights": 2 * P, "KV cache": CACHE * context * sequences}
     title = f"{gpus} GPUs, {sequences} sequences of {context:,} tokens"
-    return fit_figure({name: n / gpus for name, n in parts.items()}, title)
+    return image(fit_figure({name: n / gpus for name, n in parts.items()}, title))
 
 
-picture(fit())
+fit()
 
 # %%
-options = dict(gpus=[16, 8, 32, 64, 128], context=[32768, 1024, 4096, 8192, 65536], sequences=[64, 16, 256, 1024, 4096])
-turn(fit, "picture(fit(8, 8192, 128))", **options)
+lengths_tried, batches = [1024, 4096, 8192, 32768, 65536], [16, 64, 256, 1024, 4096]
+sliders(fit, gpus=([8, 16, 32, 64, 128], 16), context=(lengths_tried, 32768), sequences=(batches, 64))
 
 # %% [markdown]
 # {exercise} 11.5
@@ -394,7 +392,7 @@ def decode_seconds(batch, context):
     return 2 * read / BANDWIDTH, batch * CACHE * context / BANDWIDTH, 2 * MULTIPLIED * batch / RATE
 
 
-picture(roofline_figure(8192, decode_seconds, update_flops))
+image(roofline_figure(8192, decode_seconds, update_flops))
 
 # %%
 crossing = next(b for b in range(1, 8192) if decode_seconds(b, 0)[2] >= decode_seconds(b, 0)[0])

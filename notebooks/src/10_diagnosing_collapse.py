@@ -446,7 +446,7 @@ image(entropy_ratios(ratios, limits=(0.5, CollapseDetector().entropy_drop)))
 # an alarm on entropy stays silent. That is why the detector warns of falls of the reward and the score, and names
 # entropy and KL beside them. No alarm about a change sees a fault that is there from the first step.
 #
-# What our runs say about this: [unit 12](12_evidence.ipynb).
+# What the stored runs say about such alarms: [EARLY_WARNING.md](../lessons/results/EARLY_WARNING.md).
 #
 # **Try this**
 #

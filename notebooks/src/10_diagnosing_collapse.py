@@ -415,7 +415,7 @@ check("10.9", rewards_of_batch)
 WATCHED = ("entropy", "kl_rollout_old", "reward")
 
 
-def watch(run):
+def ratios_and_warning(run):
     """The ratio of the entropy's averages at each gradient step, and the step of the first warning or None."""
     detector, ratios, first = CollapseDetector(), [], None
     for row, step in enumerate(run["grad_step"]):
@@ -430,14 +430,14 @@ def watch(run):
 
 rows = []
 for name, runs in charts().items():
-    watched = [watch(run) for run in runs]
+    watched = [ratios_and_warning(run) for run in runs]
     lowest = " ".join(f"{min(ratios[20:]):.2f}" for ratios, _ in watched)
     warned = ", ".join(f"step {first}" if first else "never" for _, first in watched)
     rows.append([name, lowest, warned])
 show_table(["run, every seed", "lowest fast / slow entropy after step 20", "the detector warns"], rows)
 
 # %%
-ratios = {name: [watch(run)[0] for run in charts()[name]] for name in (HEALTHY, "A")}
+ratios = {name: [ratios_and_warning(run)[0] for run in charts()[name]] for name in (HEALTHY, "A")}
 image(entropy_ratios(ratios, limits=(0.5, CollapseDetector().entropy_drop)))
 
 # %% [markdown]

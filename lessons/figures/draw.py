@@ -625,13 +625,41 @@ def mixed_groups() -> Figure:
     left.legend(frameon=False, fontsize=SIZE, loc="upper center", ncols=3, handlelength=1.4, columnspacing=0.8)
 
     heat, slip = np.linspace(0.15, 1, 100), 0.21
-    sharpened = 1 / (1 + (9 * (1 - slip) / slip) ** (1 / heat) / 9)  # the slips at that temperature, (09.10)
+    sharpened = 1 / (1 + (9 * (1 - slip) / slip) ** (1 / heat) / 9)  # the slips at that temperature, (09.6)
     for steps, line in ((2, "-"), (4, "--"), (8, ":")):
         score = 0.1 + 0.9 * (1 - 10 / 9 * sharpened) ** steps
         right.plot(heat, score, color=INK, linewidth=2, linestyle=line, label=f"{steps} steps")
     right.set(xlabel="temperature", ylim=(0, 1.1), xlim=(1, 0.15), yticks=[0, 0.5, 1], xticks=[1, 0.6, 0.2])
     right.legend(frameon=False, fontsize=SIZE, loc="lower right")
     right.set_title("score of a start that slips", size=SIZE)
+    return figure
+
+
+def slips() -> Figure:
+    """Lesson 09: one step's digits at two temperatures, and the score of teachers who slip, by (09.5)."""
+    figure, (left, right) = charts(2.9, 2)
+    slip = 0.21
+    digit = np.full(10, slip / 9)
+    digit[7] = 1 - slip
+    sharper = softmax(2 * np.log(digit))  # at temperature 1/2
+    places = np.arange(10)
+    left.bar(places - 0.2, digit, 0.4, color="white", edgecolor=INK, linewidth=1.2, label="the teacher's")
+    left.bar(places + 0.2, sharper, 0.4, color=MINIRL, edgecolor=INK, linewidth=1.2, label="at temperature ½")
+    say(left, 6.4, digit[7], f"{digit[7]:.2f}", ha="right")
+    say(left, 7.6, sharper[7], f"{sharper[7]:.3f}", ha="left")
+    left.set(xlabel="digit written, 7 is right", xticks=places, ylim=(0, 1.45), xlim=(-0.7, 10.6), yticks=[0, 0.5, 1])
+    left.legend(frameon=False, fontsize=SIZE, loc="upper left")
+    left.set_title("one step", size=SIZE)
+
+    steps = np.arange(13)
+    for rate, line in ((0.06, "--"), (0.21, "-")):
+        right.plot(steps, 0.1 + 0.9 * (1 - 10 / 9 * rate) ** steps, color=INK, linewidth=2, linestyle=line)
+        say(right, 12.3, 0.1 + 0.9 * (1 - 10 / 9 * rate) ** 12, f"{100 * rate:.0f} %", ha="left")
+    right.plot(steps, (1 - slip) ** steps, color=INK, linewidth=2, linestyle=":")
+    right.axhline(0.1, color=SOFT, linewidth=1)
+    say(right, 0.2, 0.13, "blind guess", ha="left", va="bottom", color=SOFT)
+    right.set(xlabel="steps of the sum", ylim=(0, 1.05), xlim=(0, 14.4), yticks=[0, 0.5, 1], xticks=[0, 4, 8, 12])
+    right.set_title("score, slips in % of the steps", size=SIZE)
     return figure
 
 
@@ -661,19 +689,45 @@ def two_faults() -> Figure:
     return figure
 
 
+def reading_order() -> Figure:
+    """Lesson 10: the questions to ask a chart, in their order, and the suspect at each yes."""
+    asked = [
+        ("Flip rate above 0 under R3?", "the replay of routes", "impossible"),
+        ("Lower clip fraction always 0?", "the advantages' signs", "impossible"),
+        ("Mismatch high at step 1?", "the sampler's distribution", "at step 1"),
+        ("Staleness high?", "the size of the steps", "which engine?"),
+        ("The two scores differ?", "the hand-over of weights", "which engine?"),
+        ("Nothing learned?", "the rewards", "only now the score"),
+    ]
+    figure, ax = diagram(4.1)
+    step, high, colours = 0.66, 0.44, {"impossible": PALE, "at step 1": ENGINE_FILL, "which engine?": TRAINER_FILL}
+    for i, (question, suspect, kind) in enumerate(asked):
+        y = 4.1 - 0.14 - high - i * step
+        if i == 0 or kind != asked[i - 1][2]:
+            say(ax, 0.06, y + high / 2, kind.replace("only now ", "only now\n"), ha="left", color=SOFT)
+        box(ax, 1.34, y, 2.36, high, question, fill=colours.get(kind, "white"))
+        arrow(ax, (3.7, y + high / 2), (4.12, y + high / 2))
+        say(ax, 3.9, y + high / 2 + 0.12, "yes")
+        box(ax, 4.12, y, 2.02, high, suspect, edge=NO_WEIGHT)
+        if i + 1 < len(asked):
+            arrow(ax, (2.52, y), (2.52, y + high - step), mutation_scale=11)
+            say(ax, 2.64, y + (high - step) / 2, "no", ha="left")
+    return figure
+
+
 def what_lives_where() -> Figure:
-    """Lesson 11: bytes of Qwen3-30B-A3B in a trainer and in an engine, by (11.6) to (11.9), against a GPU's 80 GB."""
+    """Lesson 11: bytes of Qwen3-30B-A3B in a trainer and in an engine, by (11.4) and (11.5), against a GPU's 80 GB."""
     c = json.loads(ARCHITECTURE.read_text())
     d, h, layers, vocabulary = c["hidden_size"], c["head_dim"], c["num_hidden_layers"], c["vocab_size"]
     attention = 2 * d * h * (c["num_attention_heads"] + c["num_key_value_heads"])
     experts = c["num_experts"] * (d + 3 * d * c["moe_intermediate_size"])
-    parameters = layers * (attention + experts + 2 * d + 2 * h) + 2 * vocabulary * d + d  # (11.6), head not tied
-    cache = 2 * layers * c["num_key_value_heads"] * h * 2 * 32_768  # (11.9), one response, 16 bits
+    parameters = layers * (attention + experts + 2 * d + 2 * h) + 2 * vocabulary * d + d  # (11.4), head not tied
+    cache = 2 * layers * c["num_key_value_heads"] * h * 2 * 32_768  # one response, 16 bits
     figure, (ax,) = charts(3.1, 1)
     for gpu in range(7):
         ax.barh(3, 80, 0.5, left=80 * gpu, facecolor="white", edgecolor=INK)
         say(ax, 80 * gpu + 40, 3, f"GPU {gpu + 1}")
-    part = 4 * parameters / 1e9  # (11.7): four parts of four bytes for each parameter
+    part = 4 * parameters / 1e9  # (11.5): four parts of four bytes for each parameter
     for i, name in enumerate(("weights,\ngradients", "master\nweights", "Adam $m$", "Adam $v$")):
         ax.barh(2, part, 0.66, left=i * part, facecolor=TRAINER_FILL if i % 2 else "#B8D2EC", edgecolor=TRAINER)
         say(ax, (i + 0.5) * part, 2, name)
@@ -688,6 +742,34 @@ def what_lives_where() -> Figure:
     ax.set_yticks([3, 2, 1, 0], ["80 GB each", "trainer", "engine", "never"], size=SIZE)
     ax.set(xlim=(0, 570), ylim=(-0.5, 3.4), xticks=range(0, 561, 80), xlabel="GB")
     ax.tick_params(axis="y", length=0)
+    return figure
+
+
+def two_ranks() -> Figure:
+    """Lesson 11: two parts of equal area, and what a global divisor and a mean of means give each response."""
+    figure, (left, right) = charts(3.0, 2, width_ratios=(1.05, 1))
+    parts = (  # where it stands, its rows, the tokens of each, and where its name stands
+        ("rank 1: 8 responses\nof 4 tokens", 4.4, 8, 4, (4.8, 8.4)),
+        ("rank 2: 2 responses of 16 tokens", 0, 2, 16, (0, 2.4)),
+    )
+    for name, bottom, rows, width, place in parts:
+        for row in range(rows):
+            look = {"facecolor": TRAINER_FILL, "edgecolor": TRAINER, "linewidth": 1.2}
+            left.add_patch(Rectangle((0, bottom + row), width, 0.8, **look))
+        say(left, *place, name, ha="left")
+    left.set(xlim=(-0.3, 16.3), ylim=(-0.3, 12.6))
+    left.axis("off")
+
+    total, places = sum(rows for _, _, rows, *_ in parts), np.arange(10)
+    equal = np.full(total, 1 / total)
+    means = np.concatenate([np.full(rows, 1 / (len(parts) * rows)) for _, _, rows, *_ in parts])
+    right.bar(places - 0.2, equal, 0.4, color="white", edgecolor=INK, linewidth=1.2, label="global divisor")
+    right.bar(places + 0.2, means, 0.4, color=NO_WEIGHT, edgecolor=INK, linewidth=1.2, label="mean of means")
+    right.set(xticks=[3.5, 8.5], ylim=(0, 0.36), ylabel="weight of a response")
+    right.set_yticks([0, 1 / 16, 1 / 10, 1 / 4], ["0", "1/16", "1/10", "1/4"])
+    right.set_xticklabels(["rank 1", "rank 2"])
+    right.tick_params(axis="x", length=0)
+    right.legend(frameon=False, fontsize=SIZE, loc="upper left")
     return figure
 
 
@@ -708,8 +790,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "08_global_step": global_step,
     "08_entropy": entropy,
     "09_mixed_groups": mixed_groups,
+    "09_slips": slips,
     "10_two_faults": two_faults,
+    "10_reading_order": reading_order,
     "11_what_lives_where": what_lives_where,
+    "11_two_ranks": two_ranks,
 }
 """What is drawn: the name of the file, without .png."""
 

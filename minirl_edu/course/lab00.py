@@ -91,7 +91,7 @@ def expert_figure(tokens: Sequence[str], rollout: Tensor, training: Tensor, num_
     square: dict[str, Any] = dict(marker="s", s=36, color="#0072B2")
     length, layers, k = rollout.shape
     at = np.arange(length).repeat(k)
-    figure, axes = charts(1, 1.7 * layers, layers, sharex=True)
+    figure, axes = charts(1, 2.3 * layers, layers, sharex=True)
     for i, ax in enumerate(axes):
         differ = (rollout[:, i].sort(-1).values != training[:, i].sort(-1).values).any(-1)
         for t in differ.nonzero()[:, 0].tolist():

@@ -349,10 +349,10 @@ sliders(share_at, distance=([0.05, 0.1, 0.2, 0.5, 1.0, 2.0], 0.5), length=(range
 model = load_model("chain-steps").eval()
 task = ChainTask(tokenizer=load_tokenizer("chain-steps"))
 prompts = [task.encode(problem) for problem in task.sample(pick(fast=64, full=256), seed=0)]
-rows = []
+sampling, rows = Sampling(max_new_tokens=task.max_new_tokens), []
 for engine in ("fp32", "fp8_e4m3", "int4", "int4 stochastic", "int3", "int3 stochastic"):
     rollout_engine = HFEngine(model, Precision.parse(*engine.split()))
-    rollout = rollout_engine.generate(prompts, group_size=8, sampling=Sampling(max_new_tokens=11), seed=0)
+    rollout = rollout_engine.generate(prompts, group_size=8, sampling=sampling, seed=0)
     with torch.no_grad():
         logp = response_logprobs(model, lay_out(rollout, share_prompts=can_share_prompts(model))).logp
     shares = [f(logp, rollout.logp_rollout, rollout.response_mask).item() for f in (token_ess, sequence_ess)]

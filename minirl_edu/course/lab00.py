@@ -31,11 +31,11 @@ from minirl_edu.tasks import ChainTask
 from minirl_edu.trainer import MiniRLTrainer
 
 __all__ = [
-    "ChainTask", "HFEngine", "MiniRLTrainer", "Precision", "RoutingReplay", "Sampling", "can_share_prompts",
-    "chain_model", "check", "copy", "curves", "dial_table", "display", "expert_figure", "first_order_gap",
-    "group_mean_advantages", "group_table", "image", "kl_k3", "lay_out", "load_config", "load_model", "load_tokenizer",
-    "minirl_loss", "precision_dial", "push_table", "quantise", "response_logprobs", "rollout_tokens", "score_table",
-    "show_table", "sliders", "tempfile", "three_policies_table", "torch",
+    "HFEngine", "MiniRLTrainer", "Precision", "RoutingReplay", "Sampling", "can_share_prompts", "chain_model",
+    "check", "copy", "curves", "dial_table", "display", "expert_figure", "first_order_gap", "group_mean_advantages",
+    "group_table", "image", "kl_k3", "lay_out", "load_config", "minirl_loss", "precision_dial", "push_table",
+    "quantise", "response_logprobs", "rollout_tokens", "score_table", "sliders", "tempfile", "three_policies_table",
+    "torch",
 ]  # fmt: skip
 
 logging.disable_progress_bar()

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.page import BLUE, GREEN, GREY, ORANGE, YELLOW, charts, image, show_table, sliders, tidy
 from minirl_edu.diagnostics import sequence_ess, token_ess
 from minirl_edu.exact import TabularPolicy, sequence_gradient, sequence_objective, token_ratios
@@ -22,11 +23,11 @@ from minirl_edu.rollout import HFEngine, Sampling
 from minirl_edu.tasks import ChainTask
 
 __all__ = [
-    "ChainTask", "HFEngine", "Precision", "Sampling", "TabularPolicy", "can_share_prompts", "check", "drifts_of_words",
-    "estimate_figure", "gradient_figure", "group_mean_advantages", "lay_out", "load_model", "load_tokenizer",
-    "math", "never_ending", "noise_figure", "np", "pick", "response_figure", "response_logprobs", "run_figure",
-    "score_of_each", "sequence_ess", "sequence_gradient", "sequence_objective", "share_figure", "show_table", "sliders",
-    "token_ess", "token_ratios", "torch",
+    "ChainTask", "HFEngine", "Precision", "Sampling", "TabularPolicy", "can_share_prompts", "check", "check_file",
+    "drifts_of_words", "estimate_figure", "gradient_figure", "group_mean_advantages", "lay_out", "load_model",
+    "load_tokenizer", "math", "never_ending", "noise_figure", "np", "pick", "response_figure", "response_logprobs",
+    "run_figure", "score_of_each", "sequence_ess", "sequence_gradient", "sequence_objective", "share_figure",
+    "show_table", "sliders", "token_ess", "token_ratios", "torch",
 ]  # fmt: skip
 
 logging.disable_progress_bar()

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
+from minirl_edu.course.capstone import check_file
 from minirl_edu.course.lab01 import drifts_of_words, never_ending
 from minirl_edu.course.page import BLUE, GREEN, GREY, ORANGE, PINK, YELLOW, charts, image, show_table, sliders, tidy
 from minirl_edu.diagnostics import first_order_gap, kl_k3
@@ -33,10 +34,11 @@ from minirl_edu.tasks import ChainTask
 
 __all__ = [
     "ChainTask", "HFEngine", "Precision", "Sampling", "Sizes", "TabularPolicy", "can_share_prompts", "change_figure",
-    "check", "copy", "drifts_of_words", "exponent", "first_order_gap", "gap_figure", "group_mean_advantages", "kl_k3",
-    "lay_out", "load_model", "load_tokenizer", "luck_figure", "math", "minirl_loss", "never_ending", "np",
-    "objective_remainder", "order_figure", "pick", "response_logprobs", "sequence_gradient", "sequence_objective",
-    "show_table", "size_figure", "sliders", "token_gradient", "token_objective", "token_ratios", "torch",
+    "check", "check_file", "copy", "drifts_of_words", "exponent", "first_order_gap", "gap_figure",
+    "group_mean_advantages", "kl_k3", "lay_out", "load_model", "load_tokenizer", "luck_figure", "math", "minirl_loss",
+    "never_ending", "np", "objective_remainder", "order_figure", "pick", "response_logprobs", "sequence_gradient",
+    "sequence_objective", "show_table", "size_figure", "sliders", "token_gradient", "token_objective", "token_ratios",
+    "torch",
 ]  # fmt: skip
 
 logging.disable_progress_bar()

@@ -55,8 +55,8 @@ EX1 = exercise(
 
     - mean over tokens: you divided by the length. That is the log of a geometric mean; the probability of the whole
       response is the product of all its factors.
-    - padding counted: a token after the end is counted. Nobody wrote that token. Short responses then look less probable
-      than they are.
+    - padding counted: a token after the end is counted. Nobody wrote that token. Short responses then look less
+      probable than they are.
     - raw logits: these are sums of logits. A logit becomes a log-probability only after the log of the normaliser, Σ_w
       exp(logit of w), is taken off.
     - sum of probabilities: you added probabilities. Probabilities multiply; their logs add.

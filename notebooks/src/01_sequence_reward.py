@@ -469,3 +469,12 @@ show_table(["update", "J_seq", "first loss", "size of the second loss"], rows)
 #
 # **Where next.** The next lesson gives every token its own ratio instead of the product of all, and asks what that
 # costs: [02_first_order.md](../lessons/02_first_order.md).
+
+# %% [markdown]
+# ## Your file, step 01
+
+# %% [markdown]
+# {capstone} 01
+
+# %%
+check_file("01")

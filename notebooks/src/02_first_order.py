@@ -427,4 +427,14 @@ check("02.7", missing_weight)
 # **Try this**
 #
 # 1. In section 3 choose a reward of 1 for every response. What happens to the right panel, and why?
-# 2. In section 6 use `lr=1e-4` and `lr=1e-3`. By (02.7) of the lesson, by what factor should the gap of the fp32 engine change?
+# 2. In section 6 use `lr=1e-4` and `lr=1e-3`. By (02.7) of the lesson, by what factor should the gap of the fp32
+#    engine change?
+
+# %% [markdown]
+# ## Your file, step 02
+
+# %% [markdown]
+# {capstone} 02
+
+# %%
+check_file("02")

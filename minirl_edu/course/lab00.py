@@ -32,10 +32,10 @@ from minirl_edu.trainer import MiniRLTrainer
 
 __all__ = [
     "HFEngine", "MiniRLTrainer", "Precision", "RoutingReplay", "Sampling", "can_share_prompts", "chain_model",
-    "check", "copy", "curves", "dial_table", "display", "expert_figure", "first_order_gap", "group_mean_advantages",
-    "group_table", "image", "kl_k3", "lay_out", "load_config", "minirl_loss", "precision_dial", "push_table",
-    "quantise", "response_logprobs", "rollout_tokens", "score_table", "sliders", "tempfile", "three_policies_table",
-    "torch",
+    "check", "copy", "dial_table", "display", "expert_figure", "first_order_gap", "group_mean_advantages",
+    "group_table", "image", "kl_k3", "lay_out", "load_config", "minirl_loss", "paper_curves", "precision_dial",
+    "push_table", "quantise", "response_logprobs", "rollout_tokens", "score_table", "sliders", "tempfile",
+    "three_policies_table", "torch",
 ]  # fmt: skip
 
 logging.disable_progress_bar()
@@ -118,7 +118,7 @@ def dial_table(dial: Sequence[Mapping[str, Any]]) -> None:
     show_table(["engine", "KL, nats per token", "with R3", "R3 removes", "flips per token and layer"], rows)
 
 
-def curves(records: Sequence[Mapping[str, Any]]) -> Image:
+def paper_curves(records: Sequence[Mapping[str, Any]]) -> Image:
     """The four figures of the paper, from one dict of metrics per gradient step."""
     numbers = [{k: v for k, v in record.items() if isinstance(v, int | float)} for record in records]
     names = set().union(*numbers)

@@ -385,11 +385,11 @@ config = load_config(
 with tempfile.TemporaryDirectory() as folder:
     trainer = MiniRLTrainer(config, folder, model=copy.deepcopy(model), task=task, progress=False)
     records = [{"global_step": 0, "grad_step": 0, **trainer.evaluate()}]
-    live = display(curves(records), display_id="training")
+    live = display(paper_curves(records), display_id="training")
     while trainer.step < config.train.global_steps:
         records += trainer.global_step()
         if trainer.step % 4 == 0:
-            live.update(curves(records))
+            live.update(paper_curves(records))
 
 # %%
 score_table(records, config.eval.problems, PRECISION)

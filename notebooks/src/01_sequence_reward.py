@@ -393,7 +393,7 @@ torch.manual_seed(0)
 table = torch.zeros(2**T - 1, 3, requires_grad=True)
 
 
-def draw(n):
+def write_responses(n):
     """n responses, [n, T] each: tokens, the row each was drawn from, and where a token is real."""
     row, alive, steps = torch.zeros(n, dtype=torch.long), torch.ones(n, dtype=torch.bool), []
     for _ in range(T):
@@ -404,7 +404,7 @@ def draw(n):
     return [torch.stack(columns, 1) for columns in zip(*steps, strict=True)]
 
 
-tokens, rows, mask = draw(4)
+tokens, rows, mask = write_responses(4)
 print(["".join("01."[token] for token in y[real].tolist()) for y, real in zip(tokens, mask, strict=True)])
 
 # %% [markdown]
@@ -433,7 +433,7 @@ check("01.7", loss_for_the_gradient)
 history = {"J_seq": [], "reward": [], "−mean of Â·log π": [], "−mean of w·Â": []}
 for _ in range(STEPS):
     exact_objective = (TabularPolicy(table.detach().double(), 3).response_probs() * rewards).sum()
-    tokens, rows, mask = draw(GROUPS * G)
+    tokens, rows, mask = write_responses(GROUPS * G)
     earned = (((tokens == 1) & mask).sum(1) % 2).float()  # the judge: an odd number of ones
     advantages = (earned.view(GROUPS, G) - earned.view(GROUPS, G).mean(1, keepdim=True)).flatten()
     logp = torch.where(mask, table.log_softmax(-1)[rows].gather(-1, tokens[..., None])[..., 0], 0.0).sum(1)

@@ -362,7 +362,7 @@ def logp_of(policy, rollout):
 
 
 @torch.no_grad()
-def readings(policy):
+def gap_and_kl(policy):
     """For every engine: the gap, and the KL of the two policies per response, nats."""
     found = []
     for rollout in rollouts:
@@ -379,7 +379,7 @@ scores = torch.tensor([task.reward(p, text) for p, text in zip(asked, texts, str
 advantages, mask = group_mean_advantages(scores, GROUP_SIZE), rollout.response_mask
 policy = copy.deepcopy(model)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-4, weight_decay=0.0)
-logp_old, history = logp_of(model, rollout).detach(), [readings(policy)]
+logp_old, history = logp_of(model, rollout).detach(), [gap_and_kl(policy)]
 for part in torch.arange(len(asked)).chunk(UPDATES):
     in_part = torch.zeros(len(asked), 1, dtype=torch.bool).index_fill(0, part, True)
     logp = logp_of(policy, rollout)
@@ -387,7 +387,7 @@ for part in torch.arange(len(asked)).chunk(UPDATES):
     optimizer.zero_grad()
     minirl_loss(*case, num_responses=len(part)).loss.backward()
     optimizer.step()
-    history.append(readings(policy))
+    history.append(gap_and_kl(policy))
 history = np.array(history)  # [updates + 1, engines, (gap, KL)]
 
 # %%

@@ -76,7 +76,7 @@ EX2 = exercise(
     - neighbours only: only neighbours are paired. Every token meets every other: T(T − 1)/2 pairs, not T − 1.
     - the whole remainder: this is everything that is dropped, triples and more included. The exercise asks for its
       leading part.
-    - squares only: you summed squares of single tokens. What is dropped are products of two different ones.
+    - squares only: you summed squares of single tokens. The dropped terms are products of two different tokens.
 
     Of T(T − 1)/2 pairs, most cancel. Section 5 says how well.
     """,

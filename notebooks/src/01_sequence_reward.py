@@ -456,10 +456,10 @@ show_table(["update", "J_seq", "first loss", "size of the second loss"], rows)
 
 # %% [markdown]
 # **What to see.** Left, training works. Right, no curve says so. The first loss falls, turns, and from there *rises*
-# while the policy goes on improving. It is on its way to zero, where it would also be if the policy had collapsed onto
-# one wrong answer: all advantages are zero in both cases. The second loss is zero on-policy, always, because advantages
-# add up to zero. A loss in reinforcement learning exists for its gradient. Watch the reward, a held-out score, the
-# entropy and the KL instead.
+# while the policy goes on improving. This loss approaches zero, and it would also approach zero if the policy collapsed
+# onto one wrong answer: all advantages are zero in both cases. The second loss is always zero on-policy, because
+# advantages add up to zero. A loss in reinforcement learning exists for its gradient. Watch the reward, a held-out
+# score, the entropy and the KL instead.
 #
 # **Try this**
 #

@@ -125,9 +125,9 @@ difference = token_gradient(pi, mu_old, rewards) - logits.grad
 print(f"equation (4) − autograd of (3): {difference.abs().max():.1e}")
 
 # %% [markdown]
-# What does it ask for? The lesson shows: **improve every token as if all others, before and after, were still written
-# by $\mu_{old}$.** Compute it so: how often $\mu_{old}$ comes to a prefix, which word $\pi_\theta$ would write there,
-# and the mean reward when $\mu_{old}$ goes on from there.
+# What does (3) ask for? The lesson shows: **improve every token as if all others, before and after, were still written
+# by $\mu_{old}$.** The same number in that way: how often $\mu_{old}$ comes to a prefix, which word $\pi_\theta$ would
+# write there, and the mean reward when $\mu_{old}$ goes on from there.
 
 # %%
 joint, total = mu_old.response_probs(), 0.0

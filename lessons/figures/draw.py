@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from minirl_edu.exact import TabularPolicy, objective_remainder, sequence_gradient, token_gradient
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 from minirl_edu.plots import METHOD_STYLE, to_png
 
@@ -134,6 +135,44 @@ def three_policies() -> Figure:
     return figure
 
 
+def by_hand() -> Figure:
+    """Lesson 00: the push on five tokens of two responses, with the library's own loss."""
+    mu = torch.tensor([[0.50, 0.08, 0.90], [0.50, 0.80, 1.00]])
+    old = torch.tensor([[0.50, 0.50, 0.90], [0.50, 0.60, 1.00]])
+    new = torch.tensor([[0.70, 0.50, 0.90], [0.30, 0.66, 1.00]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logp, advantages = new.log().requires_grad_(), torch.tensor([0.5, -0.5])
+    minirl_loss(logp, old.log(), mu.log(), advantages, mask).loss.backward()
+    assert logp.grad is not None
+    push, plain = -logp.grad[mask].numpy(), (advantages[:, None] / 2).expand_as(mask)[mask].numpy()
+    notes = (
+        "dropped:\n$r_t$ = 1.4",
+        "weight 6.25,\ncapped at 5",
+        "weight 1",
+        "dropped:\n$r_t$ = 0.6",
+        "weight 0.83,\n$r_t$ = 1.1",
+    )
+
+    figure, (ax,) = charts(3.4, 1)
+    places = np.array([0, 1, 2, 3.5, 4.5])
+    ax.bar(places, push, 0.62, color=[TRAINER if value > 0 else NO_WEIGHT for value in push])
+    ax.bar(places, plain, 0.62, facecolor="none", edgecolor=INK, linewidth=1.2, linestyle="--")
+    for x, value, outline, note in zip(places, push, plain, notes, strict=True):
+        far = value if abs(value) > abs(outline) else outline
+        say(ax, x, far + np.sign(far) * 0.06, note, va="bottom" if far > 0 else "top")
+    ax.axhline(0, color=INK, linewidth=1)
+    say(ax, 1, 1.95, "right answer: $\\hat{A}$ = +½", weight="bold", color=TRAINER)
+    say(ax, 4, 1.95, "wrong answer: $\\hat{A}$ = −½", weight="bold", color=NO_WEIGHT)
+    columns = zip(mu[mask].tolist(), old[mask].tolist(), new[mask].tolist(), strict=True)
+    ax.set_xticks(places, [f"{m:.2f}\n{o:.2f}\n{n:.2f}" for m, o, n in columns])
+    say(ax, -0.55, -0.98, "$\\mu_{old}$", ha="right", color=ENGINE)
+    say(ax, -0.55, -1.16, "$\\pi_{old}$", ha="right", color=TRAINER)
+    say(ax, -0.55, -1.34, "$\\pi_\\theta$", ha="right", color=TRAINER)
+    ax.tick_params(axis="x", length=0)
+    ax.set(ylabel="push on $\\log\\pi_\\theta$", xlim=(-0.5, 5), ylim=(-0.85, 2.1), yticks=[0, 0.5, 1])
+    return figure
+
+
 def one_step() -> Figure:
     """Lesson 01: eight responses enumerated, before and after one exact step of REINFORCE."""
     responses = np.array([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
@@ -148,7 +187,7 @@ def one_step() -> Figure:
     before = mass()
     step = {prefix: np.zeros(2) for prefix in logits}
     for y, share, advantage in zip(responses, before, reward - before @ reward, strict=True):
-        for t in range(3):  # (01.3) and (01.5): the score of each token, weighted by probability and advantage
+        for t in range(3):  # (01.2): the score of each token, weighted by probability and advantage
             prefix = tuple(y[:t])
             step[prefix] += share * advantage * (np.eye(2)[y[t]] - softmax(logits[prefix]))
     for prefix in logits:
@@ -180,6 +219,21 @@ def one_step() -> Figure:
     return figure
 
 
+def effective_share() -> Figure:
+    """Lesson 01: how many of the responses still count, over their length, for independent tokens."""
+    figure, (ax,) = charts(2.7, 1)
+    length = np.geomspace(1, 100_000, 400)
+    for chi, line, name in ((0.02, "-", "$\\chi^2$ = 2 %"), (0.002, "--", "0.2 %"), (0.0002, ":", "0.02 %")):
+        ax.semilogx(length, (1 + chi) ** -length, color=INK, linewidth=2, linestyle=line)
+        say(ax, 0.82 * np.log(2) / np.log1p(chi), 0.45, name, ha="right")
+    ax.axvline(32_768, color=NO_WEIGHT, linewidth=1.5)
+    say(ax, 36_000, 0.8, "32,768\ntokens", ha="left", color=NO_WEIGHT)
+    ax.set(xlabel="tokens in the response", ylabel="effective share", xlim=(1, 130_000), ylim=(0, 1.04))
+    ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10,000"])
+    ax.minorticks_off()
+    return figure
+
+
 def first_order() -> Figure:
     """Lesson 02: the product of the ratios against 1 + the sum of the deviations; what is dropped, over the length."""
     figure, (left, right) = charts(2.9, 2)
@@ -193,7 +247,7 @@ def first_order() -> Figure:
 
     length = np.geomspace(2, 1000, 200)
     for chi, line in ((0.1, "-"), (0.03, "--"), (0.01, ":")):
-        dropped = np.sqrt(np.exp(length * np.log1p(chi**2)) - 1 - length * chi**2)  # the root of (02.10)
+        dropped = np.sqrt(np.exp(length * np.log1p(chi**2)) - 1 - length * chi**2)  # the root of (02.7)
         right.loglog(length, dropped, color=INK, linewidth=2, linestyle=line)
         say(right, 1100, dropped[-1], f"$\\chi$ = {chi:g}", ha="left")
     right.axhline(1, color=SOFT, linewidth=1)
@@ -201,6 +255,31 @@ def first_order() -> Figure:
     right.set(xlabel="tokens in the response", ylabel="typical size dropped", xlim=(2, 1000), ylim=(5e-5, 300))
     right.set_xticks([10, 100, 1000], ["10", "100", "1000"])
     right.minorticks_off()
+    return figure
+
+
+def orders() -> Figure:
+    """Lesson 02: the remainder and the error of the gradient over the distance, for three enumerated problems."""
+    distances = np.logspace(-3, 0.5, 22)
+    figure, axes = charts(2.9, 2)
+    for seed, mark in zip((0, 1, 2), "osX", strict=True):
+        mu = TabularPolicy.random(3, 4, seed=seed)
+        way = TabularPolicy.random(3, 4, seed=seed + 100).logits
+        reward = torch.rand(len(mu.tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        line = [mu.moved(way, distance) for distance in distances.tolist()]
+        errors = (
+            [objective_remainder(pi, mu, reward).abs().item() for pi in line],
+            [(sequence_gradient(pi, mu, reward) - token_gradient(pi, mu, reward)).norm().item() for pi in line],
+        )
+        for ax, values in zip(axes, errors, strict=True):
+            ax.loglog(distances, values, color=INK, marker=mark, markersize=4, linewidth=1)
+    for ax, slope, height, name in zip(
+        axes, (2, 1), (0.5, 0.2), ("remainder of $J$", "error of $\\nabla J$"), strict=True
+    ):
+        ax.loglog(distances[:12], height * distances[:12] ** slope, color=MINIRL, linestyle="--", linewidth=2)
+        ax.set(xlabel="distance from $\\mu_{old}$ in logits", ylabel=name)
+        say(ax, 0.3, 0.88, f"dashed: slope {slope}", color=MINIRL, transform=ax.transAxes)
+        ax.minorticks_off()
     return figure
 
 
@@ -775,8 +854,11 @@ def two_ranks() -> Figure:
 
 FIGURES: dict[str, Callable[[], Figure]] = {
     "00_three_policies": three_policies,
+    "00_by_hand": by_hand,
     "01_one_step": one_step,
+    "01_effective_share": effective_share,
     "02_first_order": first_order,
+    "02_orders": orders,
     "03_drift": drift,
     "03_estimators": estimators,
     "04_remedies": remedies,

@@ -263,7 +263,7 @@ print("CLAIMS.md on F5a:", page_verdicts()["F5a"])
 
 
 # %%
-def verdict(criteria):
+def verdict_on(criteria):
     # solution
     if any(high < min(0, margin) for low, high, margin in criteria):
         return "opposite"
@@ -271,7 +271,7 @@ def verdict(criteria):
     # end
 
 
-check("12.6", verdict)
+check("12.6", verdict_on)
 
 # %% [markdown]
 # ## 5 · The paper's claims, side by side
@@ -316,7 +316,7 @@ JUDGED = [
 interactive(lambda claim: criterion_figure(claim, interval_of), claim=[claim.id for claim in JUDGED])
 
 # %%
-my_verdict = yours("12.6", verdict)
+my_verdict = yours("12.6", verdict_on)
 board({claim.id: my_verdict([interval_of(c) for c in claim.criteria]) for claim in JUDGED})
 
 # %% [markdown]

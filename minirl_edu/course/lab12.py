@@ -87,11 +87,8 @@ def side_by_side() -> None:
 
 def card(claim_id: str) -> None:
     """Show a claim as CLAIMS.md has it: the paper's setting, ours, the criteria with their effects."""
-    page = (checkout() / "lessons" / "results" / "CLAIMS.md").read_text(encoding="utf-8")
-    text = page.partition(f"\n### {claim_id}\n")[2].partition("\n### ")[0].partition("\n## ")[0]
-    display(
-        Markdown(f"**{claim_id}.** " + re.sub(r"\]\((figures/|#)", r"](../lessons/results/CLAIMS.md#\1", text.strip()))
-    )
+    text = _section(f"### {claim_id}").replace("](figures/", "](../lessons/results/figures/")
+    display(Markdown(f"Claim {claim_id}: {text}"))
 
 
 def yours(exercise_id: str, answer: Any) -> Any:

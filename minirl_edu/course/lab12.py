@@ -23,8 +23,8 @@ from minirl_edu.plots import METHOD_STYLE, to_png
 
 __all__ = [
     "METRICS", "SPEC", "board", "card", "check", "columns", "count", "coverage_figure", "criterion_figure",
-    "interactive", "intervals_figure", "itertools", "math", "np", "page_verdicts", "proportion", "reasons_figure",
-    "scores_of", "seeds_figure", "show", "show_table", "side_by_side", "t_quantile", "yours",
+    "interactive", "intervals_figure", "itertools", "math", "np", "page_verdicts", "points", "proportion",
+    "reasons_figure", "scores_of", "seeds_figure", "show", "show_table", "side_by_side", "t_quantile", "yours",
 ]  # fmt: skip
 
 SPEC = load_spec()
@@ -97,6 +97,11 @@ def yours(exercise_id: str, answer: Any) -> Any:
     right = diagnose(exercise, answer).right
     print(f"{exercise_id}: {'your answer' if right else 'the solution'} is used below")
     return answer if right else exercise.solution
+
+
+def points(*values: float) -> str:
+    """Shares as points, such as +1.7 to +9.9."""
+    return " to ".join(f"{100 * value:+.1f}".replace("-", "−") for value in values)
 
 
 def show_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -102,10 +102,10 @@ rows, lines = [], {}
 for label in ("− IS", "+ length norm", "R3"):
     a, b = final[label], final["MiniRL"]
     estimate, low, high = (float(x) for x in paired(a, b))
-    alone = t_quantile(0.975, 2 * len(a) - 2) * math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
+    unpaired = t_quantile(0.975, 2 * len(a) - 2) * math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / len(a))
     lines[f"{label} minus MiniRL"] = (a - b, low, high)
-    rows.append([label, f"{100 * estimate:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
-                 f"{50 * (high - low):.1f}", f"{100 * alone:.1f}", f"{np.corrcoef(a, b)[0, 1]:+.2f}"])  # fmt: skip
+    widths = [f"{50 * (high - low):.1f}", f"{100 * unpaired:.1f}"]
+    rows.append([label, points(estimate), points(low, high), *widths, f"{np.corrcoef(a, b)[0, 1]:.2f}"])
 show(intervals_figure(lines, "final score minus that of the same seed with MiniRL, points"))
 show_table(["", "minus MiniRL", "95 %", "half-width, paired", "unpaired", "correlation over seeds"], rows)
 
@@ -245,8 +245,8 @@ for one, other in itertools.combinations(("steps", "operands", "copy"), 2):
     a, b = columns(("cold_starts", one), ("cold_starts", other))
     low, high, same = equal(a, b, 0.05)
     lines[f"{one} − {other}"] = (a - b, float(low), float(high))
-    _, low95, high95 = (100 * float(x) for x in paired(a, b))
-    print(f"{one} − {other}: equal within 5 points? {bool(same)}. 95 % interval {low95:+.1f} to {high95:+.1f}")
+    _, low95, high95 = (float(x) for x in paired(a, b))
+    print(f"{one} − {other}: equal within 5 points? {bool(same)}. 95 % interval {points(low95, high95)}")
 show(intervals_figure(lines, "difference of final scores, points (grey band: the margin)", margin=0.05))
 print("CLAIMS.md on F5a:", page_verdicts()["F5a"])
 

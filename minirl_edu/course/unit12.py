@@ -391,7 +391,7 @@ EX6 = exercise(
     - below the margin: an effect above 0 but below the margin was called a contradiction. It goes the way that was
       claimed; that it goes far enough is not shown.
 
-    `experiments.claims.judge` does the same for all 37 claims.
+    `experiments.claims.judge` does the same for all claims in CLAIMS.md.
     """,
     observe=lambda answer: {f"the verdict on {name}": str(answer(criteria)) for name, criteria in _CLAIMS.items()},
     solution=_judge,

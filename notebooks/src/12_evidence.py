@@ -320,7 +320,7 @@ my_verdict = yours("12.6", verdict_on)
 board({claim.id: my_verdict([interval_of(c) for c in claim.criteria]) for claim in JUDGED})
 
 # %% [markdown]
-# The claims left out compare for equality (F5a, F5b, Q1) or compare two rates of collapse (D1, D3, D4). Now change one
+# The claims left out speak of equality, compare two rates of collapse, or cannot be tested at this size. Now change one
 # rule after the fact: Wilson's interval instead of the exact one.
 
 # %%

@@ -97,7 +97,7 @@ def test_the_numbers_of_lesson_12_are_those_of_the_claims():
     for claim, criterion, quoted in (
         ("F1a", "*MiniRL* above *− IS*", "ends {} points ({}) *below*"),
         ("F1-longer", "*MiniRL* above *− IS*", "MiniRL ends {} points ({}) above − IS"),
-        ("F1b-longer", "*MiniRL* above *+ length norm*", "by {} points, {})"),
+        ("F1b-longer", "*MiniRL* above *+ length norm*", "by {} points, {}; four seeds)"),
         ("F1d-experts", "*R3* not above *MiniRL*", "({}, {})"),
     ):
         estimate, low, high = re.findall(r"[\d.]+", effect(claim, criterion))

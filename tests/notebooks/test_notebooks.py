@@ -312,6 +312,14 @@ def test_the_quickstart_shows_what_its_text_says():
     assert int(re.findall(r"flips in this response: (\d+)", text)[0]) > 0
 
 
+def test_lab_12_gives_the_verdicts_of_the_page():
+    """With the solutions of its exercises; and it says which one hangs on the choice of an interval."""
+    text = printed(read(FOLDER / "12_evidence.ipynb"))
+    agreed = re.search(r"(\d+) of (\d+) verdicts are those of CLAIMS.md", text)
+    assert agreed and agreed[1] == agreed[2] and int(agreed[1]) >= 25
+    assert re.findall(r"^(\S+): (\w+) → (\w+)\.", text, re.MULTILINE) == [("F3a-experts", "inconclusive", "reproduced")]
+
+
 RUNS = [
     *((source, "forked") for source in SOURCES[:-1]),
     (SOURCES[-1], "started"),

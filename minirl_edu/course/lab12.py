@@ -12,25 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from IPython.display import Image, Markdown, display
-from matplotlib.axes import Axes
+from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 
 from minirl_edu.course import check, checkout, diagnose, find
+from minirl_edu.course.page import BLUE, GREEN, GREY, ORANGE, charts, image, show_table, sliders, tidy
 from minirl_edu.experiments.spec import METRICS, Criterion, RunResult, load_spec, read_runs
 from minirl_edu.experiments.statistics import proportion, summary, t_quantile
-from minirl_edu.plots import METHOD_STYLE, to_png
+from minirl_edu.plots import METHOD_STYLE
 
 __all__ = [
     "METRICS", "SPEC", "board", "card", "check", "columns", "count", "coverage_figure", "criterion_figure",
-    "interactive", "intervals_figure", "itertools", "math", "np", "page_verdicts", "points", "proportion",
-    "reasons_figure", "scores_of", "seeds_figure", "show", "show_table", "side_by_side", "t_quantile", "yours",
+    "image", "intervals_figure", "itertools", "math", "np", "page_verdicts", "points", "proportion", "reasons_figure",
+    "scores_of", "seeds_figure", "show", "show_table", "side_by_side", "sliders", "t_quantile", "yours",
 ]  # fmt: skip
 
 SPEC = load_spec()
 """Settings, variants and claims of the reproduction, with the criteria that were fixed beforehand."""
 
-BLUE, ORANGE, GREEN, SOFT = (*(METHOD_STYLE[name]["color"] for name in ("MiniRL", "− IS", "R3")), "#767676")
 Run = tuple[str, str]
 
 
@@ -104,41 +103,18 @@ def points(*values: float) -> str:
     return " to ".join(f"{100 * value:+.1f}".replace("-", "−") for value in values)
 
 
-def show_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Show a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    display(Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)))
-
-
 def show(figure: Figure) -> None:
     """Show a figure at the width of the page."""
-    display(Image(to_png(figure), width=850))
-
-
-def interactive(draw: Callable[..., Figure], **choices: Any) -> None:
-    """Show a figure again for each choice, where ipywidgets is installed and a kernel runs."""
-    try:
-        from ipywidgets import interact
-    except ImportError:
-        print("no ipywidgets here; call", draw.__name__, "with one of", choices)
-    else:
-        interact(lambda **chosen: show(draw(**chosen)), **choices)
+    display(image(figure))
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
 
 
-def _sheet(height: float, columns: int, **kwargs: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(8.5, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0].tolist()
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
 def seeds_figure(methods: Mapping[str, np.ndarray]) -> Figure:
     """Scores of each method: a dot for each seed, joined where the seed is the same, and the mean with its interval."""
-    figure, (ax,) = _sheet(3.6, 1)
+    figure, (ax,) = charts(1, 3.6)
+    tidy(ax)
     names, table = list(methods), np.array(list(methods.values()))
     for seed in table.T:
         ax.plot(range(len(names)), 100 * seed, "-", color="#CCCCCC", linewidth=1)
@@ -153,7 +129,8 @@ def seeds_figure(methods: Mapping[str, np.ndarray]) -> Figure:
 
 def intervals_figure(rows: Mapping[str, tuple[np.ndarray, float, float]], label: str, margin: float = 0.0) -> Figure:
     """One line for each comparison: the seeds' differences (grey), their mean and an interval, in points."""
-    figure, (ax,) = _sheet(0.9 + 0.45 * len(rows), 1)
+    figure, (ax,) = charts(1, 0.9 + 0.45 * len(rows))
+    tidy(ax)
     for i, (differences, low, high) in enumerate(reversed(list(rows.values()))):
         ax.plot(100 * differences, np.full(len(differences), i + 0.22), "|", color="#888888", markersize=9)
         ax.plot([100 * low, 100 * high], [i, i], "-", color=BLUE, linewidth=2.4)
@@ -168,7 +145,8 @@ def intervals_figure(rows: Mapping[str, tuple[np.ndarray, float, float]], label:
 def coverage_figure(seeds: int, wilson: Callable[[int, int], Sequence[float]] | None = None) -> Figure:
     """How often each interval for a rate contains the true rate, exactly: the binomial sum over all counts."""
     own = wilson or find("12.4").solution
-    figure, (ax,) = _sheet(3.0, 1)
+    figure, (ax,) = charts(1, 3.0)
+    tidy(ax)
     rates = np.linspace(0.005, 0.995, 199)
     chances = np.array([math.comb(seeds, k) * rates**k * (1 - rates) ** (seeds - k) for k in range(seeds + 1)])
     for name, interval, color in (("Wilson", own, ORANGE), ("exact", lambda k, n: proportion(k, n)[1:], BLUE)):
@@ -186,11 +164,12 @@ def coverage_figure(seeds: int, wilson: Callable[[int, int], Sequence[float]] | 
 def criterion_figure(claim: str, interval_of: Callable[[Criterion], Sequence[float]]) -> Figure:
     """The criteria of a claim: each interval against the margin that the truth is claimed to lie above."""
     found = next(one for one in SPEC.claims if one.id == claim)
-    figure, (ax,) = _sheet(1.0 + 0.5 * len(found.criteria), 1)
+    figure, (ax,) = charts(1, 1.0 + 0.5 * len(found.criteria))
+    tidy(ax)
     ticks = []
     for i, criterion in enumerate(reversed(found.criteria)):
         low, high, margin = interval_of(criterion)
-        color = GREEN if low > margin else ORANGE if high < min(0.0, margin) else SOFT
+        color = GREEN if low > margin else ORANGE if high < min(0.0, margin) else GREY
         ax.plot([low, high], [i, i], color=color, linewidth=4, solid_capstyle="butt")
         ax.plot([margin] * 2, [i - 0.3, i + 0.3], color="#222222", linewidth=2)
         names = [SPEC.variants[run[1]].label for run in (criterion.run, criterion.than) if run]
@@ -205,14 +184,14 @@ def reasons_figure(
     lengths: Mapping[str, np.ndarray], experts: Mapping[str, np.ndarray], labels: tuple[str, str]
 ) -> Figure:
     """Differences of each seed, and their means, in settings of two kinds."""
-    figure, axes = _sheet(3.4, 2)
+    figure, axes = charts(2, 3.4)
     for ax, groups, color, label in zip(axes, (lengths, experts), (ORANGE, GREEN), labels, strict=True):
         for i, values in enumerate(groups.values()):
             ax.bar(i, values.mean(), 0.6, color=color, alpha=0.35)
             ax.plot(np.linspace(i - 0.18, i + 0.18, len(values)), values, "o", color=color, markersize=4)
         ax.axhline(0, color="#222222", linewidth=1)
         ax.set_xticks(range(len(groups)), list(groups), fontsize=9)
-        ax.set_title(label, loc="left", fontsize=10.5)
+        tidy(ax, title=label)
     return figure
 
 

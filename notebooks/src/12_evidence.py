@@ -183,7 +183,7 @@ show(coverage_figure(8))
 # **Turn it yourself.** With a live kernel, change the number of seeds.
 
 # %%
-interactive(coverage_figure, seeds=(2, 40))
+sliders(lambda seeds: image(coverage_figure(seeds)), seeds=(range(2, 41), 8))
 
 # %% [markdown]
 # ## 4 · Rules before runs
@@ -313,7 +313,8 @@ JUDGED = [
     for claim in SPEC.claims
     if claim.criteria and not {c.kind for c in claim.criteria} & {"comparable", "more_collapse"}
 ]
-interactive(lambda claim: criterion_figure(claim, interval_of), claim=[claim.id for claim in JUDGED])
+ids = [claim.id for claim in JUDGED]
+sliders(lambda claim: image(criterion_figure(claim, interval_of)), claim=(ids, "F1b"))
 
 # %%
 my_verdict = yours("12.6", verdict_on)

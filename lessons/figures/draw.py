@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
-from minirl_edu.experiments.statistics import t_quantile
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 from minirl_edu.plots import METHOD_STYLE, to_png
 
@@ -603,10 +603,10 @@ def luck() -> Figure:
     """Lesson 12: the half-width of (12.1) over the number of seeds; Wilson's and the exact interval for counts of 8."""
     figure, (left, right) = charts(3.1, 2)
     seeds = range(3, 25)
-    left.plot(seeds, [t_quantile(0.975, n - 1) / np.sqrt(n) for n in seeds], "-o", color=MINIRL, markersize=3.5)
+    left.plot(seeds, [student.ppf(0.975, n - 1) / np.sqrt(n) for n in seeds], "-o", color=MINIRL, markersize=3.5)
     left.plot(seeds, [1.96 / np.sqrt(n) for n in seeds], "--", color=SOFT)
     for n in (3, 8):
-        width = t_quantile(0.975, n - 1) / np.sqrt(n)
+        width = student.ppf(0.975, n - 1) / np.sqrt(n)
         left.plot([n], [width], "o", color=MINIRL, markersize=8)
         say(left, n + 0.7, width + 0.12, f"{n} seeds: {width:.1f}", ha="left")
     say(left, 24, 0.1, "with 1.96 for $t$", ha="right", color=SOFT)

@@ -79,7 +79,7 @@ class World:
     eval_every: int = 5
     eval_samples: int = 8
     cold_steps: int = 800
-    workers: int = 8
+    workers: int = 3
     limit: float = 300.0
     graph: bool = True
     device: str = "cuda"
@@ -485,7 +485,8 @@ def cold_start(world: World, folder: Path) -> dict[str, Any]:
     model.to(world.device)
     use_grouped_products(model)
     started = time.perf_counter()
-    with torch.autocast(world.device, torch.bfloat16, enabled=world.device == "cuda"):
+    # The whole training stands in one context: a cache of the weights in bf16 would keep those of the first step.
+    with torch.autocast(world.device, torch.bfloat16, cache_enabled=False):
         losses = cold.cold_start(
             task, model, error_rate=0.65, steps=world.cold_steps, batch_size=32, seed=0, progress=False
         )
@@ -531,8 +532,11 @@ def make_config(world: World, variant: str, ends: str, seed: int, model: str) ->
     return spec.config("full", SETTING, variant, seed)
 
 
-def one_run(world: World, variant: str, ends: str, seed: int, model_folder: str) -> dict[str, Any]:
-    """Train one variant on one seed; returns its line. A run that diverges says so and keeps what it has."""
+def one_run(
+    world: World, variant: str, ends: str, seed: int, model_folder: str, limit: float = math.inf
+) -> dict[str, Any]:
+    """Train one variant on one seed; returns its line. A run that diverges says so and keeps what it has; so does one
+    that is cut off after `limit` seconds."""
     import torch
 
     from minirl_edu.models import load_model
@@ -562,6 +566,9 @@ def one_run(world: World, variant: str, ends: str, seed: int, model_folder: str)
 
         try:
             for step in range(updates + 1):
+                if time.perf_counter() - started > limit:
+                    found["error"] = f"cut off after {step - 1} of {updates} updates"
+                    break
                 if step:
                     lines += trainer.global_step()
                 if ends == "right" and (step % world.eval_every == 0 or step == updates):
@@ -620,7 +627,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     from minirl_edu.experiments.statistics import mean_effect
     from minirl_edu.experiments.statistics import summary as of_run
 
-    done = [line for line in lines if "curves" in line]
+    done = [line for line in lines if finished(line)]
     done = [line for line in done if line["size"] == done[-1]["size"]]
     spec, window = load_spec(), max((line["updates"] for line in done), default=3) // 3
     right = {v: [as_result(x) for x in done if (x["variant"], x["ends"]) == (v, "right")] for v in (*MAIN, *LATER)}
@@ -788,12 +795,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = {"check": "summary", "error": traceback.format_exc()[-1500:]}
     append(arguments.out, found)
     print(json.dumps(found, indent=1, ensure_ascii=False))
-    return int("error" in found or not any("curves" in line for line in lines))
+    return int("error" in found or not any(map(finished, lines)))
 
 
 def read(file: Path) -> list[dict[str, Any]]:
     """The lines of a results file, none if there is no file."""
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def finished(line: dict[str, Any]) -> bool:
+    """Whether a line is a run that was not cut off and did not fail."""
+    return "curves" in line and "error" not in line
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
@@ -817,7 +829,7 @@ class Runs:
 
     def make(self, jobs: Sequence[tuple[str, str, int]]) -> None:
         """Make the cold start and the jobs that no line of the file has."""
-        done = [x for x in read(self.out) if "curves" in x and x["size"] == self.world.size]
+        done = [x for x in read(self.out) if finished(x) and x["size"] == self.world.size]
         known = {(x["variant"], x["ends"], x["seed"]) for x in done}
         self.waiting = [job for job in jobs if job not in known]
         workers = [Worker(self.world) for _ in range(min(self.world.workers, len(self.waiting)))]  # import meanwhile
@@ -826,8 +838,8 @@ class Runs:
                 found = workers[0].ask(["cold", str(self.folder)], min(self.left, 3 * self.world.limit))
                 append(self.out, {"check": "cold_start", **found})
                 print(json.dumps(found), flush=True)
-                if "error" in found:
-                    return
+                if "error" in found or self.world.device == "cuda" and not found["metrics"]["solvable"]:
+                    return  # RL has nothing to reinforce
             threads = [threading.Thread(target=self._serve, args=(worker,)) for worker in workers]
             for thread in threads:
                 thread.start()
@@ -848,7 +860,8 @@ class Runs:
             if not worker.alive:
                 worker = Worker(self.world)
             started = time.monotonic()
-            found = worker.ask(["run", variant, ends, seed, str(self.folder)], min(self.world.limit, self.left))
+            limit = min(self.world.limit, self.left)
+            found = worker.ask(["run", variant, ends, seed, str(self.folder), limit - 8], limit)
             seconds = time.monotonic() - started
             with self.lock:
                 if error := found.get("error"):

@@ -161,12 +161,14 @@ class MiniRLTrainer(TrainingRun):
                 batch.routes_forced = batch.routes_old
 
     def _experts(self, batch: MicroBatch) -> AbstractContextManager[Tape | None]:
-        """The context of a forward (and its backward): replay what is forced, else record if nothing is known yet."""
+        """The context of a forward (and its backward): replay what is forced, else record what is needed (by R2, or to
+        compare with the engine's) and not known yet."""
         if self.replay is None:
             return nullcontext()
         if batch.routes_forced is not None:
             return self.replay.replay(batch.routes_forced)
-        return self.replay.record() if batch.routes_old is None else nullcontext()
+        needed = self.config.algorithm.replay == "R2" or batch.rollout.routes is not None
+        return self.replay.record() if needed and batch.routes_old is None else nullcontext()
 
     def _update(self, mini_batch: MiniBatch) -> dict[str, Any]:
         """One gradient step on a mini-batch; returns its metrics (on rank 0, elsewhere none)."""

@@ -425,7 +425,8 @@ class VLLMServerEngine:
             raise ValueError(f"dtype: {self.url} computes in {server['dtype']}; restart it with --dtype {self.dtype}")
         if self._replay is not None and not (server["returns_routes"] or server["records_routes"]):
             raise ValueError(
-                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2"
+                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2 with "
+                "rollout.measure_flips: false"
             )
         if self.sleep and not server["can_sleep"]:
             raise ValueError(

@@ -92,7 +92,8 @@ class TrainingRun(ABC):
         if is_main and config.rollout.engine == "hf":
             model.to(self.ranks.device)  # type: ignore[arg-type]
         if is_main or self._made_engine:  # from the model while it is whole
-            self.engine = build.build_engine(config, model, self.engine, self.ranks, routes=self.replay is not None)
+            routes = self.replay is not None and config.engine_routes
+            self.engine = build.build_engine(config, model, self.engine, self.ranks, routes=routes)
         self.prompts = Prompts(
             config,
             self.task,

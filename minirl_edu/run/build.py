@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from minirl_edu.batches import Batcher
 from minirl_edu.config import Config, ConfigError
-from minirl_edu.logprobs import can_share_prompts
+from minirl_edu.logprobs import can_pack, can_share_prompts
 from minirl_edu.models import (
     adopt_tokenizer,
     load_model,
@@ -20,6 +20,7 @@ from minirl_edu.models import (
     random_model,
     recompute_activations,
 )
+from minirl_edu.packing import allow_packing
 from minirl_edu.ranks import RankedBatcher, Ranks, make_accelerator, share_experts
 from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling, VLLMServerEngine, make_engine
 from minirl_edu.rollout.hf import check_sampling, evaluating
@@ -103,12 +104,28 @@ def build_batcher(config: Config, model: PreTrainedModel, replay: RoutingReplay 
         "mini_batches": config.train.mini_batches,
         "tokens": config.train.tokens_per_micro_batch,
         "share_prompts": can_share_prompts(model),
+        "pack": can_pack(model),
+        "attention": attention_cost(model, replay),
         "force_routes": config.algorithm.replay == "R3",
         "backward_all": config.train.zero_advantage_backward,
     }
     if ranks.size == 1:
         return Batcher(**settings)
     return RankedBatcher(ranks, () if replay is None else replay.layers, **settings)
+
+
+def attention_cost(model: PreTrainedModel, replay: RoutingReplay | None) -> float:
+    """Operations of attending to one token, over those of a token's products with the weights: by how much a long
+    response costs more than short ones of as many tokens."""
+    config, active = model.config.get_text_config(), 0.0
+    share = 1.0 if replay is None else replay.top_k / replay.num_experts
+    for name, parameter in model.named_parameters():
+        active += parameter.numel() * (share if ".experts." in name else 1.0)
+    if not model.config.tie_word_embeddings:
+        active -= model.get_input_embeddings().weight.numel()  # type: ignore[operator]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return 2 * config.num_attention_heads * head_dim * kinds.count("full_attention") / active
 
 
 def build_engine(
@@ -135,9 +152,11 @@ def build_engine(
     return built
 
 
-def for_training(config: Config, model: PreTrainedModel) -> None:
-    """Set up how the model computes, in place."""
+def for_training(config: Config, model: PreTrainedModel, *, pack: bool) -> None:
+    """Set up how the model computes, in place; `pack`: it will be given packed rows."""
     settings = config.model
+    if pack:
+        allow_packing(model)
     if settings.experts_implementation:
         model.set_experts_implementation(settings.experts_implementation)
     model.eval()  # no dropout in RL: π_θ must be one function

@@ -102,7 +102,7 @@ class TrainingRun(ABC):
             vocabulary=vocabulary_size(model),
             max_new_tokens=self.sampling.max_new_tokens,
         )
-        build.for_training(config, model)
+        build.for_training(config, model, pack=self.batcher.pack)
         self.unsharded: PreTrainedModel | None = None  # to evaluate with, where parameters are spread
         scored = is_main and config.eval.every and config.eval.through_trainer
         if scored and build.is_sharding(config, self.accelerator):

@@ -7,14 +7,17 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minirl_edu import streaming
+from minirl_edu.batches import MiniBatch
 from minirl_edu.config import load_config
 from minirl_edu.models import random_model
+from minirl_edu.ranks import RankedBatcher
 from minirl_edu.rollout import HFEngine, Rollout
 from minirl_edu.rollout import vllm as vllm_module
 from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
@@ -68,6 +71,19 @@ def final_weights(run: MiniRLTrainer, file: Path) -> None:
 
 def train(out: Path, settings: Sequence[str]) -> None:
     """Each kind of replay, from the same start; and R3 with an environment that writes into the responses."""
+    torn = 0  # groups of whose responses each rank has some, which are packed
+
+    def watched(self: RankedBatcher, *args: Any) -> list[MiniBatch]:
+        nonlocal torn
+        cut = original(self, *args)
+        parts = [part for mini_batch in cut for part in mini_batch.parts if "segments" in part.layout.inputs]
+        for mini_batch in cut:
+            groups = [{int(row) // self.group_size for row in rows} for rows in mini_batch.shares]
+            torn += len(set.intersection(*groups)) if parts else 0
+        return cut
+
+    original = RankedBatcher.cut
+    RankedBatcher.cut = watched  # pyright: ignore[reportAttributeAccessIssue]
     for name, replay, task in (
         ("none", "none", None),
         ("R2", "R2", None),
@@ -81,6 +97,7 @@ def train(out: Path, settings: Sequence[str]) -> None:
     if run.ranks.is_main:
         kinds = {type(parameter).__name__ for parameter in run.model.parameters()}
         findings = {"parameters": sorted(kinds), "fsdp2": run.accelerator.is_fsdp2, "size": run.ranks.size}
+        findings["torn groups"] = torn
         (out / "findings.json").write_text(json.dumps(findings))
 
 

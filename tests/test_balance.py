@@ -63,12 +63,17 @@ def test_every_row_is_dealt_once_and_within_the_budget(kind: dict[str, bool], si
     assert kind["share"] or all(part.shared == 1 for parts in rounds for part in parts)
 
 
+def whole_groups(prompts: Sequence[int], fed: Sequence[int]) -> float:
+    """How busy 64 ranks are with 64 groups, in tokens."""
+    groups = [sum(fed[start : start + 16]) + prompts[start] for start in range(0, len(fed), 16)]
+    return sum(groups) / 64 / max(groups)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_rank_waits_for_long_although_lengths_have_a_heavy_tail(seed: int):
     """64 groups on 64 ranks: with whole groups all would wait for the longest group, three quarters of the time."""
     prompts, fed = lengths(seed, mean=8000)
-    groups = [sum(fed[start : start + 16]) + prompts[start] for start in range(0, len(fed), 16)]
-    assert sum(groups) / 64 / max(groups) < 0.45
+    assert whole_groups(prompts, fed) < 0.45
     rounds = rounds_of(prompts, fed, attention=0.0, share=True, pack=True)
     assert busy(prompts, fed, rounds, 64, 0.0) > 0.95
     # With what attention costs, rounds of a budget of tokens differ in cost: a token of a long response is dearer.
@@ -97,3 +102,22 @@ def test_rows_share_their_prompt_where_that_is_faster():
 def test_one_rank_keeps_groups_whole_and_in_order_of_their_length():
     parts = [part for (part,) in rounds_of([3] * 32, [9] * 16 + [1] * 16, size=1, share=True, budget=200)]
     assert [part.rows for part in parts] == [tuple(range(16, 32)), tuple(range(16))]
+
+
+def main() -> None:
+    """Print how busy ranks are: mean and lowest of 8 draws."""
+    for mean in (8000, 4000):
+        drawn = [lengths(seed, mean=mean) for seed in range(8)]
+        shares = {"whole groups, in tokens": [whole_groups(*one) for one in drawn]}
+        for name, attention in (("in tokens", 0.0), ("with attention", ATTENTION)):
+            shares[name] = [
+                busy(*one, rounds_of(*one, share=True, pack=True, attention=attention), 64, attention) for one in drawn
+            ]
+        costs = [[n + ATTENTION * n**2 / 2 for n in map(sum, zip(*one, strict=True))] for one in drawn]
+        shares["possible, with attention"] = [min(1.0, sum(cost) / 64 / max(cost)) for cost in costs]
+        for name, values in shares.items():
+            print(f"mean length {mean}, {name}: {sum(values) / 8:.3f} (lowest {min(values):.3f})")
+
+
+if __name__ == "__main__":
+    main()

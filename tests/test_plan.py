@@ -273,6 +273,15 @@ def test_experts_are_planned_where_the_run_asks_for_them():
     assert routes("rollout.measure_flips=false", "algorithm.replay=R3") == 32
 
 
+def test_rank_0_alone_loads_what_accelerate_shards():
+    whole = COUNTS.total * 4
+    for cluster, ep, copies in ((8, 1, 1), (8, 8, 8), (16, 1, 1)):
+        config = large(f"model.expert_parallel={ep}")
+        assert plan(config, Cluster(H100, gpus=cluster), **LENGTHS).host["model, as it is loaded"] == copies * whole
+    copied = plan(large(), Cluster(H100, gpus=8, sharding="ddp"), **LENGTHS)
+    assert copied.host["model, as it is loaded"] == 8 * whole
+
+
 def test_logits_are_never_whole():
     found = plan(large("model.gradient_checkpointing=false"), Cluster(H100, gpus=8), **LENGTHS)
     whole = found.setting["micro_batch"]["predicted"] * 151_936 * 4

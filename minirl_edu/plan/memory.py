@@ -359,14 +359,16 @@ def engine_memory(s: Setting, trainer: list[Item]) -> tuple[list[Item], int]:
 
 
 def host_memory(s: Setting) -> dict[str, Number]:
-    """Of the machine that holds the most: every process loads the whole model before it is sharded."""
+    """Of rank 0's machine. Rank 0 alone loads a model that accelerate shards, as the configs of scale/accelerate have
+    it; otherwise every process does."""
     if s.hardware.name == "cpu":
         return {}
     whole = s.model.total * s.loaded
     processes = min(s.gpus, s.hardware.per_node)
     rollout, share, _ = rollout_memory(s)
+    alone = s.sharded and s.config.model.expert_parallel == 1
     found: dict[str, Number] = {
-        "model, as each process loads it": whole * processes,
+        "model, as it is loaded": whole * (1 if alone else processes),
         "rollout, on rank 0's machine": rollout + share * processes,
     }
     if s.config.rollout.engine == "vllm_server" and s.placement == "colocated":

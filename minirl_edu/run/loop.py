@@ -83,8 +83,8 @@ class TrainingRun(ABC):
         config, is_main = self.config, self.ranks.is_main
         self.folder.open(resume=resume)
         self.task = task or build.build_task(config)
-        model = build.build_model(config, self.task, model)
-        self.replay = build.routing_replay(config, model)
+        model = build.build_model(config, self.task, model, load=not build.receives_weights(config, self.accelerator))
+        self.replay = build.routing_replay(config, model, self.ranks)
         self.sampling = build.build_sampling(config, self.task, model)
         self.objective = OBJECTIVES[config.algorithm.objective]
         self.compute_advantages = ADVANTAGES[config.algorithm.advantages or self.objective.advantages]

@@ -3,6 +3,7 @@ alone. Rank 0 leaves its findings in OUT."""
 
 import gc
 import json
+import os
 import sys
 import weakref
 from collections.abc import Sequence
@@ -12,15 +13,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
 
 from minirl_edu import streaming
 from minirl_edu.batches import MiniBatch
-from minirl_edu.config import load_config
-from minirl_edu.models import random_model
+from minirl_edu.config import Config, load_config
+from minirl_edu.models import load_model, random_model
 from minirl_edu.ranks import RankedBatcher
 from minirl_edu.rollout import HFEngine, Rollout
 from minirl_edu.rollout import vllm as vllm_module
 from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
+from minirl_edu.run import build
 from minirl_edu.streaming import full_state, take_part, write_safetensors
 from minirl_edu.tasks import ChainTask, Problem
 from minirl_edu.trainer import MiniRLTrainer
@@ -145,6 +148,34 @@ def stream(out: Path, settings: Sequence[str]) -> None:
     (out / "findings.json").write_text(json.dumps(findings))
 
 
+def load(out: Path, settings: Sequence[str]) -> None:
+    """A model that rank 0 loads: which weights and buffers all have once it is sharded."""
+
+    def refused(*_: Any, **__: Any) -> PreTrainedModel:
+        raise AssertionError("a second rank loads the model")
+
+    def spoilt(config: Config, model: PreTrainedModel, *rest: Any) -> Any:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        return prepare(config, model, *rest)
+
+    prepare = build.prepare
+    if os.environ["RANK"] != "0":
+        build.load_model, build.prepare = refused, spoilt
+    run = trainer(out / "run", [*settings, "model={name: chain-steps}", "task={name: chain}"])
+    gathered = {name: tensor.clone() for name, tensor in full_state(run.unwrapped)}
+    buffers = all(bool(torch.isfinite(b).all() and b.any()) for _, b in run.unwrapped.named_buffers())
+    everywhere = not run.ranks.any(not buffers)
+    lines = run.global_step()
+    if run.ranks.is_main:
+        loaded = dict(load_model("chain-steps").named_parameters())
+        same = all(torch.equal(tensor, loaded[name]) for name, tensor in gathered.items())
+        findings = {"same": same, "buffers": everywhere, "steps": len(lines)}
+        (out / "findings.json").write_text(json.dumps(findings))
+    run.ranks.close()
+
+
 def resume(out: Path, settings: Sequence[str]) -> None:
     """Go on with the run in OUT/run to its end."""
     run = trainer(out / "run", settings, resume=(out / "run").exists())
@@ -184,6 +215,6 @@ def fail(out: Path, settings: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "stream": stream, "resume": resume, "poison": poison, "fail": fail}[sys.argv[2]](
+    {"train": train, "stream": stream, "load": load, "resume": resume, "poison": poison, "fail": fail}[sys.argv[2]](
         Path(sys.argv[1]), sys.argv[3:]
     )

@@ -90,6 +90,15 @@ def test_sharded_weights_reach_engine_and_file_one_tensor_at_a_time(kind, tmp_pa
 
 
 @pytest.mark.slow
+def test_rank_0_alone_loads_a_model_that_is_sharded(tmp_path):
+    """The other rank's weights are spoilt before: it gets its part of rank 0's."""
+    done = launch("fsdp2", PROGRAM, tmp_path, "load")
+    assert done.returncode == 0, done.output[-3000:]
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert findings == {"same": True, "buffers": True, "steps": 2}
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     """One step on one process, one on two (FSDP2), one on two that share experts: the weights of an undisturbed run."""
     for step, (launcher, settings) in enumerate([("alone", ()), KINDS["fsdp2"], KINDS["experts"]], start=1):

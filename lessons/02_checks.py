@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minirl_edu.diagnostics import first_order_gap, ratio_decomposition
+from minirl_edu.diagnostics import first_order_gap
 from minirl_edu.exact import (
     TabularPolicy,
     objective_remainder,
@@ -90,19 +90,6 @@ def check_02_token_gradient() -> None:
     equal(token_gradient(pi, mu_old, rewards), right)
 
 
-def check_02_two_factors() -> None:
-    """Three policies: the product of the factors is the ratio, token by token; their log-ratios add, and the library's
-    statistics name the same two."""
-    pi, pi_old, _ = policies()
-    mu_old = pi_old.moved(TabularPolicy.random(VOCABULARY, LENGTH, seed=9).logits, 0.2)
-    p, o, m = (x.log_probs().exp() for x in (pi, pi_old, mu_old))
-    equal(token_ratios(pi, mu_old), (o / m) * (p / o))
-    found = ratio_decomposition(pi.log_probs(), pi_old.log_probs(), mu_old.log_probs(), mu_old.mask)
-    equal(found["mismatch_max"], (o / m).log().abs().max())
-    equal(found["staleness_max"], (p / o).log().abs().max())
-    assert (o / m - 1).abs().max() > 0.05 and (p / o - 1).abs().max() > 0.05
-
-
 def check_02_expansion() -> None:
     """All subsets of six numbers; and with numbers ten times smaller, what is left after each order shrinks by the
     power of ten of the next one."""
@@ -119,18 +106,6 @@ def check_02_expansion() -> None:
             for d in (delta * 1e-1, delta * 1e-2)
         ]
         assert abs(math.log10(left[0] / left[1]) - (order + 1)) < 0.1
-
-
-def check_02_ratio_gradient() -> None:
-    """Finite differences of each token's ratio against the ratio times the written-out score."""
-    pi, mu_old, _ = policies(length=2)
-    ratios, p = token_ratios(pi, mu_old), pi.logits.softmax(-1)
-    for y, steps in enumerate(steps_of(pi)):
-        for t, (row, word) in enumerate(steps):
-            score = torch.zeros_like(p)
-            score[row] = torch.eye(VOCABULARY, dtype=torch.float64)[word] - p[row]
-            left = finite_differences(lambda policy, y=y, t=t: token_ratios(policy, mu_old)[y, t], pi)
-            equal(left, ratios[y, t] * score, atol=1e-9)
 
 
 def check_02_old_value() -> None:
@@ -157,17 +132,9 @@ def check_02_equal_gradients() -> None:
     assert (token_gradient(pi, mu_old, rewards) - sequence_gradient(pi, mu_old, rewards)).norm() > 0.01
 
 
-def check_02_values() -> None:
-    """Both values at μ_old, with lengths counted from the mask; they are far from equal."""
-    _, mu_old, rewards = policies()
-    probs = mu_old.response_probs()
-    equal(token_objective(mu_old, mu_old, rewards), (probs * mu_old.mask.sum(1) * rewards).sum())
-    equal(sequence_objective(mu_old, mu_old, rewards), (probs * rewards).sum())
-    assert token_objective(mu_old, mu_old, rewards) > 1.2 * sequence_objective(mu_old, mu_old, rewards)
-
-
 def check_02_remainder() -> None:
-    """The left side from the four values of the objectives, the right side from products and sums of ratios."""
+    """The left side from the four values of the objectives, the right side from products and sums of ratios. δ_t has
+    mean zero at every prefix, so a constant added to the reward changes nothing, and alone it leaves nothing."""
     pi, mu_old, rewards = policies()
     change_seq = sequence_objective(pi, mu_old, rewards) - sequence_objective(mu_old, mu_old, rewards)
     change_token = token_objective(pi, mu_old, rewards) - token_objective(mu_old, mu_old, rewards)
@@ -176,19 +143,12 @@ def check_02_remainder() -> None:
     equal(change_seq - change_token, right)
     equal(objective_remainder(pi, mu_old, rewards), right)
     assert right.abs() > 1e-3
-
-
-def check_02_mean_delta() -> None:
-    """The mean of δ_t over responses that pass a prefix, for every prefix; so a constant added to the reward changes
-    neither the remainder nor, with nothing but a constant, leaves one."""
-    pi, mu_old, rewards = policies()
-    probs, delta = mu_old.response_probs(), token_ratios(pi, mu_old) - 1
+    zero = torch.zeros((), dtype=torch.float64)
     for row in range(len(mu_old.logits)):
         here = (mu_old.prefix == row) & mu_old.mask
-        equal((probs[:, None] * delta)[here].sum(), torch.zeros((), dtype=torch.float64))
-    shifted = objective_remainder(pi, mu_old, rewards - 0.7)
-    equal(shifted, objective_remainder(pi, mu_old, rewards))
-    equal(objective_remainder(pi, mu_old, torch.ones_like(rewards)), torch.zeros((), dtype=torch.float64))
+        equal((mu_old.response_probs()[:, None] * delta)[here].sum(), zero)
+    equal(objective_remainder(pi, mu_old, rewards - 0.7), right)
+    equal(objective_remainder(pi, mu_old, torch.ones_like(rewards)), zero)
 
 
 def check_02_gradient_error() -> None:
@@ -250,6 +210,8 @@ def check_02_size() -> None:
             dropped = (1 + delta).prod(1) - 1 - delta.sum(1)
             size = (probs * dropped**2).sum().item()
             assert abs(size - ((1 + chi_square) ** length - 1 - length * chi_square)) < 1e-12
+            others = (1 + delta)[:, 1:].prod(1)  # what the first token's weight is missing
+            assert abs((probs * (others - 1) ** 2).sum() - ((1 + chi_square) ** (length - 1) - 1)) < 1e-12
             if distance == 0.02 and length > 1:
                 leading = length * (length - 1) / 2 * chi_square**2
                 assert abs(size / leading - 1) < 0.02
@@ -257,21 +219,6 @@ def check_02_size() -> None:
     lengths = torch.arange(2, 8, dtype=torch.float64)
     pairs = slope(lengths, (lengths * (lengths - 1) / 2).sqrt())
     assert abs(slope(lengths, torch.tensor(roots, dtype=torch.float64)) - pairs) < 0.01
-
-
-def check_02_weight_error() -> None:
-    """For every token of every response of 2 to 6 tokens: the mean square of the product of the other ratios, minus 1,
-    by enumeration; for a small χ² it is (T − 1)·χ² to 2 %."""
-    for length in range(2, 7):
-        for distance in (0.02, 0.4):
-            pi, mu, chi_square = independent_tokens(length, distance)
-            ratios, probs = token_ratios(pi, mu), mu.response_probs()
-            for t in range(length):
-                others = ratios[:, [s for s in range(length) if s != t]].prod(1)
-                size = (probs * (others - 1) ** 2).sum().item()
-                assert abs(size - ((1 + chi_square) ** (length - 1) - 1)) < 1e-12
-                if distance == 0.02:
-                    assert abs(size / ((length - 1) * chi_square) - 1) < 0.02
 
 
 def check_02_gap() -> None:

@@ -1,12 +1,12 @@
 """Proofs of the equations of lesson 05, each labelled by the name of its function."""
 
-from itertools import pairwise, product
-from math import comb, lgamma, sqrt
+from itertools import pairwise
+from math import lgamma, sqrt
 
 import torch
 from torch import Tensor
 
-from minirl_edu.advantages import group_mean_advantages, group_mean_std_advantages
+from minirl_edu.advantages import group_mean_std_advantages
 from minirl_edu.exact import TabularPolicy
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 
@@ -93,7 +93,7 @@ def check_05_token_mean() -> None:
 def check_05_length_bias() -> None:
     """The exact derivative of log π(long)/π(short) along the gradient, for two wrong responses of equal probability.
 
-    Under the sum it is 0; along (05.2) it is positive. Measured with a small step, too.
+    Under the sum it is 0; along (05.2) it is positive. In the lesson's example the right response loses.
     """
     logits = torch.tensor([0.4, -0.2, -0.2, 0.1], dtype=torch.float64)  # right, wrong short, wrong long, right
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
@@ -106,24 +106,10 @@ def check_05_length_bias() -> None:
         before, after = (z.log_softmax(0) for z in (logits, logits + step))
         change = (after[2] - after[1] - before[2] + before[1]) / 1e-6
         torch.testing.assert_close(change, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-8)
-
-
-def check_05_can_fall() -> None:
-    """Left by autograd, right by the formula; for the lesson's three responses it is negative, and J really falls."""
     pi = torch.tensor([0.10, 0.15, 0.75], dtype=torch.float64)  # right and long, wrong and short, wrong and long
-    rewards = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
-    lengths = torch.tensor([100.0, 1.0, 100.0], dtype=torch.float64)
-    advantages = rewards - (pi * rewards).sum()
-    logits = pi.log().requires_grad_()
-    f = advantages / lengths
-    (wanted,) = torch.autograd.grad((logits.softmax(0) * rewards).sum(), logits)
-    (taken,) = torch.autograd.grad((logits.softmax(0) * f).sum(), logits)
-    _close((wanted * taken).sum(), (pi.square() * advantages * (f - (pi * f).sum())).sum())
-    assert (wanted * taken).sum() < 0
-    after = (logits.detach() + 0.01 * taken / taken.norm()).softmax(0)
-    assert after[0] < pi[0]
-    # With equal lengths the same form is a sum of squares.
-    assert (pi.square() * advantages * advantages / 5).sum() > 0
+    f = (torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64) - 0.10) / torch.tensor([100.0, 1.0, 100.0]).double()
+    after = (pi.log() + 0.01 * pi * (f - pi @ f)).softmax(0)
+    assert after[0] < pi[0] and after[2] > pi[2]
 
 
 def check_05_std() -> None:
@@ -137,27 +123,6 @@ def check_05_std() -> None:
     rewards = torch.tensor([1.0] * 2 + [0.0] * 6, dtype=torch.float64)
     by_hand = (rewards - 0.25) / sqrt(0.25 * 0.75)
     torch.testing.assert_close(group_mean_std_advantages(rewards, 8), by_hand, rtol=1e-5, atol=0.0)  # ε = 1e-6
-
-
-def check_05_group() -> None:
-    """Every group of G = 3 responses of a policy with four, both advantages of the library; right: autograd of p."""
-    logits = torch.tensor([0.4, -0.9, 0.3, 0.1], dtype=torch.float64, requires_grad=True)
-    right = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    p = (logits.softmax(0) * right).sum()
-    (slope,) = torch.autograd.grad(p, logits)
-    p = float(p.detach())
-    pi, size = logits.detach().softmax(0), 3
-    scores = torch.eye(4, dtype=torch.float64) - pi
-    mean_only, with_std = torch.zeros(4, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
-    for group in product(range(4), repeat=size):
-        drawn = torch.tensor(group)
-        probability = pi[drawn].prod()
-        mean_only += probability * group_mean_advantages(right[drawn], size) @ scores[drawn] / size
-        with_std += probability * group_mean_std_advantages(right[drawn], size, 1e-12) @ scores[drawn] / size
-    _close(mean_only, (size - 1) / size * slope)
-    chance = [comb(size, k) * p**k * (1 - p) ** (size - k) for k in range(size + 1)]
-    factor = sum(c * sqrt(k * (size - k)) for k, c in enumerate(chance)) / (size * p * (1 - p))
-    _close(with_std, factor * slope)
 
 
 def _batch() -> dict[str, Tensor]:
@@ -179,78 +144,62 @@ def _pull(loss: Tensor, logp: Tensor) -> Tensor:
     return -torch.autograd.grad(loss, logp)[0]
 
 
-def check_05_minirl() -> None:
-    """The coefficient against −∂loss/∂logp of the library; the batch has capped and dropped tokens of both signs."""
+def check_05_coefficients() -> None:
+    """Each coefficient against −∂loss/∂logp of the library's loss, for a batch with every case.
+
+    Capped and dropped tokens of both signs, clipped weights, three lengths; CISPO drops none.
+    """
     batch = _batch()
-    logp = batch["logp"].clone().requires_grad_()
-    output = minirl_loss(logp, batch["logp_old"], batch["logp_rollout"], batch["advantages"], batch["mask"])
     a, mask = batch["advantages"][:, None], batch["mask"]
     r, w = ((batch["logp"] - batch[name]).exp() for name in ("logp_old", "logp_rollout"))
-    dropped = ((a > 0) & (r > 1.27)) | ((a < 0) & (r < 0.8))
-    _close(_pull(output.loss, logp), w.clamp(max=5) * a * ~dropped * mask / 6)
+
+    def kept(low: float, high: float) -> Tensor:
+        return ~(((a > 0) & (r > 1 + high)) | ((a < 0) & (r < 1 - low)))
+
+    old, mu, case = batch["logp_old"], batch["logp_rollout"], (batch["advantages"], mask)
+    logp = batch["logp"].clone().requires_grad_()
+    output = minirl_loss(logp, old, mu, *case)
+    _close(_pull(output.loss, logp), kept(0.2, 0.27) * w.clamp(max=5) * a * mask / 6)
     assert all(output.metrics[name] > 0 for name in ("is_capped_frac", "clip_frac_pos", "clip_frac_neg"))
-
-
-def check_05_grpo() -> None:
-    """As for MiniRL: r where the minimum is the first of its two, 0 where it is the second; each row by its length."""
-    batch = _batch()
-    logp = batch["logp"].clone().requires_grad_()
-    loss = grpo_loss(logp, batch["logp_old"], batch["advantages"], batch["mask"]).loss
-    a, mask = batch["advantages"][:, None], batch["mask"]
-    r = (batch["logp"] - batch["logp_old"]).exp()
-    first = r * a <= r.clamp(0.8, 1.2) * a
-    _close(_pull(loss, logp), r * a * first * mask / (6 * mask.sum(1, keepdim=True)))
-    assert first[mask].any() and not first[mask].all()
-
-
-def check_05_cispo() -> None:
-    """As for MiniRL: no token is dropped, one divisor; the batch has a clipped token."""
-    batch = _batch()
-    logp = batch["logp"].clone().requires_grad_()
-    loss = cispo_loss(logp, batch["logp_old"], batch["advantages"], batch["mask"], eps_high=1.5).loss
-    a, mask = batch["advantages"][:, None], batch["mask"]
-    r = (batch["logp"] - batch["logp_old"]).exp()
-    pull = _pull(loss, logp)
+    pull = _pull(grpo_loss(logp, old, *case).loss, logp)
+    _close(pull, kept(0.2, 0.2) * r * a * mask / (6 * mask.sum(1, keepdim=True)))
+    assert (pull[mask] == 0).any() and not (pull[mask] == 0).all()
+    pull = _pull(cispo_loss(logp, old, *case, eps_high=1.5).loss, logp)
     _close(pull, r.clamp(0, 2.5) * a * mask / mask.sum())
     assert (pull[mask] != 0).all() and (r[mask] > 2.5).any()
 
 
-def check_05_micro() -> None:
-    """Three unequal micro-batches of the library's losses with global divisors, against one call for the batch."""
-    batch = _batch()
-    cuts = (slice(0, 1), slice(1, 4), slice(4, 6))
-    tokens = int(batch["mask"].sum())
-
-    def both(part: slice, **divisor: int) -> tuple[Tensor, Tensor]:
-        rows = {name: values[part] for name, values in batch.items()}
-        common = rows["advantages"], rows["mask"]
-        responses, count = divisor.get("responses"), divisor.get("tokens")
-        minirl = minirl_loss(rows["logp"], rows["logp_old"], rows["logp_rollout"], *common, num_responses=responses)
-        return minirl.loss, cispo_loss(rows["logp"], rows["logp_old"], *common, num_tokens=count).loss
-
-    whole = both(slice(0, 6))
-    for i in (0, 1):
-        _close(torch.stack([both(cut, responses=6, tokens=tokens)[i] for cut in cuts]).sum(), whole[i])
-        assert abs(torch.stack([both(cut)[i] for cut in cuts]).mean() - whole[i]) > 1e-3
+def check_05_dual() -> None:
+    """Autograd through the dual clip, on both sides of every bound: for Â < 0 the gradient is 0 above c as well."""
+    c, low, high = 3.0, 0.2, 0.27
+    ratios = torch.tensor([0.1, 0.79, 0.81, 1.0, 1.26, 1.28, 2.9, 3.1, 20.0], dtype=torch.float64)
+    log_ratio, advantage = ratios.log().requires_grad_(), torch.tensor(-0.7, dtype=torch.float64)
+    r = log_ratio.exp()
+    surrogate = torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
+    (gradient,) = torch.autograd.grad(torch.maximum(surrogate, c * advantage).sum(), log_ratio)
+    keep = (ratios >= 1 - low) & (ratios <= c)
+    torch.testing.assert_close(gradient, keep * ratios * advantage)
+    assert (gradient == 0).sum() == 4  # two below 0.8, two above c
 
 
-def check_05_local() -> None:
-    """The weight of each token in a mean of local means, read off its gradient, against the formula."""
-    batch = _batch()
-    cuts = (slice(0, 1), slice(1, 4), slice(4, 6))
-    logp = batch["logp"].clone().requires_grad_()
-    ones = torch.ones(6, dtype=torch.float64)
-    losses = [cispo_loss(logp[c], logp[c].detach(), ones[c], batch["mask"][c]).loss for c in cuts]
-    pull = _pull(torch.stack(losses).mean(), logp)
-    tokens = batch["mask"].sum().double()
-    for cut in cuts:
-        mask = batch["mask"][cut]
-        share = tokens / (len(cuts) * mask.sum())
-        _close(pull[cut], (share * mask / tokens).double())
+def check_05_moving_cap() -> None:
+    """For many pairs of factors; and the weight of minirl_loss is the fixed cap's, not this one."""
+    generator = torch.Generator().manual_seed(3)
+    d, s = (torch.randn(2, 4, 50, generator=generator, dtype=torch.float64) * 1.5).exp()
+    c = 5.0
+    look_alike = d.clamp(max=c) * s
+    _close(look_alike, torch.minimum(d * s, c * s))
+    assert look_alike.max() > c
+    mask, advantages = torch.ones(4, 50).bool(), torch.ones(4, dtype=torch.float64)
+    logp = torch.full((4, 50), -9.0, dtype=torch.float64, requires_grad=True)
+    old, rollout = logp - s.log(), logp - (d * s).log()
+    loss = minirl_loss(logp, old, rollout, advantages, mask, is_cap=c, clip=False).loss
+    (gradient,) = torch.autograd.grad(loss, logp)
+    _close(-4 * gradient, (d * s).clamp(max=c))
 
 
 def check_05_drift() -> None:
-    """π and μ alike in all contexts: (03.14) with the advantage per token, context by context, and its sum.
+    """π and μ alike in all contexts: the drift with the advantage per token, context by context, and its sum.
 
     Together with the signal of that advantage it is the gradient of minirl_loss(length_norm=True) without the weight.
     Undivided, the same sum is not 0.

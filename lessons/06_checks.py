@@ -129,24 +129,6 @@ def check_06_gates() -> None:
     assert ((picked - gates).abs() > 1e-3).any(), "without renormalising they are other numbers"
 
 
-def check_06_gate_gradient() -> None:
-    """Autograd's Jacobian of the renormalised gates with respect to all router logits, entry by entry."""
-    scores = normal(3, 8)
-    chosen = scores.topk(3).indices
-
-    def gates(s: Tensor) -> Tensor:
-        picked = s.softmax(0)[chosen]
-        return picked / picked.sum()
-
-    jacobian = torch.autograd.functional.jacobian(gates, scores)
-    g = gates(scores)
-    expected = torch.zeros(3, 8, dtype=torch.float64)
-    for i in range(3):
-        for j in range(3):
-            expected[i, chosen[j]] = g[i] * (float(i == j) - g[j])
-    torch.testing.assert_close(jacobian, expected)
-
-
 def check_06_margin() -> None:
     """No disturbance below half the margin changes the choice; one a hair above it does."""
     generator = torch.Generator().manual_seed(0)
@@ -181,19 +163,6 @@ def check_06_flip_pair() -> None:
         noisy = torch.tensor([margin, 0.0]) + sigma * normal(7, 1_000_000, 2)
         drawn = float((noisy[:, 1] > noisy[:, 0]).double().mean())
         assert abs(drawn - exact) < 4 * math.sqrt(exact * (1 - exact) / 1e6)
-
-
-def check_06_flip_bounds() -> None:
-    """Exact probabilities of eight experts lie between the bounds, and meet them where one pair is much the closest."""
-    for seed in range(20):
-        for sigma in (0.05, 0.2, 0.6):
-            ranked = normal(seed, 8).sort(descending=True).values
-            exact = quadrature_flip_probability(ranked, 2, sigma)
-            pairs = phi(-(ranked[:2, None] - ranked[None, 2:]) / (sigma * math.sqrt(2)))
-            assert float(pairs[1, 0]) - 1e-7 <= exact <= float(pairs.sum()) + 1e-7
-    ranked = torch.tensor([3.0, 1.1, 1.0, -1.0, -2.0, -2.0, -3.0, -3.0]).double()
-    lower = float(phi(-0.1 / (0.1 * math.sqrt(2))))
-    assert abs(quadrature_flip_probability(ranked, 2, 0.1) / lower - 1) < 1e-6
 
 
 def check_06_flip_rate() -> None:
@@ -299,21 +268,3 @@ def check_06_decomposition() -> None:
     # Another choice of experts is another factor: neither can be written without naming e.
     assert (prob(training, e_mu) / prob(inference, e_mu) - discrepancy).abs().max() > 1e-3
     assert (prob(moved, e_old) / prob(training, e_old) - staleness).abs().max() > 1e-3
-
-
-def check_06_flip_metric() -> None:
-    """`Routes.flip_rate` against Python's sets: another order is no flip, masked and invalid rows don't count."""
-    order = torch.rand(4, 10, 3, 8, generator=torch.Generator().manual_seed(0)).argsort(-1)
-    a = order[..., :2].to(torch.uint8)
-    b = a.flip(-1).clone()
-    b[:2, :, 1, 0] = order[:2, :, 1, 5].to(torch.uint8)
-    valid, mask = torch.ones(4, 10, dtype=torch.bool), torch.ones(4, 10, dtype=torch.bool)
-    valid[0, :4], mask[1, 6:] = False, False
-    found = Routes(a, valid, (0, 1, 2)).flip_rate(Routes(b, torch.ones_like(valid), (0, 1, 2)), mask)
-    counted = [(i, j) for i in range(4) for j in range(10) if valid[i, j] and mask[i, j]]
-    expected = [
-        sum(set(a[i, j, layer].tolist()) != set(b[i, j, layer].tolist()) for i, j in counted) / len(counted)
-        for layer in range(3)
-    ]
-    torch.testing.assert_close(found, torch.tensor(expected))
-    assert 0 < expected[1] < 1 and expected[0] == 0

@@ -1,17 +1,15 @@
-"""Proves the equations of lesson 08, MiniRL end to end, by enumeration, by autograd and with the library's numbers."""
+"""Proves the equations of lesson 08, MiniRL end to end, by enumeration, by autograd and with the library's trainer."""
 
 import math
 import tempfile
-from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minirl_edu.config import load_config
-from minirl_edu.diagnostics import entropy_from_logits, kl_k1, kl_k3
+from minirl_edu.diagnostics import entropy_from_logits
 from minirl_edu.exact import TabularPolicy, sequence_gradient
-from minirl_edu.experiments.statistics import equivalent, mean_effect, paired_difference, t_quantile
 from minirl_edu.models import load_model
 from minirl_edu.objectives import minirl_loss
 from minirl_edu.rollout import HFEngine
@@ -186,112 +184,3 @@ def check_08_entropy_step() -> None:
         assert math.copysign(1, exact) == math.copysign(1, predicted) == sign
         remainders = [abs(np.subtract(*rise(reward, step))) for step in (0.02, 0.01)]
         assert 3.7 < remainders[0] / remainders[1] < 4.3  # quadratic
-
-
-def check_08_k1() -> None:
-    """The mean over responses of the summed log-ratios is the KL of whole responses; the library's is per token."""
-    mu_old, pi_old, _ = policies()
-    mu, pi = mu_old.response_probs(), pi_old.response_probs()
-    whole = (mu * (mu / pi).log()).sum()
-    log_ratio = mu_old.log_probs() - pi_old.log_probs()
-    torch.testing.assert_close((mu * log_ratio.sum(1)).sum(), whole, rtol=1e-12, atol=0)
-    # The same chain rule, token by token: the KL of the next word, over the prefixes that μ_old reaches.
-    next_word = (mu_old.logits.softmax(-1) * (mu_old.logits.log_softmax(-1) - pi_old.logits.log_softmax(-1))).sum(-1)
-    reached = (mu[:, None] * next_word[mu_old.prefix] * mu_old.mask).sum()
-    torch.testing.assert_close(reached, whole, rtol=1e-12, atol=0)
-    assert whole > 1e-2
-    # As measured: responses repeated in proportion to μ, then a mean over tokens = E[Σ log-ratio] / E[|y|].
-    counts = (mu * 20_000).round().long()
-    rows = torch.arange(len(mu)).repeat_interleave(counts)
-    measured = kl_k1(mu_old.log_probs()[rows], pi_old.log_probs()[rows], mu_old.mask[rows])
-    assert math.isclose(measured.item(), (whole / (mu * mu_old.mask.sum(1)).sum()).item(), rel_tol=2e-2)
-
-
-def check_08_k3() -> None:
-    """k3 has the expectation of k1 at every prefix, and no negative term; k1 has some. The library agrees."""
-    mu_old, pi_old, _ = policies()
-    mu, log_ratio = mu_old.logits.softmax(-1), pi_old.logits.log_softmax(-1) - mu_old.logits.log_softmax(-1)
-    k1, k3 = -log_ratio, log_ratio.exp() - 1 - log_ratio
-    torch.testing.assert_close((mu * k3).sum(-1), (mu * k1).sum(-1), rtol=1e-12, atol=0)
-    assert (k3 >= 0).all() and (k1 < 0).any()
-    mask = torch.ones_like(k1, dtype=torch.bool)
-    assert math.isclose(kl_k3(mu.log(), mu.log() + log_ratio, mask).item(), k3.mean().item(), rel_tol=1e-9)
-    assert math.isclose(kl_k1(mu.log(), mu.log() + log_ratio, mask).item(), k1.mean().item(), rel_tol=1e-9)
-
-
-def check_08_noise() -> None:
-    """Near agreement the variance of one k1 term is 2·KL: the ratio goes to 1. That of k3 goes with KL²."""
-    mu_old, _, _ = policies()
-    direction = TabularPolicy.random(3, 3, seed=1).logits[0]
-    log_mu = mu_old.logits[0].log_softmax(-1)
-    mu = log_mu.exp()
-    of_k1, of_k3 = [], []
-    for scale in (0.1, 0.01):
-        log_ratio = (mu_old.logits[0] + scale * direction).log_softmax(-1) - log_mu
-        kl = -(mu * log_ratio).sum()
-
-        def variance(values: Tensor) -> Tensor:
-            return (mu * values.square()).sum() - (mu * values).sum().square()
-
-        of_k1.append((variance(-log_ratio) / (2 * kl)).item())
-        of_k3.append((variance(log_ratio.expm1() - log_ratio) / kl.square()).item())
-    assert abs(of_k1[1] - 1) < 0.02 and abs(of_k1[1] - 1) < abs(of_k1[0] - 1) / 5
-    assert 0.5 < of_k3[1] / of_k3[0] < 2 and of_k3[1] < 50  # bounded: the variance falls with the square
-
-
-def check_08_interval() -> None:
-    """Student's t from its density by quadrature; the library's interval; and it covers a true mean 95 % of the time,
-    where ±1.96 standard errors do not."""
-    for df in (4, 7):
-        t = np.linspace(-400, t_quantile(0.975, df), 2_000_001)
-        scale = math.gamma((df + 1) / 2) / (math.sqrt(df * math.pi) * math.gamma(df / 2))
-        assert abs(np.trapezoid(scale * (1 + t**2 / df) ** (-(df + 1) / 2), t) - 0.975) < 1e-5
-    draws = np.random.default_rng(0).normal(0.3, 2.0, size=(40_000, 8))
-    mean, error = draws.mean(1), draws.std(1, ddof=1) / math.sqrt(8)
-    # The standard error of a coverage of 95 % over 40,000 draws is 0.1 %.
-    assert abs((abs(mean - 0.3) <= t_quantile(0.975, 7) * error).mean() - 0.95) < 0.005
-    assert (abs(mean - 0.3) <= 1.96 * error).mean() < 0.92
-    found = mean_effect(draws[0])
-    assert math.isclose(found.high - found.estimate, t_quantile(0.975, 7) * error[0], rel_tol=1e-9)
-
-
-def check_08_paired() -> None:
-    """The variance of a difference, by the library's paired interval: what two runs share drops out of it."""
-    rng = np.random.default_rng(1)
-    shared = rng.normal(0, 1.0, 10)
-    a, b = shared + rng.normal(0.2, 0.3, 10), shared + rng.normal(0.0, 0.3, 10)
-    (var_a, cov), (_, var_b) = np.cov(a, b)
-    found = paired_difference(a, b)
-    half = t_quantile(0.975, 9) * math.sqrt((var_a + var_b - 2 * cov) / 10)
-    assert math.isclose(found.high - found.estimate, half, rel_tol=1e-9)
-    assert math.isclose(found.estimate, a.mean() - b.mean(), rel_tol=1e-9)
-    assert half < 0.5 * t_quantile(0.975, 9) * math.sqrt((var_a + var_b) / 10)  # unpaired
-
-
-def check_08_flips() -> None:
-    """The p-value by writing down every sign pattern, against the library's; its floor is 2^(1 − n)."""
-    for values in ((0.5, -0.2, 0.9), (0.3, 0.1, 0.4, 0.2), (-1.0, -2.0, 0.5, -0.1, -0.4)):
-        observed = abs(sum(values))
-        patterns = product((1, -1), repeat=len(values))
-        sums = [abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in patterns]
-        by_hand = sum(s >= observed - 1e-12 for s in sums) / len(sums)
-        assert math.isclose(mean_effect(np.array(values)).p, by_hand)
-    assert mean_effect(np.linspace(1.0, 2.0, 8)).p == 2.0**-7
-
-
-def check_08_tost() -> None:
-    """Two one-sided tests, each at 5 %: both reject exactly where the 90 % interval lies inside ±margin."""
-    rng = np.random.default_rng(2)
-    decided = set()
-    for _ in range(300):
-        a, b = rng.normal(0.01, 0.04, 8), rng.normal(0.0, 0.04, 8)
-        difference, margin = a - b, 0.05
-        error = difference.std(ddof=1) / math.sqrt(8)
-        # Above −margin, and below +margin: each t-statistic past the one-sided quantile.
-        critical = t_quantile(0.95, 7)
-        both = (difference.mean() + margin) / error > critical and (margin - difference.mean()) / error > critical
-        found = equivalent(a, b, margin)
-        inside = -margin < found.low and found.high < margin
-        assert both == inside == (found.p < 0.05)
-        decided.add(both)
-    assert decided == {True, False}

@@ -5,7 +5,6 @@ import torch
 from minirl_edu.diagnostics import CollapseDetector
 from minirl_edu.exact import TabularPolicy, token_ratios
 from minirl_edu.objectives import minirl_loss
-from minirl_edu.routing import Routes
 
 
 def _policy():
@@ -44,18 +43,6 @@ def check_10_mean_weight():
 
 def _at(logits, temperature):
     return (logits / temperature).log_softmax(0)
-
-
-def check_10_temperature_kl():
-    """The closed form is Σ_w μ(w) log(μ(w)/π(w)) for hot and cold samplers, signs and exponents as they stand."""
-    z = 2 * torch.randn(18, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for temperature in (0.5, 0.7, 1.5):
-        mu, pi = _at(z, temperature), _at(z, 1.0)
-        exact = (mu.exp() * (mu - pi)).sum()
-        partition = [(z / t).exp().sum().log() for t in (1.0, temperature)]
-        closed = (1 / temperature - 1) * (mu.exp() * z).sum() + partition[0] - partition[1]
-        torch.testing.assert_close(closed, exact)
-        assert exact > 0.03
 
 
 def check_10_temperature_small():
@@ -137,18 +124,6 @@ def check_10_shuffled():
     assert own.norm() > 0.05
 
 
-def check_10_flip_rate():
-    """Sets of experts compared token by token and layer by layer by hand give the library's rate; order is no flip."""
-    used = torch.tensor([[[[0, 1], [2, 3]], [[1, 0], [4, 5]], [[6, 7], [0, 2]]]], dtype=torch.uint8)
-    engine = torch.tensor([[[[1, 0], [2, 5]], [[0, 2], [4, 5]], [[6, 7], [2, 0]]]], dtype=torch.uint8)
-    valid = torch.ones(1, 3, dtype=torch.bool)
-    both = zip(used[0].tolist(), engine[0].tolist(), strict=True)
-    flips = [[set(a) != set(b) for a, b in zip(*pair, strict=True)] for pair in both]
-    by_hand = sum(map(sum, flips)) / 6
-    found = Routes(used, valid, (0, 1)).flip_rate(Routes(engine, valid, (0, 1)), valid).mean()
-    assert abs(found - by_hand) < 1e-6 and abs(by_hand - 2 / 6) < 1e-12
-
-
 def _detector_averages(values):
     detector, averages = CollapseDetector(), []
     for value in values:
@@ -156,19 +131,6 @@ def _detector_averages(values):
         state = detector.state_dict()["averages"]["entropy"]
         averages.append((state["fast"], state["slow"]))
     return averages
-
-
-def check_10_average():
-    """The recursion with windows of 10 and 50 gives the detector's own averages, step by step."""
-    values = torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
-    found = _detector_averages(values)
-    for column, window in enumerate((10, 50)):
-        mean = 0.0
-        for step, value in enumerate(values, start=1):
-            mean = mean + (value - mean) / min(step, window)
-            assert abs(found[step - 1][column] - mean) < 1e-12
-            if step == window:
-                assert abs(mean - sum(values[:window]) / window) < 1e-12  # a plain mean until the window is full
 
 
 def check_10_decay():

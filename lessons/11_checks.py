@@ -5,14 +5,10 @@ import math
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from minirl_edu.lm_head import CHUNK
-from minirl_edu.logprobs import micro_batches
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import minirl_loss
-from minirl_edu.rollout import Rollout
-from minirl_edu.routing import Routes
 
 QWEN3_30B_A3B = dict(
     vocab_size=151_936,
@@ -96,50 +92,6 @@ def check_11_allreduce() -> None:
     assert (averaged(1) - whole).norm() > 0.5 * whole.norm()
 
 
-def check_11_norm() -> None:
-    """The norm of a sharded gradient: torch clips the whole by the norm that the squares of the shards add up to."""
-    generator = torch.Generator().manual_seed(2)
-    gradient = torch.randn(30, generator=generator, dtype=torch.float64)
-    shards = gradient.split((11, 11, 8))
-    total = math.sqrt(sum(float(shard.square().sum()) for shard in shards))
-    parameter = torch.zeros(30, dtype=torch.float64, requires_grad=True)
-    parameter.grad = gradient.clone()
-    seen = torch.nn.utils.clip_grad_norm_([parameter], 1.0)
-    assert math.isclose(seen.item(), total, rel_tol=1e-12)
-    torch.testing.assert_close(
-        parameter.grad, gradient * min(1.0, 1.0 / total), rtol=1e-5, atol=1e-9
-    )  # torch adds 1e-6
-    assert abs(sum(float(shard.norm()) for shard in shards) - total) > 1
-
-
-def rollout_of(lengths: list[int], prompt: int = 4) -> Rollout:
-    """Responses of these lengths, one for each prompt."""
-    rows, width = len(lengths), max(lengths)
-    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    attention = torch.cat([torch.ones(rows, prompt, dtype=torch.bool), mask], 1)
-    tokens = torch.arange(rows * (prompt + width)).view(rows, -1) % 10
-    return Rollout(tokens, attention, prompt, mask, -mask.float(), None, [[0]] * rows, 0)
-
-
-def check_11_budget() -> None:
-    """The packer's parts cost rows × widest, stay within the budget, hold every response once, and are fewer than those
-    of a fixed number of rows."""
-    generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 60, (40,), generator=generator).tolist()
-    rollout, budget = rollout_of(lengths), 200
-    cuts = micro_batches(rollout, budget, share_prompts=False)
-    for rows, part, layout in cuts:
-        widths = [4 + lengths[row] - 1 for row in rows.tolist()]  # the last token is never an input
-        assert layout.slots == len(rows) * max(widths) <= budget
-        assert len(part.tokens) == len(rows)
-    assert sorted(row for rows, _, _ in cuts for row in rows.tolist()) == list(range(40))
-    # Greedy: the next row, which is at least as wide, would not have fitted.
-    following = [4 + lengths[int(rows[0])] - 1 for rows, _, _ in cuts[1:]]
-    assert all((len(rows) + 1) * width > budget for (rows, _, _), width in zip(cuts, following, strict=False))
-    fixed = budget // max(4 + length - 1 for length in lengths)
-    assert len(cuts) < math.ceil(40 / fixed)
-
-
 def layer_parameters(c: dict) -> tuple[int, int]:
     """All and active parameters of one layer by (11.6)."""
     d, h, e, k = c["hidden_size"], c["head_dim"], c["num_experts"], c["num_experts_per_tok"]
@@ -186,36 +138,6 @@ def check_11_states() -> None:
     assert sum(dtype.itemsize for dtype in sizes.values()) == 16
 
 
-def check_11_logits() -> None:
-    """The size of the logits of one long response, as torch counts it; and what the library keeps at a time."""
-    tokens, vocabulary = 32_768, QWEN3_30B_A3B["vocab_size"]
-    logits = torch.empty(1, tokens, vocabulary, dtype=torch.float32, device="meta")
-    assert logits.nbytes == 4 * tokens * vocabulary
-    assert round(logits.nbytes / 1e9, 1) == 19.9
-    assert 4 * CHUNK == 2**24  # 16 MiB
-
-
-def check_11_kv() -> None:
-    """transformers' cache of a tiny model holds the bytes of (11.9)."""
-    model = tiny_dense(18, seed=0, layers=3, heads=4, kv_heads=2)
-    cache = DynamicCache(config=model.config)
-    model(input_ids=torch.arange(14).view(2, 7), past_key_values=cache, use_cache=True)
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 2 * 7 * (2 * 3 * 2 * 32 * 4)  # rows × tokens × (2 L n_kv h itemsize)
-    c = QWEN3_30B_A3B
-    assert 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * 2 == 96 * 1024
-
-
-def check_11_routes() -> None:
-    """`Routes.nbytes` of real tensors, for at most 256 experts and for more."""
-    for experts, dtype, itemsize in ((128, torch.uint8, 1), (256, torch.uint8, 1), (512, torch.uint16, 2)):
-        routes = Routes(torch.zeros(2, 100, 48, 8, dtype=dtype), torch.ones(2, 100, dtype=torch.bool), tuple(range(48)))
-        assert routes.nbytes == 200 * (48 * 8 * itemsize + 1)
-        assert experts - 1 <= torch.iinfo(dtype).max
-    assert torch.iinfo(torch.uint8).max < 256  # the number of expert 256 would not fit
-    assert round(32_768 * (48 * 8 + 1) / 1e6, 1) == 12.6
-
-
 def counted_flops(model: torch.nn.Module, tokens: Tensor) -> int:
     """FLOPs of a forward and a backward, as torch counts them."""
     with FlopCounterMode(display=False) as counter:
@@ -244,17 +166,6 @@ def check_11_flops() -> None:
         assert abs(counted - rows * length * (4 * active + attention)) > 0.1 * expected
     seen = [t + 1 for t in range(length)]
     assert sum(seen) / length == (length + 1) / 2
-
-
-def check_11_touched() -> None:
-    """The expected share of experts that b tokens visit, by drawing k of E for each; and exactly, for small numbers."""
-    generator = torch.Generator().manual_seed(5)
-    for experts, top_k, batch in ((128, 8, 16), (8, 2, 3), (64, 1, 100)):
-        draws = torch.rand(2000, batch, experts, generator=generator).topk(top_k, -1).indices
-        hit = torch.zeros(2000, experts).scatter_(1, draws.flatten(1), 1.0)
-        share = 1 - (1 - top_k / experts) ** batch
-        # 2,000 draws of a share over E experts: a standard error below 0.3 %.
-        assert abs(hit.mean().item() - share) < 0.01
 
 
 def check_11_intensity() -> None:

@@ -7,8 +7,9 @@ Nothing that differs from machine to machine is kept: no times, no versions, no 
 a word on stderr in an output is an error, not something to hide.
 
 In a source, a Markdown cell that begins with `{exercise} 04.2` gets that exercise's heading from
-`minirl_edu.course`, and its hints below its text. In a code cell, what stands between `# solution` and `# end` is
-left out of the student's notebook: `raise NotImplementedError` takes its place, or the text after `# solution:`.
+`minirl_edu.course`, and its hints below its text. A cell `{capstone} 04` becomes what lessons/capstone.md says about
+step 04. In a code cell, what stands between `# solution` and `# end` is left out of the student's notebook: `raise
+NotImplementedError` takes its place, or the text after `# solution:`.
 """
 
 import argparse
@@ -60,6 +61,8 @@ def generate(source: Path, *, solution: bool = False) -> NotebookNode:
             cell.source = SOLUTION.sub(_solved if solution else _open, f"{cell.source}\n").rstrip("\n")
         elif cell.source.startswith("{exercise}"):
             cell.source = _exercise(cell.source)
+        elif cell.source.startswith("{capstone}"):
+            cell.source = capstone(cell.source.removeprefix("{capstone}").strip())
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_markdown_cell(f"{note}*"), *parsed.cells],
         metadata={
@@ -90,6 +93,15 @@ def solutions(source: Path) -> str:
     lab = f"../{source.stem}.ipynb"
     note = f"*Solutions of [the lab]({lab}), generated from `notebooks/src/{source.name}`.*"
     return "\n".join([f"{title}: solutions\n", f"{note}\n", *page])
+
+
+def capstone(step: str) -> str:
+    """What lessons/capstone.md says about a step ("04"), without its heading. Raises ValueError for an unknown step."""
+    page = (FOLDER.parent / "lessons" / "capstone.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## Step (\d\d) [^\n]*\n+(.*?)\s*(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    if step not in sections:
+        raise ValueError(f"{{capstone}} {step}: lessons/capstone.md has the steps {', '.join(sections)}")
+    return re.sub(r"\]\((?!\.\./|#|https?:)", "](../lessons/", sections[step])
 
 
 def _parsed(source: Path) -> NotebookNode:

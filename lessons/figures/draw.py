@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
+from minirl_edu.exact import TabularPolicy, objective_remainder, sequence_gradient, token_gradient
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
 from minirl_edu.plots import METHOD_STYLE, to_png
 
@@ -134,6 +135,44 @@ def three_policies() -> Figure:
     return figure
 
 
+def by_hand() -> Figure:
+    """Lesson 00: the push on five tokens of two responses, with the library's own loss."""
+    mu = torch.tensor([[0.50, 0.08, 0.90], [0.50, 0.80, 1.00]])
+    old = torch.tensor([[0.50, 0.50, 0.90], [0.50, 0.60, 1.00]])
+    new = torch.tensor([[0.70, 0.50, 0.90], [0.30, 0.66, 1.00]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logp, advantages = new.log().requires_grad_(), torch.tensor([0.5, -0.5])
+    minirl_loss(logp, old.log(), mu.log(), advantages, mask).loss.backward()
+    assert logp.grad is not None
+    push, plain = -logp.grad[mask].numpy(), (advantages[:, None] / 2).expand_as(mask)[mask].numpy()
+    notes = (
+        "dropped:\n$r_t$ = 1.4",
+        "weight 6.25,\ncapped at 5",
+        "weight 1",
+        "dropped:\n$r_t$ = 0.6",
+        "weight 0.83,\n$r_t$ = 1.1",
+    )
+
+    figure, (ax,) = charts(3.4, 1)
+    places = np.array([0, 1, 2, 3.5, 4.5])
+    ax.bar(places, push, 0.62, color=[TRAINER if value > 0 else NO_WEIGHT for value in push])
+    ax.bar(places, plain, 0.62, facecolor="none", edgecolor=INK, linewidth=1.2, linestyle="--")
+    for x, value, outline, note in zip(places, push, plain, notes, strict=True):
+        far = value if abs(value) > abs(outline) else outline
+        say(ax, x, far + np.sign(far) * 0.06, note, va="bottom" if far > 0 else "top")
+    ax.axhline(0, color=INK, linewidth=1)
+    say(ax, 1, 1.95, "right answer: $\\hat{A}$ = +½", weight="bold", color=TRAINER)
+    say(ax, 4, 1.95, "wrong answer: $\\hat{A}$ = −½", weight="bold", color=NO_WEIGHT)
+    columns = zip(mu[mask].tolist(), old[mask].tolist(), new[mask].tolist(), strict=True)
+    ax.set_xticks(places, [f"{m:.2f}\n{o:.2f}\n{n:.2f}" for m, o, n in columns])
+    say(ax, -0.55, -0.98, "$\\mu_{old}$", ha="right", color=ENGINE)
+    say(ax, -0.55, -1.16, "$\\pi_{old}$", ha="right", color=TRAINER)
+    say(ax, -0.55, -1.34, "$\\pi_\\theta$", ha="right", color=TRAINER)
+    ax.tick_params(axis="x", length=0)
+    ax.set(ylabel="push on $\\log\\pi_\\theta$", xlim=(-0.5, 5), ylim=(-0.85, 2.1), yticks=[0, 0.5, 1])
+    return figure
+
+
 def one_step() -> Figure:
     """Lesson 01: eight responses enumerated, before and after one exact step of REINFORCE."""
     responses = np.array([[a, b, c] for a in (0, 1) for b in (0, 1) for c in (0, 1)])
@@ -148,7 +187,7 @@ def one_step() -> Figure:
     before = mass()
     step = {prefix: np.zeros(2) for prefix in logits}
     for y, share, advantage in zip(responses, before, reward - before @ reward, strict=True):
-        for t in range(3):  # (01.3) and (01.5): the score of each token, weighted by probability and advantage
+        for t in range(3):  # (01.2): the score of each token, weighted by probability and advantage
             prefix = tuple(y[:t])
             step[prefix] += share * advantage * (np.eye(2)[y[t]] - softmax(logits[prefix]))
     for prefix in logits:
@@ -180,6 +219,21 @@ def one_step() -> Figure:
     return figure
 
 
+def effective_share() -> Figure:
+    """Lesson 01: how many of the responses still count, over their length, for independent tokens."""
+    figure, (ax,) = charts(2.7, 1)
+    length = np.geomspace(1, 100_000, 400)
+    for chi, line, name in ((0.02, "-", "$\\chi^2$ = 2 %"), (0.002, "--", "0.2 %"), (0.0002, ":", "0.02 %")):
+        ax.semilogx(length, (1 + chi) ** -length, color=INK, linewidth=2, linestyle=line)
+        say(ax, 0.82 * np.log(2) / np.log1p(chi), 0.45, name, ha="right")
+    ax.axvline(32_768, color=NO_WEIGHT, linewidth=1.5)
+    say(ax, 36_000, 0.8, "32,768\ntokens", ha="left", color=NO_WEIGHT)
+    ax.set(xlabel="tokens in the response", ylabel="effective share", xlim=(1, 130_000), ylim=(0, 1.04))
+    ax.set_xticks([1, 10, 100, 1000, 10_000], ["1", "10", "100", "1000", "10,000"])
+    ax.minorticks_off()
+    return figure
+
+
 def first_order() -> Figure:
     """Lesson 02: the product of the ratios against 1 + the sum of the deviations; what is dropped, over the length."""
     figure, (left, right) = charts(2.9, 2)
@@ -193,7 +247,7 @@ def first_order() -> Figure:
 
     length = np.geomspace(2, 1000, 200)
     for chi, line in ((0.1, "-"), (0.03, "--"), (0.01, ":")):
-        dropped = np.sqrt(np.exp(length * np.log1p(chi**2)) - 1 - length * chi**2)  # the root of (02.10)
+        dropped = np.sqrt(np.exp(length * np.log1p(chi**2)) - 1 - length * chi**2)  # the root of (02.7)
         right.loglog(length, dropped, color=INK, linewidth=2, linestyle=line)
         say(right, 1100, dropped[-1], f"$\\chi$ = {chi:g}", ha="left")
     right.axhline(1, color=SOFT, linewidth=1)
@@ -201,6 +255,31 @@ def first_order() -> Figure:
     right.set(xlabel="tokens in the response", ylabel="typical size dropped", xlim=(2, 1000), ylim=(5e-5, 300))
     right.set_xticks([10, 100, 1000], ["10", "100", "1000"])
     right.minorticks_off()
+    return figure
+
+
+def orders() -> Figure:
+    """Lesson 02: the remainder and the error of the gradient over the distance, for three enumerated problems."""
+    distances = np.logspace(-3, 0.5, 22)
+    figure, axes = charts(2.9, 2)
+    for seed, mark in zip((0, 1, 2), "osX", strict=True):
+        mu = TabularPolicy.random(3, 4, seed=seed)
+        way = TabularPolicy.random(3, 4, seed=seed + 100).logits
+        reward = torch.rand(len(mu.tokens), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        line = [mu.moved(way, distance) for distance in distances.tolist()]
+        errors = (
+            [objective_remainder(pi, mu, reward).abs().item() for pi in line],
+            [(sequence_gradient(pi, mu, reward) - token_gradient(pi, mu, reward)).norm().item() for pi in line],
+        )
+        for ax, values in zip(axes, errors, strict=True):
+            ax.loglog(distances, values, color=INK, marker=mark, markersize=4, linewidth=1)
+    for ax, slope, height, name in zip(
+        axes, (2, 1), (0.5, 0.2), ("remainder of $J$", "error of $\\nabla J$"), strict=True
+    ):
+        ax.loglog(distances[:12], height * distances[:12] ** slope, color=MINIRL, linestyle="--", linewidth=2)
+        ax.set(xlabel="distance from $\\mu_{old}$ in logits", ylabel=name)
+        say(ax, 0.3, 0.88, f"dashed: slope {slope}", color=MINIRL, transform=ax.transAxes)
+        ax.minorticks_off()
     return figure
 
 
@@ -235,7 +314,7 @@ def drift() -> Figure:
             say(tokens, 0.14, 1.3, "0", color=NO_WEIGHT, weight="bold", size=12)
 
         covariance = 0.25 * (right - wrong)  # Cov(|y|, R) with half of the responses right
-        moved = softmax(logits + 4 * covariance * (sampler - policy))  # (03.16), a step of 4
+        moved = softmax(logits + 4 * covariance * (sampler - policy))  # (03.7), a step of 4
         places = np.arange(len(policy))
         change.bar(places - 0.2, policy, 0.38, facecolor="white", edgecolor=INK, linewidth=1.2)
         change.bar(places + 0.2, moved, 0.38, facecolor=NO_WEIGHT, edgecolor=INK, linewidth=1.2)
@@ -247,6 +326,37 @@ def drift() -> Figure:
     say(axes[4], 3.4, 0.97, "white: before\nfilled: after", ha="right", va="top")
     axes[3].set_ylabel("$\\pi$ of four tokens", size=SIZE)
     axes[0].set_ylabel("tokens of a response", size=SIZE)
+    return figure
+
+
+def estimators() -> Figure:
+    """Lesson 03: one token's term of k1, k2 and k3 over log r, and the noise of a mean of 2,000 terms over the KL."""
+    terms = {"$k_1$": lambda x: -x, "$k_2$": lambda x: x**2 / 2, "$k_3$": lambda x: np.expm1(x) - x}
+    looks = [("#0072B2", "-"), (SOFT, ":"), ("#D55E00", "--")]
+    rng = np.random.default_rng(0)
+    logits, error = 1.5 * rng.normal(size=64), rng.normal(size=64)
+    pi, kl, noise = softmax(logits), [], []
+    for size in np.geomspace(0.003, 2.0, 40):
+        mu = softmax(logits + size * error)
+        values = np.stack([term(np.log(pi / mu)) for term in terms.values()])
+        kl.append(mu @ np.log(mu / pi))
+        noise.append(np.sqrt(((values - (values @ mu)[:, None]) ** 2 @ mu) / 2000) / kl[-1])
+    figure, (left, right) = charts(2.9, 2)
+    x = np.linspace(-2, 2, 201)
+    for (name, term), (colour, line), curve in zip(terms.items(), looks, np.transpose(noise), strict=True):
+        left.plot(x, term(x), color=colour, linestyle=line, linewidth=2, label=name)
+        right.loglog(kl, curve, color=colour, linestyle=line, linewidth=2)
+    left.axhline(0, color=SOFT, linewidth=0.8)
+    left.set(xlabel="$\\log r$ of one token, nats", ylabel="its term, nats", xlim=(-2, 2))
+    left.set_xticks([-2, -1, 0, 1, 2], ["−2", "−1", "0", "1", "2"])
+    left.set_yticks([-2, 0, 2, 4], ["−2", "0", "2", "4"])
+    left.legend(frameon=False, fontsize=SIZE, loc="upper center")
+    right.axhline(1, color=SOFT, linewidth=0.8)
+    say(right, 0.6, 1.3, "noise = KL", ha="right", va="bottom", color=SOFT)
+    right.set(xlabel="KL per token, nats", ylabel="noise of a mean ÷ KL")
+    right.set_xticks([1e-5, 1e-3, 1e-1], ["$10^{-5}$", "$10^{-3}$", "$10^{-1}$"])
+    right.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+    right.minorticks_off()
     return figure
 
 
@@ -283,6 +393,40 @@ def red_ink() -> Figure:
                 ax.set_title(f"two responses, {lengths[0]} and {lengths[1]} tokens", size=SIZE)
         axes[2 * row].set_ylabel(name, size=11, weight="bold")
     figure.supylabel("push on each token", size=SIZE)
+    return figure
+
+
+def coefficients() -> Figure:
+    """Lesson 05: what MiniRL, GRPO, CISPO and the dual clip multiply a score with, over the ratio, by their losses.
+
+    The engine drew the token too rarely, by a factor of 1.5.
+    """
+    ratio = torch.linspace(0.02, 7, 700, dtype=torch.float64)
+    old = torch.full((len(ratio), 1), 0.01, dtype=torch.float64).log()
+    losses = {
+        "MiniRL": lambda x, a, m: minirl_loss(x, old, old - np.log(1.5), a, m),
+        "GRPO": lambda x, a, m: grpo_loss(x, old, a, m),
+        "CISPO": lambda x, a, m: cispo_loss(x, old, a, m),
+    }
+    figure, axes = charts(3.1, 2)
+    for ax, sign in zip(axes, (1.0, -1.0), strict=True):
+        advantages, mask = torch.full((len(ratio),), sign), torch.ones(old.shape, dtype=torch.bool)
+        for name, loss_of in losses.items():
+            logp = (old + ratio.log()[:, None]).requires_grad_()
+            pull = -torch.autograd.grad(loss_of(logp, advantages, mask).loss, logp)[0][:, 0] * len(ratio)
+            look = {"color": METHOD_STYLE[name]["color"], "linestyle": METHOD_STYLE[name]["linestyle"]}
+            ax.plot(ratio, pull, linewidth=2.2, label=name, **look)
+            if name == "GRPO" and sign < 0:
+                ax.plot(
+                    ratio, pull.masked_fill(ratio > 3, 0), color=R3, linewidth=1.6, linestyle="-.", label="dual clip"
+                )
+        ax.axvline(1, color=SOFT, linewidth=0.8)
+        ax.set(xlabel="ratio  $r=\\pi_\\theta/\\pi_{old}$", xlim=(0, 7), xticks=[0, 1, 3, 5, 7])
+        ax.set_title("$\\hat A>0$: push up" if sign > 0 else "$\\hat A<0$: push down", size=11)
+    axes[0].set(ylim=(-0.3, 7.3), yticks=[0, 5], ylabel="coefficient of $\\nabla\\log\\pi_\\theta$")
+    axes[1].set_ylim(-7.3, 0.3)
+    axes[1].set_yticks([-5, 0], ["−5", "0"])
+    axes[0].legend(*axes[1].get_legend_handles_labels(), frameon=False, fontsize=SIZE, loc="upper left")
     return figure
 
 
@@ -518,6 +662,35 @@ def global_step() -> Figure:
     return figure
 
 
+def entropy() -> Figure:
+    """Lesson 08: the entropy along a step of the expected policy gradient, by which word is right, and (08.6)."""
+    figure, axes = charts(2.9, 2, width_ratios=(1, 1.7))
+    logits = np.array([2.0, 1.0, 0.3, -0.4, -1.2])
+    pi = softmax(logits)
+    axes[0].bar(np.arange(1, 6), pi, 0.7, color="#AFC4DC", edgecolor=TRAINER)
+    axes[0].set(xlabel="word", xticks=range(1, 6), yticks=[0, 0.3, 0.6], ylim=(0, 0.66))
+    axes[0].set_title("the policy $\\pi$", size=SIZE)
+
+    def entropy_of(p: np.ndarray) -> np.ndarray:
+        return -(p * np.log(p)).sum(-1)
+
+    eta = np.linspace(0, 1.5, 61)
+    for right, y, words in (
+        (1, 0.905, "word 1 is right"),
+        (3, 1.215, "word 3 is right"),
+        (5, 1.105, "word 5 is right"),
+    ):
+        reward = np.eye(5)[right - 1]
+        push = pi * (reward - pi @ reward)
+        slope = (pi @ np.log(pi)) * (pi @ push) - pi @ (np.log(pi) * push)  # (08.6)
+        axes[1].plot(eta, entropy_of(softmax(logits + eta[:, None] * push)), color=TRAINER, linewidth=2.4)
+        axes[1].plot(eta, entropy_of(pi) + eta * slope, color=INK, linewidth=1.3, linestyle=(0, (4, 2)))
+        say(axes[1], 1.5, y, words, ha="right")
+    axes[1].set(xlabel="step $\\eta$", xticks=[0, 0.5, 1, 1.5], ylim=(0.85, 1.25), yticks=[0.9, 1.0, 1.1, 1.2])
+    axes[1].set_title("entropy after the step, and (08.6)", size=SIZE)
+    return figure
+
+
 def mixed_groups() -> Figure:
     """Lesson 09: how much a group teaches over p, and a pupil's digits before and after sharpening."""
     figure, (left, right) = charts(2.9, 2)
@@ -531,13 +704,41 @@ def mixed_groups() -> Figure:
     left.legend(frameon=False, fontsize=SIZE, loc="upper center", ncols=3, handlelength=1.4, columnspacing=0.8)
 
     heat, slip = np.linspace(0.15, 1, 100), 0.21
-    sharpened = 1 / (1 + (9 * (1 - slip) / slip) ** (1 / heat) / 9)  # the slips at that temperature, (09.10)
+    sharpened = 1 / (1 + (9 * (1 - slip) / slip) ** (1 / heat) / 9)  # the slips at that temperature, (09.6)
     for steps, line in ((2, "-"), (4, "--"), (8, ":")):
         score = 0.1 + 0.9 * (1 - 10 / 9 * sharpened) ** steps
         right.plot(heat, score, color=INK, linewidth=2, linestyle=line, label=f"{steps} steps")
     right.set(xlabel="temperature", ylim=(0, 1.1), xlim=(1, 0.15), yticks=[0, 0.5, 1], xticks=[1, 0.6, 0.2])
     right.legend(frameon=False, fontsize=SIZE, loc="lower right")
     right.set_title("score of a start that slips", size=SIZE)
+    return figure
+
+
+def slips() -> Figure:
+    """Lesson 09: one step's digits at two temperatures, and the score of teachers who slip, by (09.5)."""
+    figure, (left, right) = charts(2.9, 2)
+    slip = 0.21
+    digit = np.full(10, slip / 9)
+    digit[7] = 1 - slip
+    sharper = softmax(2 * np.log(digit))  # at temperature 1/2
+    places = np.arange(10)
+    left.bar(places - 0.2, digit, 0.4, color="white", edgecolor=INK, linewidth=1.2, label="the teacher's")
+    left.bar(places + 0.2, sharper, 0.4, color=MINIRL, edgecolor=INK, linewidth=1.2, label="at temperature ½")
+    say(left, 6.4, digit[7], f"{digit[7]:.2f}", ha="right")
+    say(left, 7.6, sharper[7], f"{sharper[7]:.3f}", ha="left")
+    left.set(xlabel="digit written, 7 is right", xticks=places, ylim=(0, 1.45), xlim=(-0.7, 10.6), yticks=[0, 0.5, 1])
+    left.legend(frameon=False, fontsize=SIZE, loc="upper left")
+    left.set_title("one step", size=SIZE)
+
+    steps = np.arange(13)
+    for rate, line in ((0.06, "--"), (0.21, "-")):
+        right.plot(steps, 0.1 + 0.9 * (1 - 10 / 9 * rate) ** steps, color=INK, linewidth=2, linestyle=line)
+        say(right, 12.3, 0.1 + 0.9 * (1 - 10 / 9 * rate) ** 12, f"{100 * rate:.0f} %", ha="left")
+    right.plot(steps, (1 - slip) ** steps, color=INK, linewidth=2, linestyle=":")
+    right.axhline(0.1, color=SOFT, linewidth=1)
+    say(right, 0.2, 0.13, "blind guess", ha="left", va="bottom", color=SOFT)
+    right.set(xlabel="steps of the sum", ylim=(0, 1.05), xlim=(0, 14.4), yticks=[0, 0.5, 1], xticks=[0, 4, 8, 12])
+    right.set_title("score, slips in % of the steps", size=SIZE)
     return figure
 
 
@@ -567,19 +768,45 @@ def two_faults() -> Figure:
     return figure
 
 
+def reading_order() -> Figure:
+    """Lesson 10: the questions to ask a chart, in their order, and the suspect at each yes."""
+    asked = [
+        ("Flip rate above 0 under R3?", "the replay of routes", "impossible"),
+        ("Lower clip fraction always 0?", "the advantages' signs", "impossible"),
+        ("Mismatch high at step 1?", "the sampler's distribution", "at step 1"),
+        ("Staleness high?", "the size of the steps", "which engine?"),
+        ("The two scores differ?", "the hand-over of weights", "which engine?"),
+        ("Nothing learned?", "the rewards", "only now the score"),
+    ]
+    figure, ax = diagram(4.1)
+    step, high, colours = 0.66, 0.44, {"impossible": PALE, "at step 1": ENGINE_FILL, "which engine?": TRAINER_FILL}
+    for i, (question, suspect, kind) in enumerate(asked):
+        y = 4.1 - 0.14 - high - i * step
+        if i == 0 or kind != asked[i - 1][2]:
+            say(ax, 0.06, y + high / 2, kind.replace("only now ", "only now\n"), ha="left", color=SOFT)
+        box(ax, 1.34, y, 2.36, high, question, fill=colours.get(kind, "white"))
+        arrow(ax, (3.7, y + high / 2), (4.12, y + high / 2))
+        say(ax, 3.9, y + high / 2 + 0.12, "yes")
+        box(ax, 4.12, y, 2.02, high, suspect, edge=NO_WEIGHT)
+        if i + 1 < len(asked):
+            arrow(ax, (2.52, y), (2.52, y + high - step), mutation_scale=11)
+            say(ax, 2.64, y + (high - step) / 2, "no", ha="left")
+    return figure
+
+
 def what_lives_where() -> Figure:
-    """Lesson 11: bytes of Qwen3-30B-A3B in a trainer and in an engine, by (11.6) to (11.9), against a GPU's 80 GB."""
+    """Lesson 11: bytes of Qwen3-30B-A3B in a trainer and in an engine, by (11.4) and (11.5), against a GPU's 80 GB."""
     c = json.loads(ARCHITECTURE.read_text())
     d, h, layers, vocabulary = c["hidden_size"], c["head_dim"], c["num_hidden_layers"], c["vocab_size"]
     attention = 2 * d * h * (c["num_attention_heads"] + c["num_key_value_heads"])
     experts = c["num_experts"] * (d + 3 * d * c["moe_intermediate_size"])
-    parameters = layers * (attention + experts + 2 * d + 2 * h) + 2 * vocabulary * d + d  # (11.6), head not tied
-    cache = 2 * layers * c["num_key_value_heads"] * h * 2 * 32_768  # (11.9), one response, 16 bits
+    parameters = layers * (attention + experts + 2 * d + 2 * h) + 2 * vocabulary * d + d  # (11.4), head not tied
+    cache = 2 * layers * c["num_key_value_heads"] * h * 2 * 32_768  # one response, 16 bits
     figure, (ax,) = charts(3.1, 1)
     for gpu in range(7):
         ax.barh(3, 80, 0.5, left=80 * gpu, facecolor="white", edgecolor=INK)
         say(ax, 80 * gpu + 40, 3, f"GPU {gpu + 1}")
-    part = 4 * parameters / 1e9  # (11.7): four parts of four bytes for each parameter
+    part = 4 * parameters / 1e9  # (11.5): four parts of four bytes for each parameter
     for i, name in enumerate(("weights,\ngradients", "master\nweights", "Adam $m$", "Adam $v$")):
         ax.barh(2, part, 0.66, left=i * part, facecolor=TRAINER_FILL if i % 2 else "#B8D2EC", edgecolor=TRAINER)
         say(ax, (i + 0.5) * part, 2, name)
@@ -597,22 +824,59 @@ def what_lives_where() -> Figure:
     return figure
 
 
+def two_ranks() -> Figure:
+    """Lesson 11: two parts of equal area, and what a global divisor and a mean of means give each response."""
+    figure, (left, right) = charts(3.0, 2, width_ratios=(1.05, 1))
+    parts = (  # where it stands, its rows, the tokens of each, and where its name stands
+        ("rank 1: 8 responses\nof 4 tokens", 4.4, 8, 4, (4.8, 8.4)),
+        ("rank 2: 2 responses of 16 tokens", 0, 2, 16, (0, 2.4)),
+    )
+    for name, bottom, rows, width, place in parts:
+        for row in range(rows):
+            look = {"facecolor": TRAINER_FILL, "edgecolor": TRAINER, "linewidth": 1.2}
+            left.add_patch(Rectangle((0, bottom + row), width, 0.8, **look))
+        say(left, *place, name, ha="left")
+    left.set(xlim=(-0.3, 16.3), ylim=(-0.3, 12.6))
+    left.axis("off")
+
+    total, places = sum(rows for _, _, rows, *_ in parts), np.arange(10)
+    equal = np.full(total, 1 / total)
+    means = np.concatenate([np.full(rows, 1 / (len(parts) * rows)) for _, _, rows, *_ in parts])
+    right.bar(places - 0.2, equal, 0.4, color="white", edgecolor=INK, linewidth=1.2, label="global divisor")
+    right.bar(places + 0.2, means, 0.4, color=NO_WEIGHT, edgecolor=INK, linewidth=1.2, label="mean of means")
+    right.set(xticks=[3.5, 8.5], ylim=(0, 0.36), ylabel="weight of a response")
+    right.set_yticks([0, 1 / 16, 1 / 10, 1 / 4], ["0", "1/16", "1/10", "1/4"])
+    right.set_xticklabels(["rank 1", "rank 2"])
+    right.tick_params(axis="x", length=0)
+    right.legend(frameon=False, fontsize=SIZE, loc="upper left")
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "00_three_policies": three_policies,
+    "00_by_hand": by_hand,
     "01_one_step": one_step,
+    "01_effective_share": effective_share,
     "02_first_order": first_order,
+    "02_orders": orders,
     "03_drift": drift,
-    "05_red_ink": red_ink,
+    "03_estimators": estimators,
     "04_remedies": remedies,
     "04_clip_regions": clip_regions,
+    "05_red_ink": red_ink,
+    "05_coefficients": coefficients,
     "06_layer": layer,
     "06_router": router,
     "07_replay_timeline": replay_timeline,
     "07_who_learns": who_learns,
     "08_global_step": global_step,
+    "08_entropy": entropy,
     "09_mixed_groups": mixed_groups,
+    "09_slips": slips,
     "10_two_faults": two_faults,
+    "10_reading_order": reading_order,
     "11_what_lives_where": what_lives_where,
+    "11_two_ranks": two_ranks,
 }
 """What is drawn: the name of the file, without .png."""
 

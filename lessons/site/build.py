@@ -2,10 +2,10 @@
 
 The pages are the repository's own files, laid out as in the repository, so that a relative link works on GitHub and on
 the site alike: README, which is the first page, lessons, notebooks with their stored outputs, results, the pages beside
-this file, and one page of API reference for each module. `sidebar.txt` says what the side bar lists. A link to another
-file of the repository becomes a download; one to a folder leads to the folder's README or its page of the reference, or
-becomes plain text. Warnings are errors: a page that is in no table of contents, a link that leads nowhere, a public
-name without a docstring.
+this file, one page of API reference for each module, and a deck of slides for each unit. `sidebar.txt` says what the
+side bar lists. A link to another file of the repository becomes a download; one to a folder leads to the folder's
+README or its page of the reference, or becomes plain text. Warnings are errors: a page that is in no table of
+contents, a link that leads nowhere, a public name without a docstring.
 """
 
 import argparse
@@ -19,12 +19,15 @@ from pathlib import Path
 
 import api
 import nbformat
+import slides
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE = Path("lessons/site")
 LANDING = Path("README.md")
+TEACHING = Path("lessons/TEACHING.md")
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "lessons/README.md", "lessons/[0-9][0-9]_*.md"),
+    "lessons/capstone.md",
     *("lessons/site/*.md", "lessons/results/*.md", "lessons/results/worlds/README.md", "notebooks/README.md"),
     "notebooks/[0-9][0-9]_*.ipynb",
     *("notebooks/solutions/[0-9][0-9]_*.md", "scale/README.md", "benchmarks/README.md"),
@@ -147,6 +150,8 @@ def _page(path: Path, root: Path, adapt: Callable[[str], str]) -> str:
     text = adapt((root / path).read_text(encoding="utf-8")) + contents(path, root)
     if path == LANDING:
         return text + (root / SITE / "sidebar.txt").read_text(encoding="utf-8")
+    if path == TEACHING:
+        return f'{text}\n\n## On this site\n\n<a href="../slides/index.html">The slides</a>, a deck for each unit.\n'
     return f"---\norphan: true\n---\n{text}" if path.parent.name == "solutions" else text
 
 
@@ -172,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shutil.rmtree(html, ignore_errors=True)
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-c", str(ROOT / SITE), "-d", str(out / "doctrees")]
     status = subprocess.run([*command, "-E", "-W", "--keep-going", "-q", str(source), str(html)]).returncode
+    status = status or slides.build(ROOT, out / "slides", html / "slides")
     if status == 0:
         print(f"open {html / 'index.html'}")
     return status

@@ -1,11 +1,13 @@
 """Sphinx's settings for the site; `build.py` lays the pages out and calls it. Nothing here asks the network."""
 
-import importlib.util
+import sys
 from pathlib import Path
 
-from docutils import nodes
 from sphinx.application import Sphinx
-from sphinx.util.fileutil import copy_asset_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from mathjax import MATHJAX, copy_mathjax, number_by_tag_alone
 
 project = "minirl_edu"
 author = "the minirl_edu authors"
@@ -30,28 +32,9 @@ html_js_files = ["site.js"]
 html_theme_options = {"show_toc_level": 2, "use_fullscreen_button": False, "navbar_persistent": []}
 html_context = {"default_mode": "auto"}
 
-MATHJAX = "tex-svg-full.js"  # fonts and extensions in the one file
 mathjax_path = MATHJAX
 # Tags are written out, \tag{3}: MathJax numbers nothing itself.
 mathjax3_config = {"tex": {"tags": "none"}, "options": {"enableMenu": False}}
-
-
-def number_by_tag_alone(app: Sphinx, doctree: nodes.document) -> None:
-    """Give display equations their delimiters here: Sphinx would add its own numbers, and `split` around what has \\\\,
-    in which \\tag is an error."""
-    for node in doctree.findall(nodes.math_block):
-        text = node.astext().strip()
-        node["no-wrap"] = True
-        node.children = []
-        node += nodes.Text(rf"\[{text}\]")
-
-
-def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
-    """MathJax 3 from the package sphinx-mathjax-offline: the one file of it that the pages load."""
-    package = importlib.util.find_spec("sphinx-mathjax-offline")
-    assert package is not None and package.origin is not None, "not installed: sphinx-mathjax-offline"
-    if error is None:
-        copy_asset_file(Path(package.origin).with_name("static") / "mathjax" / MATHJAX, app.outdir / "_static")
 
 
 def setup(app: Sphinx) -> None:

@@ -1,10 +1,10 @@
-"""Six runs with one planted fault each, and a healthy one: what unit 10 diagnoses. READ NO FURTHER before you have.
+"""Six runs with one planted fault each, and a healthy one, for unit 10. DO NOT READ ON before you have done its lab.
 
     python -m minirl_edu.course.mystery --out lessons/results/mystery
 
-records all of them, one after another, and packs them into `mystery.tar.bz2` beside that folder (see `archives`);
-finished ones are kept. Each run is `MiniRLTrainer` in one and the same setting.
-The faults are planted from outside, around its engine or in one of its methods, as a careless change would.
+records all of them, one after another, and packs them into `mystery.tar.bz2` beside that folder (see `archives`).
+Finished runs are kept. Each run is `MiniRLTrainer` in the same setting. The faults are planted from outside, around its
+engine or in one of its methods, where a careless change would put them.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def faulty_trainer(name: str, out: str | Path, *, seed: int, overrides: Sequence
 def rerun(name: str, out: str | Path, *, seed: int) -> Path:
     """Train run `name` with this seed and write its chart to `out`/`name`/seed`seed`.csv; returns that path.
 
-    It appears whole or not at all: a run that was interrupted starts again.
+    The file appears whole or not at all. A run that was interrupted starts again.
     """
     path = Path(out) / name / f"seed{seed}.csv"
     with tempfile.TemporaryDirectory() as folder:
@@ -194,14 +194,14 @@ class _OtherTemperature(_Around):
 
 
 class _WrongGroup(MiniRLTrainer):
-    """Every response gets the reward of the one that stands a group before it."""
+    """Every response gets the reward of the response one group before it."""
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         return super().rewards(problems, rollout).roll(rollout.group_size)
 
 
 class _NoBaseline(MiniRLTrainer):
-    """The reward itself is taken for the advantage."""
+    """The reward itself is used as the advantage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

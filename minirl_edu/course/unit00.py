@@ -13,11 +13,8 @@ from minirl_edu.course.variants import (
     batch_advantages,
     dropped,
     interleaved_advantages,
-    kl,
-    masked_mean,
     torch_std_advantages,
 )
-from minirl_edu.diagnostics import kl_k3
 
 CAP = 5.0
 
@@ -36,8 +33,8 @@ EX1 = exercise(
 
     - no baseline: these are the rewards themselves. Without a baseline every right answer is pushed up equally, also in
       a group where all were right and there is nothing to learn.
-    - sign: the signs are the wrong way round: a right answer in a mixed group was better than its group, so its
-      advantage is positive.
+    - sign: the signs are wrong. A right answer in a mixed group was better than its group, so its advantage is
+      positive.
     - mean of the batch: the baseline is the mean of the whole batch. Then answers to easy problems look good and
       answers to hard ones bad, whatever was written: each group needs its own mean.
     - divided by the standard deviation: this divides by the group's standard deviation as well. That is GRPO's
@@ -49,8 +46,8 @@ EX1 = exercise(
       (RLOO), larger by G/(G − 1); the paper's mean is over all G.
     - interleaved groups: responses of different prompts were put in one group. The batch is grouped by prompt: the
       first G rewards belong to the first prompt.
-    - not flat: the numbers are right, but they come as a table of groups; one advantage per response, in one row of
-      length B, is what the loss takes.
+    - not flat: the numbers are right, but they come as a table of groups. The loss takes one advantage per response, in
+      one row of length B.
 
     A group in which all were right, or all wrong, has advantages of zero: nothing is learned from it.
     """,
@@ -88,28 +85,27 @@ EX2 = exercise(
     3. The weight is `(log_pi - log_mu).exp()`, and never more than 5.
     4. Minus weight × advantage of its response × mask, over the number of responses.
 
-    - sign: the sign is that of the objective. A loss is minimised, so its gradient is the other way round; as it
-      stands, training would make right answers less probable.
+    - sign: the sign is that of the objective. A loss is minimised, so its gradient has the other sign. With yours,
+      training would make right answers less probable.
     - ratio upside down: the ratio is upside down, μ_old/π_θ. A token that the sampler drew too rarely must count
-      *more*: the distribution we want goes on top.
+      *more*, so the distribution we want is the numerator.
     - no mean over responses: the division by the number of responses is missing: the step would grow with the batch.
     - mean over tokens: this is a mean over all tokens of the batch. MiniRL sums over a response's tokens and averages
       over responses: dividing by tokens changes how much a response counts with the lengths of the others.
     - length normalised: each response's sum is divided by its length. That is the ablation “+ length norm”; the
       sequence objective has no such factor.
-    - mask forgotten: places outside the mask have a gradient. There is no token there: whatever number the tensors hold
-      must not be learned from.
+    - mask forgotten: places outside the mask have a gradient. There is no token there, and nothing to learn from.
     - no cap: one weight is above 5 and counts in full. The cap is there so that one unlucky token cannot outweigh the
       whole batch.
     - weight in logs: the weight is the log of the ratio. It is zero where the engines agree, so those tokens would not
       be learned at all; a ratio is 1 there.
-    - with respect to the probability: this is the derivative with respect to π_θ itself: there is a factor 1/π_θ too
-      much. Asked is the one with respect to log π_θ.
-    - weight not detached: the gradient also flows through the importance weight. In (7) it stands inside sg[…]: it says
-      how much a token counts and is not itself to be optimised. A token's push would otherwise depend on 1 + log π_θ
-      and turn round for rare tokens.
+    - with respect to the probability: this is the derivative with respect to π_θ itself. It has an extra factor 1/π_θ.
+      The exercise asks for the derivative with respect to log π_θ.
+    - weight not detached: the gradient also flows through the importance weight. In (7) the weight stands inside sg[…]:
+      it says how much a token counts and is not optimised itself. Otherwise a token's push depends on 1 + log π_θ and
+      changes its sign for rare tokens.
 
-    The whole of (7) in one line: how much, in which direction, for which tokens.
+    This is (7) in one line: how much, in which direction, for which tokens.
     """,
     observe=_observe_gradient,
     solution=_gradient,
@@ -149,23 +145,23 @@ EX3 = exercise(
     1. A token with Â > 0 is pushed up. Which ratios mean that it has been pushed up far enough?
     2. Only one side is a reason to let go, and the sign of Â says which one.
     3. The ratio here is r = π_θ/π_old, how far the *policy* has moved; the engine has no say in it.
-    4. Dropped: Â > 0 and r > 1.27, or Â < 0 and r < 0.8. Kept is everything else.
+    4. A token is dropped if Â > 0 and r > 1.27, or if Â < 0 and r < 0.8. Everything else is kept.
 
     - both sides: tokens are dropped on both sides, whatever the sign of Â. A token that has moved *against* its push
-      needs its gradient more than any other: without it, it never comes back.
-    - wrong side: the sides are exchanged: dropped are tokens that have moved against their push, and those that have
-      gone too far go on.
+      needs its gradient more than any other. Without a gradient, that token never comes back.
+    - wrong side: the sides are exchanged. You drop tokens that have moved against their push and keep those that have
+      gone too far.
     - dropped instead of kept: true stands for the tokens that are dropped; M_t is 1 for those that are kept.
-    - bounds exchanged: the two bounds are exchanged: it is 1 + 0.27 above and 1 − 0.2 below. The paper leaves more room
-      upwards, where rare tokens become likelier.
+    - bounds exchanged: the two bounds are exchanged. The bound is 1 + 0.27 above and 1 − 0.2 below. The paper leaves
+      more room upwards, where rare tokens become likelier.
     - ratio to the rollout policy: your ratio is π_θ/μ_old. Then the engine's rounding alone can drop a token that the
       policy has not moved at all; the trust region is about staleness, π_θ/π_old.
-    - ratio upside down: the ratio is upside down, π_old/π_θ: a token that has become likelier looks as if it had become
+    - ratio upside down: the ratio is upside down, π_old/π_θ. A token that has become likelier looks as if it had become
       rarer.
-    - zero advantage dropped: where Â = 0 some tokens are dropped. Their gradient is zero anyway, but they would be
-      counted as clipped in the metrics: an `else` took them for negative.
+    - zero advantage dropped: where Â = 0 some tokens are dropped. Their gradient is zero anyway, but the metrics would
+      count them as clipped. Probably an `else` takes Â = 0 for negative.
 
-    The clip is one-sided: it stops what goes too far, never what has to come back.
+    The clip has one side. It stops tokens that go too far, never tokens that come back.
     """,
     observe=_observe_kept,
     solution=lambda pi, old, mu, advantages: ~dropped(pi, old, advantages),
@@ -183,99 +179,97 @@ EX3 = exercise(
 )
 
 
-def _observe_factors(answer: Answer) -> Observations:
-    mu = torch.tensor([[0.5, 0.4, 0.9], [0.5, 0.8, 0.4]])
-    old = torch.tensor([[0.5, 0.5, 0.8], [0.6, 0.6, 0.9]])
-    pi = torch.tensor([[0.7, 0.3, 0.85], [0.4, 0.66, 0.2]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    discrepancy, staleness = answer(mu.log(), old.log(), pi.log(), mask)
-    return {"the discrepancy": discrepancy, "the staleness": staleness}
+_VERDICTS = ((",7,6,7", "7"), (",7,6,7", "6"), (",7,6,17", "7"), (",7,6,7,", "7"), ("7", "7"), ("", "7"), (",0", "0"))
 
 
-def _factors(
-    log_mu: Tensor, log_old: Tensor, log_pi: Tensor, mask: Tensor, *, size: Answer = torch.abs, over: str = "tokens"
-) -> tuple[Tensor, Tensor]:
-    return masked_mean(size(log_old - log_mu), mask, over), masked_mean(size(log_pi - log_old), mask, over)
+def _observe_reward(answer: Answer) -> Observations:
+    return {f"the reward of {text!r} where {right} is right": answer(text, right) for text, right in _VERDICTS}
 
 
 EX4 = exercise(
-    """00.4 How large is each factor? (difficulty 2, importance 4, 8 minutes)
+    """00.4 The reward is a program (difficulty 2, importance 4, 8 minutes)
 
-    1. Each factor compares two neighbours in the chain μ_old → π_old → π_θ. What changes in each step?
-    2. The log of a ratio is a difference of logs; its size is the absolute value.
-    3. A mean over response tokens: sum over the mask, divided by how many there are.
+    1. Only the end of the response counts. What are its last two characters if it is right?
+    2. A comma and the right digit. Which method of a string says how it ends?
+    3. `response.endswith("," + answer)`, as a number. It is also right for an empty response.
 
-    - exchanged: the two are exchanged. The discrepancy is there before any update: the same weights in two engines. The
-      staleness is what updates did.
-    - signed: the signs were left in, so that differences in opposite directions cancel. Two engines that disagree
-      everywhere can have a mean of nearly zero.
-    - padding counted: the mean runs over all places, also over those where there is no token.
-    - divided by all places: the sum leaves the padding out, but the divisor counts it: the more padding, the smaller
-      the result.
-    - ratio without its log: this is the mean ratio. It is near 1 for good engines and bad ones alike, because too large
-      and too small cancel; the size of the log does not cancel.
-    - whole ratio first: your first number is the size of the whole ratio π_θ/μ_old. The discrepancy compares the *same*
-      weights in two engines: π_old with μ_old.
-    - whole ratio last: your second number is the size of the whole ratio π_θ/μ_old, so the engine's error is counted
-      twice. Staleness compares the training engine with itself: π_θ with π_old.
+    - anywhere: your program rewards the right digit wherever it occurs. A policy finds out: it writes all ten digits
+      and is always right.
+    - last character only: your program looks at the last character and not at the comma before it. Then 17 counts as a
+      7.
+    - fails on short responses: a response of one character, or of none, raises an error. A policy will write such
+      responses, and one of them would stop the run.
+    - first result: your program compares the first result. The first partial sum is not the answer.
+    - after the last comma: a digit without a comma before it is rewarded. The task asks for a comma and then the digit.
+    - exact match: your program compares the whole response with the digit. How a response gets to its last digit is
+      free.
+    - part of a point: a wrong answer gets a part of a point because the right digit occurs in it. Then responses with
+      many digits are learned, whether they are right or not.
 
-    The trainer logs both at every gradient step, as log_ratio_mismatch and log_ratio_staleness.
+    A policy learns whatever the program rewards, mistakes of the program included.
     """,
-    observe=_observe_factors,
-    solution=_factors,
+    observe=_observe_reward,
+    solution=lambda response, answer: float(response.endswith(f",{answer}")),
     mistakes={
-        "exchanged": lambda *case: _factors(*case)[::-1],
-        "signed": partial(_factors, size=lambda log_ratio: log_ratio),
-        "padding counted": partial(_factors, over="places"),
-        "divided by all places": partial(_factors, over="counted padding"),
-        "ratio without its log": partial(_factors, size=torch.exp),
-        "whole ratio first": lambda mu, old, pi, mask: (_factors(mu, pi, pi, mask)[0], _factors(mu, old, pi, mask)[1]),
-        "whole ratio last": lambda mu, old, pi, mask: (_factors(mu, old, pi, mask)[0], _factors(mu, mu, pi, mask)[1]),
+        "anywhere": lambda response, answer: float(answer in response),
+        "last character only": lambda response, answer: float(response[-1:] == answer),
+        "fails on short responses": lambda response, answer: float(response[-2] == "," and response[-1] == answer),
+        "first result": lambda response, answer: float(response.startswith(f",{answer}")),
+        "after the last comma": lambda response, answer: float(response.split(",")[-1] == answer),
+        "exact match": lambda response, answer: float(response == answer),
+        "part of a point": lambda response, answer: (
+            1.0 if response.endswith(f",{answer}") else 0.5 * (answer in response)
+        ),
     },
 )
 
 
-def _observe_k3(answer: Answer) -> Observations:
-    mu = torch.tensor([[0.5, 0.4, 0.9], [0.5, 0.8, 0.4]])
-    old = torch.tensor([[0.5, 0.7, 0.6], [0.9, 0.6, 0.9]])
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    return {
-        "the KL of two engines that agree": answer(old.log(), old.log(), mask),
-        "the KL": answer(mu.log(), old.log(), mask),
-    }
+def _round_rows(
+    weights: Tensor, bits: int, *, steps: int | None = None, size: Answer = torch.abs, grid: Answer = torch.round
+) -> Tensor:
+    """Rows on a grid of 2^(bits − 1) − 1 steps on each side of 0, or what people take for it."""
+    scale = size(weights).amax(1, keepdim=True) / (2 ** (bits - 1) - 1 if steps is None else steps)
+    return scale * grid(weights / scale)
+
+
+def _observe_rounding(answer: Answer) -> Observations:
+    weights = torch.tensor([[0.31, -0.9, 0.12, 0.44], [0.02, -0.011, 0.017, 0.005]])
+    return {f"the two rows in {bits} bits": answer(weights, bits) for bits in (4, 3)}
 
 
 EX5 = exercise(
-    """00.5 The KL with little noise (difficulty 3, importance 4, 10 minutes)
+    """00.5 An engine in few bits (difficulty 3, importance 3, 10 minutes)
 
-    1. The tokens were drawn from μ_old, so the ratio that averages to 1 has μ_old below.
-    2. Work with log r = log π_old − log μ_old; r is its exponential.
-    3. r − 1 − log r for every response token, then their mean over the mask.
+    1. In b bits there are 2^(b − 1) − 1 steps on each side of zero. The largest |w| of a row is the last step.
+    2. So the size of a step is `scale = weights.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)`.
+    3. Divide by the scale, round to whole numbers, multiply by the scale again.
 
-    - k1: this is the plain mean of log μ_old − log π_old, k1. It is right on average, but its terms have both signs,
-      and with few tokens it can even be negative.
-    - log added: the log has the wrong sign. Terms must never be negative: log r ≤ r − 1, so the log is taken away.
-    - ratio upside down: r is μ_old/π_old. The tokens come from μ_old, and only π_old/μ_old has mean 1 over them; upside
-      down, r − 1 no longer averages to zero and the result is no KL.
-    - one forgotten: it is not zero for two engines that agree: the 1 is missing.
-    - padding counted: places outside the mask are counted, although no token was drawn there.
-    - mean of means: first a mean in each response, then over responses: tokens of short responses count more. The
-      metric is per token, over all response tokens alike.
-    - squares: half the squared log-ratio (k2) agrees with the KL only near zero, and is off exactly where an engine is
-      bad enough to matter.
+    - one scale for all rows: the whole matrix shares one scale. A row of small weights then becomes all zeros: each row
+      needs a scale of its own.
+    - whole numbers: these are the whole numbers on the grid. An engine multiplies with weights: scale them back.
+    - no absolute value: the scale comes from the largest weight, not from the largest size of a weight. In a row whose
+      largest size belongs to a negative weight, the grid ends too early.
+    - one step too many: you divided by 2^(b − 1). The grid has 2^(b − 1) − 1 steps on each side, so that it is
+      symmetric around zero.
+    - as many steps as values: you divided by 2^b − 1. That is the number of steps from end to end; the scale counts
+      those on one side.
+    - rounded down: you took the next lower step. Then all errors have one sign, and they add up.
+    - cut off: you cut the fraction off, so every weight shrinks. Rounding takes the nearest step.
 
-    Every term is at least zero, so the mean can only be small where every token agrees.
+    No weight is off by more than half a step.
     """,
-    observe=_observe_k3,
-    solution=kl_k3,
+    observe=_observe_rounding,
+    solution=_round_rows,
     mistakes={
-        "k1": partial(kl, term="k1"),
-        "log added": partial(kl, term="k3 with the log added"),
-        "ratio upside down": lambda mu, old, mask: kl(old, mu, mask),
-        "one forgotten": partial(kl, term="k3 without the 1"),
-        "padding counted": partial(kl, over="places"),
-        "mean of means": partial(kl, over="responses"),
-        "squares": partial(kl, term="k2"),
+        "one scale for all rows": lambda weights, bits: _round_rows(weights.view(1, -1), bits).view_as(weights),
+        "whole numbers": lambda weights, bits: (
+            weights * (2 ** (bits - 1) - 1) / weights.abs().amax(1, keepdim=True)
+        ).round(),
+        "no absolute value": partial(_round_rows, size=lambda weights: weights),
+        "one step too many": lambda weights, bits: _round_rows(weights, bits, steps=2 ** (bits - 1)),
+        "as many steps as values": lambda weights, bits: _round_rows(weights, bits, steps=2**bits - 1),
+        "rounded down": partial(_round_rows, grid=torch.floor),
+        "cut off": partial(_round_rows, grid=torch.trunc),
     },
 )
 

@@ -55,17 +55,17 @@ EX1 = exercise(
 
     - mean over tokens: you divided by the length. That is the log of a geometric mean; the probability of the whole
       response is the product of all its factors.
-    - padding counted: a token after the end is counted. Nobody wrote it: short responses would look less probable than
-      they are, by as much as the batch is padded.
+    - padding counted: a token after the end is counted. Nobody wrote that token. Short responses then look less
+      probable than they are.
     - raw logits: these are sums of logits. A logit becomes a log-probability only after the log of the normaliser, Σ_w
       exp(logit of w), is taken off.
-    - sum of probabilities: you added probabilities. They multiply; it is their logs that add.
-    - multiplied by the mask: right as long as everything after the end is finite. There −∞ · 0 is NaN, and one NaN
-      ruins the gradient of the whole batch: choose with the mask, do not multiply by it.
+    - sum of probabilities: you added probabilities. Probabilities multiply; their logs add.
+    - multiplied by the mask: your answer is right only if everything after the end is finite. −∞ · 0 is NaN, and one
+      NaN ruins the gradient of the whole batch. Choose with the mask, do not multiply by it.
     - shifted by one: you moved the tokens by one place. With whole sequences that is right, row t of the logits
       predicts token t + 1 there. Here row t already is the distribution that token t was drawn from.
 
-    One number for the whole response, and still a sum over tokens: the rest of the course lives on that.
+    The result is one number for the whole response, and still a sum over tokens.
     """,
     observe=_observe_sequence_logp,
     solution=_sequence_logp,
@@ -112,16 +112,17 @@ EX2 = exercise(
     3. With respect to that row, ∇log softmax(row)[y_t] = onehot(y_t) − softmax(row).
 
     - every response alike: every response counts the same. An expectation weights each response by its probability
-      π(y); when you sample, the sampling does that for you, in a full enumeration nobody does.
+      π(y). Sampling does that for you; in a full enumeration you have to do it.
     - only the one-hot: the drawn word is pushed up, but nothing is pulled down. The logits of a row share one
       normaliser: ∇log π has a second term, and each row of the gradient must add up to zero.
     - only the last token: only the last token of each response gets a gradient. The reward comes at the end, but the
       judge scored the whole essay: every token is a factor of π(y).
-    - the token's own probability: the weight of a term is the probability of its token. It should be that of the whole
-      response, which is what is drawn and scored.
+    - the token's own probability: the weight of a term is the probability of its token. The weight should be the
+      probability of the whole response, because whole responses are drawn and scored.
     - mean over tokens: you divided by the length of the response. The log of a product is a sum over its factors, not a
-      mean: this is the gradient of something else, in which long responses count less.
-    - the sign of a loss: this points downhill. The gradient of the expected reward was asked, not that of a loss.
+      mean. Yours is the gradient of another objective, in which long responses count less.
+    - the sign of a loss: this points downhill. The exercise asks for the gradient of the expected reward, not for that
+      of a loss.
 
     With equal rewards your gradient is zero everywhere. That is why a baseline will cost nothing.
     """,
@@ -150,22 +151,23 @@ def _weight(logp: Tensor, logp_rollout: Tensor, mask: Tensor) -> Tensor:
 EX3 = exercise(
     """01.3 The importance weight of a response (difficulty 2, importance 5, 8 minutes)
 
-    1. It is π(y)/μ_old(y): the probability of the whole response under the one, divided by that under the other.
+    1. The weight is π(y)/μ_old(y): the probability of the whole response under one policy, divided by that under the
+       other.
     2. A ratio of products is a product of ratios; with logs, the exponential of a sum of differences.
     3. Tokens after the end are factors of 1, so differences of 0.
 
-    - mean of the logs: you took the mean of the log-ratios. That is the geometric mean of the token ratios (GSPO uses
-      it, on purpose); it is tame, but weighting with it no longer turns an average under μ_old into one under π.
+    - mean of the logs: you took the mean of the log-ratios. That is the geometric mean of the token ratios, which GSPO
+      uses on purpose. Weighting with it does not turn an average under μ_old into one under π.
     - upside down: this is μ_old/π. The policy that sampled stands in the denominator: what it draws too often counts
       less.
     - padding counted: tokens after the end are factors of your weight. They were never drawn.
-    - sum of ratios: you added the ratios of the tokens. Probabilities of a sequence multiply. (The sum will have its
-      day in the next lesson, as an approximation.)
+    - sum of ratios: you added the ratios of the tokens. Probabilities of a sequence multiply. (The next lesson uses the
+      sum, as an approximation.)
     - log of the weight: this is the log of the weight; on policy it is 0, and a weight must be 1 there.
-    - zeros in the product: every response shorter than the batch has weight 0: masked ratios were set to 0 and then
-      multiplied. The neutral element of a product is 1.
+    - zeros in the product: every response shorter than the batch has weight 0, because you set masked ratios to 0 and
+      multiplied them. A token that is not there has ratio 1.
 
-    A sum of logs, one exponential at the end.
+    Sum the logs, and take one exponential at the end.
     """,
     observe=lambda answer: {
         "the weights of three responses of 3, 2 and 1 tokens": answer(LOGP, LOGP_ROLLOUT, MASK),
@@ -190,18 +192,18 @@ EX4 = exercise(
     1. The first G rewards belong to the first prompt, the next G to the second, and so on.
     2. `rewards.view(-1, group_size)` has one prompt in each row.
 
-    - mean over the batch: you subtracted the mean over all prompts. An easy prompt then teaches that everything was
-      good, a hard one that everything was bad, instead of which answer was better.
-    - divided by the standard deviation: you divided by the group's standard deviation. GRPO does; MiniRL does not. It
-      weights prompts by how unanimous their answers are, which E[R] does not ask for.
+    - mean over the batch: you subtracted the mean over all prompts. Then an easy prompt teaches that everything was
+      good and a hard one that everything was bad, but not which answer was better.
+    - divided by the standard deviation: you divided by the group's standard deviation. GRPO does; MiniRL does not. The
+      division weights prompts by how unanimous their answers are, which E[R] does not ask for.
     - divided by torch.std: you divided by the group's standard deviation, and with `torch.std` by the one with divisor
       G − 1. MiniRL subtracts the mean and stops there.
     - interleaved: responses of different prompts were put into one group: the rewards lie prompt after prompt, G in a
       row.
-    - leave one out: each reward was compared with the mean of the *others*. That is an honest baseline (and unbiased);
-      the paper takes the mean of all G, the response's own included. The two differ by the factor G/(G − 1).
-    - no baseline: nothing was subtracted. Unbiased as well, but with rewards of 0 and 1 no answer is ever made less
-      probable directly, and the noise is larger.
+    - leave one out: you compared each reward with the mean of the *others*. That baseline is unbiased. The paper takes
+      the mean of all G, the response's own included. The two differ by the factor G/(G − 1).
+    - no baseline: you subtracted nothing. That is unbiased as well, but with rewards of 0 and 1 no answer is ever made
+      less probable directly, and the noise is larger.
 
     In every group they add up to zero.
     """,
@@ -239,17 +241,16 @@ EX5 = exercise(
     2. That is a parabola in b. Where is its derivative zero?
     3. −2 E[(R − b) |s|²] = 0. Solve for b: a mean of R in which each response has a second weight.
 
-    - the mean reward: this is the mean reward: nearly as good, and what everyone uses. The minimum is elsewhere,
-      because responses with a large score |s| contribute more noise and have more say.
+    - the mean reward: this is the mean reward, which is nearly as good and in common use. The minimum is elsewhere,
+      because responses with a large score |s| contribute more noise.
     - every response alike: the probabilities are missing: noise is an expectation too, and a frequent response counts
       more in it.
     - norm, not its square: you weighted with |s|. The noise is a second moment, so it is |s|² that multiplies (R − b)².
-    - scores without probabilities or squares: a plain mean of the four rewards uses neither how probable a response is
-      nor how large its score is.
-    - probabilities squared: the probabilities come in twice. Inside the expectation stands (R − b)² |s|²; only the
-      outside has π(y).
+    - scores without probabilities or squares: a plain mean of the four rewards ignores how probable a response is and
+      how large its score is.
+    - probabilities squared: the probabilities occur twice. The expectation of (R − b)² |s|² has one factor π(y).
 
-    It moves with the rewards: add 0.3 to all of them and the best baseline is 0.3 higher.
+    The best baseline moves with the rewards: add 0.3 to all of them and it is 0.3 higher.
     """,
     observe=lambda answer: {
         "the baseline for four responses": answer(_PROBS, _FOUR_REWARDS, _SCORES),
@@ -279,16 +280,16 @@ EX6 = exercise(
 
     - linear: you let E[w²] grow by the same amount with each token, 1 + χ²·T. It grows by the same *factor*: compound
       interest.
-    - one token short: at this length a little more than a tenth is left. Asked is the first one at which it is less.
+    - one token short: at this length a little more than a tenth is left. One more token and less is left.
     - squared twice: E[ρ²] already is the mean of the squared ratio; it need not be squared again.
-    - base 2: a logarithm to base 2 on one side and none on the other: divide the log of 10 by the log of E[ρ²], to one
-      and the same base.
+    - base 2: you took a logarithm to base 2 on one side and none on the other. Divide the log of 10 by the log of
+      E[ρ²], both to the same base.
     - linear loss: you took the same share of the *original* off for each token, 1 − χ²·T. Each token takes its share of
       what is left.
     - log of the factor replaced by χ²: log(1 + χ²) ≈ χ² is close when χ² is tiny, and already off by a token or more
       here.
 
-    A distance no one would notice in a plot, and about a hundred tokens. The paper's responses have up to 32,768.
+    For E[ρ²] = 1.02 the answer is about a hundred tokens. The paper's responses have up to 32,768.
     """,
     observe=lambda answer: {
         f"the length for E[ρ²] = {moment}": torch.as_tensor(answer(moment)).double() for moment in (1.02, 1.07, 1.5)
@@ -323,13 +324,13 @@ EX7 = exercise(
     - divided by length: each response was divided by its length. (2) has a sum over tokens: log π(y) is a sum of logs.
     - mean over tokens of the batch: you divided by the number of tokens in the batch. The expectation in (2) is over
       *responses*: a mean over B, with a sum over the tokens inside.
-    - no weight: the importance weight is missing. The responses were drawn by μ_old; without the weight this is an
-      average over the wrong distribution.
+    - no weight: the importance weight is missing. μ_old drew the responses; without the weight this is an average over
+      the wrong distribution.
     - a weight for each token: each token carries its own ratio. That is the token objective, the subject of the next
       lesson; (2) gives every token the weight of its whole response.
     - padding in the weight: the weight includes ratios of tokens after the end.
 
-    Only its gradient was looked at. Its value may be anything.
+    The check looks at the gradient alone. The value may be anything.
     """,
     observe=lambda answer: {"the gradient of the loss with respect to logp": gradient_of_loss(answer, _ADVANTAGES)},
     solution=_loss,

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from minirl_edu.course import Answer, Observations, exercise
+from minirl_edu.course import exercise
 from minirl_edu.course.variants import LOGP, LOGP_ROLLOUT, MASK, gradient_of_loss, log_ratio, masked_sum, policy_loss
 
 _REWARDS = torch.tensor([1.0, 0.3, 0.6])
@@ -36,14 +36,14 @@ EX1 = exercise(
     - the 1 forgotten: you compare a product, which is near 1, with a sum of changes, which is near 0. The first-order
       approximation is 1 + Σ δ.
     - sum of the ratios: you subtracted the sum of the ratios. Each ratio has a 1 in it: on-policy that sum is the
-      length, not 1. The objectives differ by these ones; they drop out of every gradient.
-    - delta is the log-ratio: you took the log-ratio for δ. They agree to first order only, and what is asked is of
-      second order. A single token would not be exact.
+      length, not 1. The objectives differ by these ones, which drop out of every gradient.
+    - delta is the log-ratio: you took the log-ratio for δ. They agree to first order only, and the answer is of second
+      order. A single token would not be exact.
     - its absolute value: the sign is gone. The library's `first_order_gap` takes the size, because it averages over
-      responses; here the term itself was asked.
+      responses. The exercise asks for the term itself.
     - padding counted: tokens after the end are factors and summands of yours. Nobody drew them.
-    - zeros in the product: a masked ratio was set to 0 and multiplied: every response shorter than the batch has weight
-      0. A token that is not there has ratio 1.
+    - zeros in the product: you set masked ratios to 0 and multiplied them. Then every response shorter than the batch
+      has weight 0. A token that is not there has ratio 1.
 
     Zero for a single token, and of second order for more.
     """,
@@ -74,10 +74,11 @@ EX2 = exercise(
     - a token with itself: the squares are still in it. A token has one ratio and occurs once in the product: no pair
       (i, i). With one token nothing may be left.
     - neighbours only: only neighbours are paired. Every token meets every other: T(T − 1)/2 pairs, not T − 1.
-    - the whole remainder: this is everything that is dropped, triples and more included. Asked was its leading part.
-    - squares only: you summed squares of single tokens. What is dropped are products of two different ones.
+    - the whole remainder: this is everything that is dropped, triples and more included. The exercise asks for its
+      leading part.
+    - squares only: you summed squares of single tokens. The dropped terms are products of two different tokens.
 
-    Of T(T − 1)/2 pairs, most cancel. How well, is section 5.
+    Of T(T − 1)/2 pairs, most cancel. Section 5 says how well.
     """,
     observe=lambda answer: {"the sum over pairs": answer(_SMALL)},
     solution=lambda delta: (delta.sum(1) ** 2 - (delta**2).sum(1)) / 2,
@@ -95,19 +96,19 @@ EX3 = exercise(
     """02.3 The token objective (difficulty 2, importance 5, 8 minutes)
 
     1. A sum over the tokens of a response, times its reward; then a mean over the responses.
-    2. The ratio of a token after the end is not 1 and not anything: it is not there.
+    2. A token after the end is not there, so it adds nothing to the sum: 0, not 1.
 
-    - product over tokens: you multiplied the ratios: that is the sequence objective (1). In (3) each token has its own
-      ratio, and they are added.
+    - product over tokens: you multiplied the ratios. That is the sequence objective (1). In (3) each token has its own
+      ratio, and the ratios are added.
     - divided by length: you took the mean over the tokens of a response. It looks more natural (on-policy it gives
       E[R]), but then a token of a long response counts less, and the gradient is no longer that of J_seq.
     - mean over the batch's tokens: you divided by the number of tokens in the batch. The expectation is over responses.
     - padding counted: tokens after the end are summed as well.
-    - masked ratios are one: masked log-ratios are 0 and their exponential is 1: every padded place adds a reward. In a
-      product a 1 does no harm, in a sum it does.
+    - masked ratios are one: masked log-ratios are 0 and their exponential is 1, so every padded place adds a reward. A
+      1 does no harm in a product, but it does in a sum.
     - upside down: the rollout policy belongs in the denominator: what it draws too often counts less.
 
-    Where the policies agree it counts tokens, E[|y|·R]. J_seq would be E[R]. Values are not the point.
+    Where the policies agree, J_token counts tokens, E[|y|·R], and J_seq is E[R]. Only changes have to agree.
     """,
     observe=lambda answer: {
         "the estimate of J_token": answer(LOGP, LOGP_ROLLOUT, _REWARDS, MASK),
@@ -134,7 +135,7 @@ EX4 = exercise(
 
     1. Which gradient should one token's log-probability get? (4) says: its ratio times the reward.
     2. Two ways: the ratio itself, differentiated; or the ratio as a constant in front of log π.
-    3. A loss is minimised, so a minus; then a sum over tokens and a mean over responses.
+    3. A loss is minimised, so it has a minus; then a sum over tokens and a mean over responses.
 
     - ratio not detached: both the ratio and the log carry gradient. By the product rule each token gets ρ·(1 + log π):
       the log of the probability works as an extra, negative reward.
@@ -147,7 +148,7 @@ EX4 = exercise(
     - log-ratio as weight: the weight is the log of the ratio. On-policy it is 0 and nothing would be learned; a weight
       is 1 there.
 
-    ∇ρ = ρ·∇log π: both ways of writing it are one gradient.
+    ∇ρ = ρ·∇log π: both ways of writing the loss have one gradient.
     """,
     observe=lambda answer: {"the gradient of the loss with respect to logp": gradient_of_loss(answer, _REWARDS)},
     solution=_loss,
@@ -190,10 +191,10 @@ EX5 = exercise(
     - through the origin: your line is forced through the origin, so the constant in front of the power bends the slope.
       Centre both logs, or fit an intercept.
     - the intercept: this is the intercept, the log of the constant in front. The exponent is the slope.
-    - two points: right for a perfect power, but it uses two of the points: whatever is odd about those two is in the
-      answer. Fit all of them.
+    - two points: your slope is right for a perfect power, but it uses two of the points. The noise of those two is in
+      the answer. Fit all of them.
 
-    An exponent with its range of steps is a result. An exponent alone is a hope.
+    Say the range of steps together with the exponent.
     """,
     observe=lambda answer: {
         "the slope": torch.as_tensor(answer(_STEPS, _ERRORS)).double(),
@@ -232,7 +233,7 @@ EX6 = exercise(
       token objective and is not dropped. With one token nothing is.
     - second moment of the weight: this is E[w²] itself. Take away what the first-order approximation keeps: the 1 and
       the single tokens.
-    - root taken: this is the root of it. Asked was the mean square.
+    - root taken: this is the root of the answer. The exercise asks for the mean square.
     - pairs only: these are the pairs, the leading part. Triples and more are dropped as well.
     - (1 + Tχ²) squared: you squared the mean square of the first-order part. E[(1 + Σδ)²] already is 1 + T·χ², because
       E[δ] = 0.
@@ -254,39 +255,62 @@ EX6 = exercise(
 )
 
 
-_LOGP_OLD = torch.tensor([[-0.4, -0.9, -0.5], [-0.5, -0.2, -1.4], [-1.1, -0.9, -0.3]])
+def _others(logp: Tensor, logp_rollout: Tensor, mask: Tensor) -> Tensor:
+    """The product of the ratios of all other tokens of a response; 0 outside the mask."""
+    logs = log_ratio(logp, logp_rollout, mask)
+    return torch.where(mask, (logs.sum(1, keepdim=True) - logs).exp(), 0.0)
 
 
-def _observe_factors(answer: Answer) -> Observations:
-    discrepancy, staleness = answer(LOGP, _LOGP_OLD, LOGP_ROLLOUT)
-    return {"the training–inference discrepancy": discrepancy, "the policy staleness": staleness}
+def _missing(logp: Tensor, logp_rollout: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, _others(logp, logp_rollout, mask) - 1, 0.0)
+
+
+def _before(logp: Tensor, logp_rollout: Tensor, mask: Tensor) -> Tensor:
+    logs = log_ratio(logp, logp_rollout, mask)
+    return torch.where(mask, (logs.cumsum(1) - logs).expm1(), 0.0)
+
+
+def _after(logp: Tensor, logp_rollout: Tensor, mask: Tensor) -> Tensor:
+    logs = log_ratio(logp, logp_rollout, mask)
+    return torch.where(mask, (logs.sum(1, keepdim=True) - logs.cumsum(1)).expm1(), 0.0)
 
 
 EX7 = exercise(
-    """02.7 Two factors of one ratio (difficulty 1, importance 5, 5 minutes)
+    """02.7 What the weight of a token is missing (difficulty 3, importance 4, 10 minutes)
 
-    1. Discrepancy: two engines, the same weights. Staleness: one engine, two sets of weights.
-    2. Which policy do both factors have in common?
+    1. The exact weight of a token is the product of all ratios of its response. (4) uses its own ratio alone.
+    2. Their quotient is the product of the ratios of all *other* tokens. In logs that is a difference of two sums.
+    3. `(logs.sum(1, keepdim=True) - logs).exp() - 1`, where `logs` is 0 outside the mask; and 0 outside the mask.
 
-    - exchanged: the two are exchanged. What differs between π_old and μ_old is the engine; between π_θ and π_old it is
-      the weights.
-    - staleness against the rollout: your staleness is measured from μ_old, so the discrepancy is in it a second time.
-      Clipping with that ratio would drop tokens for which no update is to blame.
-    - discrepancy of the target: π_θ/μ_old is the product of both factors. The discrepancy compares the engines at the
-      *same* weights, θ_old.
-    - logs: these are log-ratios: they add. The factors are their exponentials.
-    - upside down: numerator and denominator are exchanged: the product of yours is μ_old/π_θ.
+    - own ratio included: the token's own ratio is in your product. (4) has that ratio already; it misses the others.
+    - first order: you summed the δ of the other tokens. That is the leading part of the answer.
+    - only tokens before: you took the tokens before t. The tokens after t belong to the response as well: π_θ would
+      continue differently.
+    - only tokens after: you took the tokens after t. Those before t count as well: π_θ would come here more or less
+      often.
+    - one not subtracted: this is the factor itself. On-policy it is 1, and nothing is missing there.
+    - padding counted: ratios of tokens after the end are in the product. Nobody drew those tokens.
+    - not relative: this is the difference of the two weights. The exercise asks for the relative error: divide the
+      difference by the token's own ratio.
+    - upside down: you exchanged the two policies. The rollout policy is the denominator.
 
-    Their product is the weight. The rest of the course keeps one or the other near 1.
+    A response of one token misses nothing. Long responses miss more, about χ·√T.
     """,
-    observe=_observe_factors,
-    solution=lambda logp, old, rollout: ((old - rollout).exp(), (logp - old).exp()),
+    observe=lambda answer: {"what is missing in responses of 3, 2 and 1 tokens": answer(LOGP, LOGP_ROLLOUT, MASK)},
+    solution=_missing,
     mistakes={
-        "exchanged": lambda logp, old, rollout: ((logp - old).exp(), (old - rollout).exp()),
-        "staleness against the rollout": lambda logp, old, rollout: ((old - rollout).exp(), (logp - rollout).exp()),
-        "discrepancy of the target": lambda logp, old, rollout: ((logp - rollout).exp(), (logp - old).exp()),
-        "logs": lambda logp, old, rollout: (old - rollout, logp - old),
-        "upside down": lambda logp, old, rollout: ((rollout - old).exp(), (old - logp).exp()),
+        "own ratio included": lambda a, b, mask: torch.where(
+            mask, log_ratio(a, b, mask).sum(1, keepdim=True).expm1(), 0.0
+        ),
+        "first order": lambda a, b, mask: torch.where(
+            mask, _delta(a, b, mask).sum(1, keepdim=True) - _delta(a, b, mask), 0.0
+        ),
+        "only tokens before": _before,
+        "only tokens after": _after,
+        "one not subtracted": _others,
+        "padding counted": lambda a, b, mask: torch.where(mask, _missing(a, b, torch.ones_like(mask)), 0.0),
+        "not relative": lambda a, b, mask: log_ratio(a, b, mask).exp() * _missing(a, b, mask),
+        "upside down": lambda a, b, mask: _missing(b, a, mask),
     },
 )
 

@@ -92,7 +92,8 @@ EX2 = exercise(
 
     1. Two of the three are never negative. One of those two is unbiased.
     2. For the third: put r = 1000 into −log r, into ½ log² r and into r − 1 − log r. Which stays small?
-    3. For the last: each of the three is a mean over tokens that μ_old drew. What if it was another who drew?
+    3. For the last: each of the three is a mean over tokens that μ_old drew. What if another policy drew
+       them?
 
     - k2 and k3 swapped: k2 and k3 are the wrong way round. E[r] = 1 makes the mean of r − 1 vanish, so k3 has the mean
       of k1, the KL itself; half a square has not.
@@ -102,8 +103,8 @@ EX2 = exercise(
       drew, k3 with r = π_old/μ_old estimates no KL in any direction.
     - k1 never negative: k1 is negative for every token that the trainer finds likelier than the sampler did. Only its
       mean over all tokens is not.
-    - k2 for heavy tails: ½ log² r is tame, but biased, and worst where ratios are far from 1. Asked was one whose mean
-      is the KL.
+    - k2 for heavy tails: ½ log² r is tame, but biased, and worst where ratios are far from 1. The question asks for
+      one whose mean is the KL.
 
     Plot k1 because the paper does; look at k3 when the curve of k1 dips below zero.
     """,
@@ -159,7 +160,8 @@ EX3 = exercise(
       π/μ_old, or draw from π and don't weight.
     - softmax forgotten: that is the expectation of R · onehot(y). The logits of the tokens that were not drawn move as
       well: ∇ log π(y) = onehot(y) − π.
-    - sign of the loss: both rows have the wrong sign: that is the gradient of a loss. Asked is that of the objective.
+    - sign of the loss: both rows have the wrong sign: that is the gradient of a loss. The exercise asks for
+      that of the objective.
     - weight not detached: autograd went through the weight: the first row has an extra term ∇w · log π. In (7) the
       weight is inside sg[·]: it says how much a token counts and is no part of what is differentiated.
 
@@ -202,7 +204,7 @@ EX4 = exercise(
     """03.4 The truncated importance weight (difficulty 2, importance 5, 8 minutes)
 
     1. The numerator is the policy that is being trained, the denominator the one that drew the token.
-    2. The paper caps π_θ/μ_old as a whole. `logp_old` is an argument, because look-alikes use it; you need not.
+    2. The paper caps π_θ/μ_old as a whole. `logp_old` is an argument, because look-alikes use it. You need not use it.
     3. `.detach()`, `.exp()`, `.clamp(max=cap)`; nothing from below.
 
     - not detached: the numbers are right, but the weight carries a gradient. In (7) it is inside sg[·]; attached, the
@@ -280,10 +282,10 @@ EX5 = exercise(
     """03.5 What a cap costs and what it saves (difficulty 3, importance 4, 15 minutes)
 
     1. One draw gives x = min(π/μ, c) · value. You know μ(y) of every y: its mean and variance are two sums.
-    2. The bias is the mean of x minus what is wanted, and wanted is the mean of the values under π.
+    2. The bias is the mean of x minus the mean of the values under π.
     3. The mean of n independent draws has the variance of one draw divided by n; the standard error is the root.
 
-    - compared with the sampler: the bias is measured from the sampler's own mean. What the weight is for is the mean
+    - compared with the sampler: the bias is measured from the sampler's own mean. The weight is there to give the mean
       under π.
     - sign of the bias: the bias has the wrong sign: it is what the estimate says minus what is true. A cap takes weight
       away, so with values ≥ 0 it can only be negative.
@@ -291,8 +293,8 @@ EX5 = exercise(
       and rare with a large weight is what makes the noise.
     - divided by n: the standard error was divided by n. The variance falls like 1/n, the standard error like 1/√n.
     - of one draw: that is the standard deviation of a single draw. Averaging n of them makes it smaller.
-    - of the weight: that is the standard error of the mean weight. Wanted is that of weight times value: a draw with
-      value 0 contributes 0, whatever its weight.
+    - of the weight: that is the standard error of the mean weight. The exercise wants that of weight times value: a
+      draw with value 0 contributes 0, whatever its weight.
 
     Bias does not shrink with the batch, noise does: a cap of 5 is a choice for a batch size.
     """,
@@ -327,11 +329,13 @@ EX6 = exercise(
     - divided after the softmax: the log-probability was divided by T after normalising. What you get does not add up to
       1: the normaliser changes with T as well.
     - multiplied: the logits were multiplied by T. A temperature below 1 must make the distribution sharper.
-    - likeliest token: that is the log-probability of the likeliest token. Wanted is that of the token that was drawn.
+    - likeliest token: that is the log-probability of the likeliest token. The exercise wants that of the token that
+      was drawn.
     - not normalised: that is a logit, not a log-probability: the normaliser is missing, and it differs from place to
       place.
     - normalised over time: the softmax runs over the positions of the response instead of over the vocabulary.
-    - probability: these are probabilities. Their logarithm is asked for: products over a response would underflow.
+    - probability: these are probabilities. The exercise asks for their logarithm: products over a response would
+      underflow.
 
     The engine and the trainer must both do this, with the same T.
     """,
@@ -449,16 +453,16 @@ def _entropy(right: int, wrong: int, weight: bool, divided: bool) -> str:
 
 
 EX8 = exercise(
-    """03.8 Which run collapses? (difficulty 2, importance 5, 6 minutes)
+    """03.8 What happens to the entropy? (difficulty 2, importance 5, 6 minutes)
 
-    1. Which sign has Cov(|y|, R) if wrong responses are longer?
+    1. Which sign does Cov(|y|, R) have if wrong responses are longer?
     2. A noisy engine is flatter than π. Pushed away from it, π gets sharper; pulled towards it, flatter.
     3. Two things make the total 0 whatever the lengths are. Which?
 
     - sign reversed: falling and rising are exchanged. Long losers push π away from the engine, and the engine is the
       flatter one: π gets sharper.
     - the missing weight alone: without the weight you let the entropy fall everywhere. Leaving out the weight lets
-      a drift in, and the drift's sign depends on the lengths. In our own runs all are alike, and nothing happens.
+      a drift in, and the drift's sign depends on the lengths. Where all are alike, nothing happens.
     - weight overlooked: with the weight there is no drift: what is drawn by μ and weighted by π/μ is an expectation
       under π, and the mean of onehot(y) − π under π is 0.
     - division overlooked: divided by its length a response pushes once in total, by its advantage, and advantages add
@@ -478,59 +482,4 @@ EX8 = exercise(
     },
 )
 
-
-_PURPOSES = (
-    "all responses are equally long",
-    "nobody knows which responses will be longer",
-    "turns the drift around",
-    "hardly any drift, but too much noise",
-)
-_WEIGHTS = ("none", "token truncated", "token masked", "sequence")
-
-
-def _observe_correction(answer: Callable[[], Mapping[str, str]]) -> Observations:
-    chosen = answer()
-    given = {purpose: str(chosen[purpose]).strip().lower() for purpose in _PURPOSES}
-    if wrong := [weight for weight in given.values() if weight not in _WEIGHTS]:
-        raise ValueError(f"{wrong[0]!r} is none of {', '.join(_WEIGHTS)}")
-    return {f"the choice for “{purpose}”": weight for purpose, weight in given.items()}
-
-
-def _correction(*weights: str) -> Callable[[], dict[str, str]]:
-    return lambda: dict(zip(_PURPOSES, weights, strict=True))
-
-
-EX9 = exercise(
-    """03.9 Choose the correction (difficulty 2, importance 4, 8 minutes)
-
-    1. Where the drift's total is 0 there is nothing to correct. What does a weight still cost?
-    2. In the table, look at the smallest of the three scores of each row.
-    3. A product over a response is exact and has few limits; how large does it get over 96 tokens?
-
-    - the weight everywhere: the first is wrong. With equal lengths there is no drift to remove, and a weight only adds
-      variance: without it the runs end higher.
-    - mask for cap: the second is wrong. A two-sided mask sounds safer than a cap, but ratios of rare tokens vary most:
-      it drops them most often, and what it keeps is sharper than π. Its runs fail in two of the three cases.
-    - the exact one for all: the second is wrong. A sequence's weight leaves hardly any drift, but over 96 tokens its
-      variance stops learning.
-    - no weight for all: the second is wrong. Without a weight the runs fail wherever lengths depend on the reward.
-    - cap turns the drift around: the third is wrong. The cap at 5 binds rarely and leaves a small drift; the mask
-      drops every ratio outside [0.5, 5].
-    - mask for noise: the last is wrong. The mask's variance is below the cap's. What is large is the product of 96
-      ratios.
-
-    A correction has two costs: the drift that it leaves, and the variance that it brings.
-    """,
-    observe=_observe_correction,
-    solution=_correction("none", "token truncated", "token masked", "sequence"),
-    mistakes={
-        "the weight everywhere": _correction("token truncated", "token truncated", "token masked", "sequence"),
-        "mask for cap": _correction("none", "token masked", "token masked", "sequence"),
-        "the exact one for all": _correction("none", "sequence", "token masked", "sequence"),
-        "no weight for all": _correction("none", "none", "token masked", "sequence"),
-        "cap turns the drift around": _correction("none", "token truncated", "token truncated", "sequence"),
-        "mask for noise": _correction("none", "token truncated", "token masked", "token masked"),
-    },
-)
-
-EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7, EX8, EX9)
+EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7, EX8)

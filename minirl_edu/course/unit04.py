@@ -83,7 +83,7 @@ EX2 = exercise(
     3. `ratio = (logp - logp_old).exp()`; advantages need a second axis; write *dropped* as an `|` of two `&`.
 
     - both sides for both signs: you drop every token whose ratio is outside the range, whatever the sign. A token that
-      drifted *against* its push needs its gradient most: it is what brings it back.
+      drifted *against* its push needs its gradient most: the gradient brings it back.
     - the other two quadrants: your mask drops the tokens that moved against their push and keeps those that went too
       far. The signs are exchanged.
     - bounds exchanged: ε_high belongs to the upper side, 1 + ε_high, and ε_low to the lower. The two are not equal:
@@ -94,7 +94,7 @@ EX2 = exercise(
       −0.223.
     - ratio upside down: your ratio is π_old/π_θ. The target policy stands above the line: r says how far θ has moved.
 
-    It lets go of what has moved far enough, and never of what must come back.
+    The mask drops tokens that have moved far enough with their push, and never one that must come back.
     """,
     observe=_observe_mask,
     solution=_mask,
@@ -184,8 +184,8 @@ EX4 = exercise(
     2. The advantage must be inside both, before the minimum: multiplying by a negative number turns an order round.
     3. `torch.minimum(r * A, r.clamp(1 - eps_low, 1 + eps_high) * A)`, and the ratio must carry gradient.
 
-    - maximum: you take the larger of the two. The minimum makes the surrogate a pessimist: it never promises more than
-      the unclipped one, and it is flat only where the token has gone too far.
+    - maximum: you take the larger of the two. The minimum is never above the unclipped value, and it is flat only
+      where the token has gone too far.
     - clipped only: without the minimum the gradient vanishes on both sides, also for a token that moved against its
       push. Such a token would never come back.
     - minimum before the advantage: you take the minimum of the ratios and multiply afterwards. For a negative advantage

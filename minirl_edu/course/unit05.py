@@ -1,5 +1,6 @@
-"""Exercises of lab 05: divisors, standard deviations, and the losses of MiniRL, GRPO and CISPO written by hand."""
+"""Exercises of lab 05: divisors, standard deviations, MiniRL, GRPO and CISPO by hand, and the other corrections."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -10,15 +11,11 @@ from minirl_edu.course import Answer, Observations, exercise
 from minirl_edu.course.variants import (
     EPS_HIGH,
     EPS_LOW,
-    Part,
     batch_advantages,
-    divided_by,
     dropped,
     gradient,
     masked_mean,
-    responses,
     surrogate,
-    tokens,
     torch_std_advantages,
 )
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
@@ -63,7 +60,7 @@ EX1 = exercise(
        lengths.
     3. `torch.where(mask, terms, 0.0)` first: NaN · 0 is NaN. An empty response has the sum 0; don't divide it by 0.
 
-    - padding summed: padding was added up as well. Outside the mask stands anything at all.
+    - padding summed: padding was added up as well. Anything at all may stand outside the mask.
     - padding counted: the sums are right, the divisors count padding. Then a response's weight depends on how long the
       longest response of its batch is.
     - multiplied by the mask: right as long as padding is finite. NaN · 0 is NaN: replace it before adding up.
@@ -126,7 +123,7 @@ EX2 = exercise(
     - mean length: you divided everything by the mean length. That is the token mean of a large batch: the direction
       stays that of the expected reward. Here every response has its own divisor.
     - reward over length: that is the gradient of E[R/|y|]. The baseline is subtracted first and divided as well: a
-      wrong response gets −b/|y|, and that is where the length bias comes from.
+      wrong response gets −b/|y|, and the length bias comes from there.
     - times the length: the advantage was multiplied by the length: long responses now count more, not less.
     - softmax forgotten: the entries do not add up to 0. Logits are pulled by f − E_π[f]: scaled advantages no longer
       have mean 0 by themselves.
@@ -403,56 +400,133 @@ EX6 = exercise(
 )
 
 
-_PARTS: tuple[Part, ...] = (
-    (torch.tensor([[2.0, -1.0, 3.0], [1.0, 0.5, 0.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]]).bool()),
-    (torch.tensor([[4.0, 0.0], [-3.0, 0.0], [1.5, 2.5]]), torch.tensor([[1, 0], [1, 0], [1, 1]]).bool()),
-    (torch.tensor([[6.0, 1.0, 1.0, 2.0]]), torch.tensor([[1, 1, 1, 1]]).bool()),
-)
+# Padding: one response of two tokens, one of one. In the first, each ratio is below 5 and the product above; in the
+# second, one ratio is above 5 and the product below.
+_W_RATIO = torch.tensor([[2.0, 1.5, 2.5, 1.0], [0.1, 8.0, 0.0, 0.0], [0.25, 0.0, 0.0, 0.0]])
+_W_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 
 
-def _observe_parts(answer: Answer) -> Observations:
-    losses = [torch.as_tensor(loss) for loss in answer(_PARTS)]
-    whole = [torch.as_tensor(loss) for loss in answer(_PARTS[:1])]
+def _observe_weights(answer: Answer) -> Observations:
+    def pair(padding: float) -> list[Tensor]:
+        old = torch.full_like(_W_RATIO, -3.0).masked_fill(~_W_MASK, padding)
+        rollout = torch.where(_W_MASK, old - _W_RATIO.log(), 2.0)
+        return [torch.as_tensor(weight) for weight in answer(old, rollout, _W_MASK, 5.0)]
+
+    product, mean = pair(1.0)
     return {
-        "the number of losses": len(losses),
-        "the loss of a batch that is not split": whole[0],
-        "the losses of the parts": torch.stack(losses),
+        "the truncated product": product,
+        "the geometric mean": mean,
+        "both where padding holds NaN": torch.stack(pair(torch.nan)),
     }
 
 
-_negative = partial(divided_by, sign=-1)
+def _weights(
+    logp_old: Tensor,
+    logp_rollout: Tensor,
+    mask: Tensor,
+    cap: float,
+    *,
+    padded: bool = False,
+    token_cap: float = torch.inf,
+    arithmetic: bool = False,
+    places: bool = False,
+) -> tuple[Tensor, Tensor]:
+    difference = logp_old - logp_rollout
+    log_ratio = difference if padded else torch.where(mask, difference, 0.0)
+    lengths = torch.full((len(mask),), mask.shape[1]) if places else mask.sum(1)
+    product = log_ratio.exp().clamp(max=token_cap).prod(1)
+    mean = (log_ratio.exp() * mask).sum(1) / lengths if arithmetic else (log_ratio.sum(1) / lengths).exp()
+    return product.clamp(max=cap), mean
+
 
 EX7 = exercise(
-    """05.7 A mean over tokens, in parts (difficulty 3, importance 4, 10 minutes)
+    """05.7 Two weights of a whole response (difficulty 2, importance 3, 10 minutes)
 
-    1. What must the losses of the parts add up to? Write that number down with its divisor first.
-    2. The divisor is the same for every part, and it has to be known before the first of them is computed.
+    1. The logarithm of a product is a sum. Both weights start from the sum of the log-ratios of a response.
+    2. The geometric mean is the |y|-th root of the product: the exponential of the *mean* log-ratio.
+    3. `torch.where(mask, logp_old - logp_rollout, 0.0)` takes padding out of the sum; the length is `mask.sum(1)`.
 
-    - local means: each part was divided by its own tokens. Gradients of parts add up, so the step grows with the number
-      of parts.
-    - mean of local means: a mean of the parts' means. A token in a part with few tokens then counts for more: its
-      weight depends on who shares its micro-batch, that is on packing.
-    - responses: you divided by the number of responses: MiniRL's divisor. Asked is the token mean.
-    - padding: padding was counted. It differs from part to part and is no token.
-    - divided twice: the divisor is already the whole batch's. Dividing by the number of parts as well makes the step
-      smaller the finer the batch is cut (many loops do this by default: gradient accumulation).
-    - weighted by responses: the local means are weighted by the parts' share of the *responses*. For a mean over tokens
-      it is the share of the tokens.
-    - sign: the losses have the sign of the objective.
+    - upside down: the ratios are upside down. The trainer's probability is the numerator: what the engine drew too
+      rarely counts more.
+    - cap on each token: each token's ratio was truncated before the product. The cap is for the product, which can
+      pass 5 although no token does.
+    - no cap: the product has no cap. Over a long response it can be huge.
+    - arithmetic mean: the second is the arithmetic mean of the ratios. The geometric mean is the exponential of the
+      mean log-ratio; it is smaller, and a single large ratio moves it less.
+    - padding in the product: padding was added up as well. Anything at all may stand outside the mask.
+    - padding in the length: the sum is right, but it is divided by the width of the table. The root is the |y|-th.
+    - logarithms: these are log-weights. The weight is their exponential.
+    - swapped: the two are in the other order: first the product, then the geometric mean.
 
-    The library takes the global count as an argument: num_responses, and num_tokens for CISPO.
+    The product is the weight of equation (1). The geometric mean has little variance and leaves most of the drift.
     """,
-    observe=_observe_parts,
-    solution=_negative(lambda part, parts: tokens(*parts)),
+    observe=_observe_weights,
+    solution=_weights,
     mistakes={
-        "local means": _negative(lambda part, parts: tokens(part)),
-        "mean of local means": _negative(lambda part, parts: tokens(part) * len(parts)),
-        "responses": _negative(lambda part, parts: responses(*parts)),
-        "padding": _negative(lambda part, parts: sum(mask.numel() for _, mask in parts)),
-        "divided twice": _negative(lambda part, parts: tokens(*parts) * len(parts)),
-        "weighted by responses": _negative(lambda part, parts: tokens(part) * responses(*parts) / responses(part)),
-        "sign": divided_by(lambda part, parts: tokens(*parts)),
+        "upside down": lambda old, rollout, mask, cap: _weights(rollout, old, mask, cap),
+        "cap on each token": partial(_weights, token_cap=5.0),
+        "no cap": lambda old, rollout, mask, cap: _weights(old, rollout, mask, torch.inf),
+        "arithmetic mean": partial(_weights, arithmetic=True),
+        "padding in the product": partial(_weights, padded=True),
+        "padding in the length": partial(_weights, places=True),
+        "logarithms": lambda *case: [weight.log() for weight in _weights(*case)],
+        "swapped": lambda *case: _weights(*case)[::-1],
     },
 )
 
-EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7)
+
+_PURPOSES = (
+    "all responses are equally long",
+    "nobody knows which responses will be longer",
+    "turns the drift around",
+    "hardly any drift, but too much noise",
+)
+_WEIGHTS = ("none", "token truncated", "token masked", "sequence")
+
+
+def _observe_correction(answer: Callable[[], Mapping[str, str]]) -> Observations:
+    chosen = answer()
+    given = {purpose: str(chosen[purpose]).strip().lower() for purpose in _PURPOSES}
+    if wrong := [weight for weight in given.values() if weight not in _WEIGHTS]:
+        raise ValueError(f"{wrong[0]!r} is none of {', '.join(_WEIGHTS)}")
+    return {f"the choice for “{purpose}”": weight for purpose, weight in given.items()}
+
+
+def _correction(*weights: str) -> Callable[[], dict[str, str]]:
+    return lambda: dict(zip(_PURPOSES, weights, strict=True))
+
+
+EX8 = exercise(
+    """05.8 Choose the correction (difficulty 2, importance 4, 8 minutes)
+
+    1. Where the drift's total is 0 there is nothing to correct. What does a weight still cost?
+    2. In the figure, compare each correction's lowest score over the three cases.
+    3. A product over a response is exact. How large does it get over 96 tokens?
+
+    - the weight everywhere: the first is wrong. With equal lengths there is no drift to remove, and a weight only adds
+      variance: without it the runs end higher.
+    - mask for cap: the second is wrong. A two-sided mask sounds safer than a cap, but ratios of rare tokens vary most:
+      it drops them most often, and what it keeps is sharper than π. Its runs fail in two of the three cases.
+    - the exact one for all: the second is wrong. A sequence's weight leaves hardly any drift, but over 96 tokens its
+      variance stops learning.
+    - no weight for all: the second is wrong. Without a weight the runs fail wherever lengths depend on the reward.
+    - cap turns the drift around: the third is wrong. The cap at 5 binds rarely and leaves a small drift; the mask
+      drops every ratio outside [0.5, 5].
+    - mask for noise: the last is wrong. The mask's variance is below the cap's. What is large is the product of 96
+      ratios.
+
+    A correction has two costs: the drift that it leaves, and the variance that it brings.
+    """,
+    observe=_observe_correction,
+    solution=_correction("none", "token truncated", "token masked", "sequence"),
+    mistakes={
+        "the weight everywhere": _correction("token truncated", "token truncated", "token masked", "sequence"),
+        "mask for cap": _correction("none", "token masked", "token masked", "sequence"),
+        "the exact one for all": _correction("none", "sequence", "token masked", "sequence"),
+        "no weight for all": _correction("none", "none", "token masked", "sequence"),
+        "cap turns the drift around": _correction("none", "token truncated", "token truncated", "sequence"),
+        "mask for noise": _correction("none", "token truncated", "token masked", "token masked"),
+    },
+)
+
+EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6, EX7, EX8)

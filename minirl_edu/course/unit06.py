@@ -50,12 +50,12 @@ EX1 = exercise(
 
     - gates not renormalised: the gates add up to less than one: the probabilities of the experts that were not chosen
       are missing from the sum. This family divides by the sum over the chosen ones.
-    - all experts used: every expert contributes. That is a dense layer, and k has no effect: no choice, no flip, and
-      eight times the work.
+    - all experts used: every expert contributes, and k has no effect. That is a dense layer: no choice, no flip, and
+      the work of all experts.
     - raw logits as gates: the weights are the router logits themselves: they may be negative and don't add up to one.
     - equal gates: all chosen experts count alike. Then the router's gradient is zero everywhere: it could never learn.
     - gates and experts in different orders: the right gates, given to the wrong experts: the experts were brought into
-      ascending order and the gates were not. The order of a top-k is free, but both have to be in the same one.
+      ascending order and the gates were not. Any order is fine, but both must have the same.
     - experts transposed: each expert multiplies from the wrong side. `experts[e]` is [out, in], as in `nn.Linear`.
 
     With k = 1 a renormalised gate is always 1, and the router gets no gradient at all.
@@ -98,12 +98,12 @@ EX2 = exercise(
     3. `scores.softmax(-1).gather(-1, experts)` picks, in the order of `experts`.
 
     - scores zeroed outside the live top-k: an expert outside the token's own best got the gate 0, and no gradient. Its
-      score was set to zero before it was picked. This bug stood in a training framework: nothing crashes, the router
-      silently stops learning about just the experts that matter.
+      score was set to zero before it was picked. A training framework had this bug. Nothing crashes, and the router
+      stops learning about exactly the experts that matter.
     - the live gates: these are the gates of the token's own best experts, whatever was given: the weights of one choice
-      would be multiplied with the outputs of another.
-    - not renormalised: the gates of a token add up to less than one. In the families that leave them so this is right;
-      here they are divided by their sum.
+      would multiply the outputs of another.
+    - not renormalised: the gates of a token add up to less than one. Some families leave them so. Here they are divided
+      by their sum.
     - gates detached: the values are right, but no gradient reaches the router logits. Only the selection is fixed: the
       gates are live.
     - softmax over the tokens: the softmax ran over the tokens instead of over the experts: each token's gates depend on
@@ -143,8 +143,7 @@ EX3 = exercise(
     - one place too high: this is the gap between two experts that were both chosen. If they swap places, the set stays.
     - one place too low: this is the gap between two experts that both stayed out. The k-th of a list stands at index k
       − 1.
-    - the best against the second: this is the gap between the best and the second best. That decides a top-1, and
-      nothing else.
+    - the best against the second: this is the gap between the best and the second best. It decides a top-1 only.
     - between probabilities: this is a difference of probabilities. It depends on all other experts too; the noise that
       matters is on the logits, and so is the margin.
     - not sorted: these are the logits of two neighbouring experts, in the order of their numbers: sort first.
@@ -187,7 +186,7 @@ EX4 = exercise(
     - variance for standard deviation: σ is squared: the normal distribution's argument is in units of the standard
       deviation.
 
-    It is large only where the margin is at most a few σ. How many tokens lie there decides the flip rate.
+    The probability is large only where the margin is at most a few σ. The share of tokens there decides the flip rate.
     """,
     observe=lambda answer: {
         "the probability at noise 0.2, from margin 0 to 1": answer(_MARGINS, 0.2),
@@ -232,9 +231,9 @@ EX5 = exercise(
 
     - order counted: experts 6, 7 against 7, 6 counts as a flip. The layer's output is a sum: its order means nothing,
       and engines differ in it.
-    - experts counted instead of tokens: this counts places in the sorted lists that differ. A token is flipped or it is
-      not.
-    - mask ignored: padding counts too. No engine routed those rows, so whatever is in them is not a flip.
+    - experts counted instead of tokens: this counts places in the sorted lists that differ. A token counts once,
+      however many of its experts changed.
+    - mask ignored: padding counts too. No engine routed those rows, so they contain no flip.
     - divided by all places: flips under the mask are left out, but the padding still counts in the denominator: the
       more padding, the smaller the rate.
     - compared by their sums: different sets can have the same sum: experts 0 and 3 against 1 and 2 went unnoticed.

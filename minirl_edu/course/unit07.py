@@ -56,13 +56,13 @@ EX1 = exercise(
     - nothing replayed: every token uses its own best experts: this is live routing, `forced` was not used.
     - invalid rows replayed: the row that is not valid was replayed as well. What stands in it is filling: expert 0,
       twice. In a large batch such rows make expert 0 a hot spot, and a name given twice breaks expert-parallel code.
-    - scores zeroed outside the live top-k: a replayed expert outside the live choice got gate 0 and no gradient. Just
-      the tokens for which replay was made are computed wrongly. Gather from the dense scores.
-    - gates detached: the values are right, and the router gets no gradient. Replay holds the selection, nothing else.
+    - scores zeroed outside the live top-k: a replayed expert outside the live choice got gate 0 and no gradient.
+      Exactly the tokens for which replay was made are computed wrongly. Gather from the dense scores.
+    - gates detached: the values are right, and the router gets no gradient. Replay fixes the selection only.
     - gates of the live choice: replayed experts with the gates of others: the weights belong to the token's own best
       experts, in their order.
 
-    Row by row, that is what `RoutingReplay` answers to a router's top-k.
+    `RoutingReplay` gives a router's top-k this answer, row by row.
     """,
     observe=_observe_choice,
     solution=_choice(_replayed),
@@ -94,8 +94,8 @@ EX2 = exercise(
     2. R3 replays what the *rollout* engine chose, from the first forward of the training engine on.
     3. Nobody replays anything when the model is evaluated: there are no routes for those tokens.
 
-    - R3 only in the update: under R3 π_old is computed with the rollout's experts, too. Live, the first factor would
-      keep all its flips, and the second would get them as well: π_θ under e_mu against π_old under e_old.
+    - R3 only in the update: under R3 π_old is computed with the rollout's experts, too. With a live π_old the first
+      factor would keep all its flips, and the second would get them as well: π_θ under e_mu against π_old under e_old.
     - R2 with the rollout's experts: R2 replays what the *training* engine chose, e_old. What the rollout engine chose
       is R3's.
     - R2 from the second mini-batch on: live and e_old are the same experts in the first mini-batch, as long as θ =
@@ -146,7 +146,7 @@ EX3 = exercise(
       engine would choose other experts for some tokens, and is made to use the rollout's.
     - R3 later: R3, later mini-batches: now both reasons hold. The engines differed from the start, and the weights have
       moved as well.
-    - never altered: only the *selection* is replayed, and gates are live. Yet with other experts it is another
+    - never altered: only the *selection* is replayed, and gates are live. With other experts it is still another
       function: three of the four cells are altered.
 
     With N = 2 half of the updates are in R2's untouched cell, with N = 8 an eighth.
@@ -193,7 +193,7 @@ EX4 = exercise(
       share of a number near zero means nothing. k3 has only terms ≥ 0.
     - a difference, not a share: this is the difference in nats. Divide by the KL without replay.
 
-    It can be negative: forcing the other engine's experts is not bound to bring two functions closer.
+    The share can be negative: the other engine's experts do not always bring two functions closer.
     """,
     observe=_observe_removed,
     solution=_removed,

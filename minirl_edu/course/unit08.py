@@ -1,17 +1,16 @@
-"""Exercises of unit 08, MiniRL end to end: the global step, its metrics, and what counts as evidence."""
+"""Exercises of unit 08, MiniRL end to end: the global step, the sync, micro-batches that add up, and the entropy."""
 
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from minirl_edu.course import Answer, Observations, exercise
-from minirl_edu.course.variants import kl, masked_mean, responses, tokens
-from minirl_edu.diagnostics import entropy_from_logits, kl_k1
+from minirl_edu.course.variants import masked_mean, responses, tokens
+from minirl_edu.diagnostics import entropy_from_logits
 from minirl_edu.objectives import minirl_loss
 
 
@@ -107,7 +106,7 @@ EX1 = exercise(
     3. Sample, split, the old log-probabilities of **all** mini-batches, then one update for each, then sync.
 
     - no sync: the engine still holds the weights of the first global step. Every later rollout is staler than the one
-      before, and π_old/μ_old is no longer a discrepancy of engines but of policies.
+      before, and π_old/μ_old compares two policies instead of two engines.
     - π_old of the moment: π_old is computed right before each update, so in later mini-batches it is π_θ: the ratio r
       is 1 everywhere, the clip never acts, and staleness is counted as a discrepancy of the engines.
     - sync after each update: the engine gets weights that it never samples with. Only the final ones become the next
@@ -116,8 +115,7 @@ EX1 = exercise(
       measures the weights of before.
     - one big update: all responses went into a single gradient step. That is on-policy with a larger batch, not N
       updates for one rollout.
-    - the first mini-batch again: every update used the first mini-batch; the other responses were sampled for nothing,
-      and one part was trained on N times.
+    - the first mini-batch again: every update used the first mini-batch; the other responses were sampled for nothing.
 
     One rollout, one π_old, N updates, one sync.
     """,
@@ -176,7 +174,7 @@ def _observe_sync(answer: Answer) -> Observations:
     }
 
 
-def _push(engine: ToyEngine, weights: Tensor, version: int, *, stored: Answer = _rounded, clear: bool = True) -> None:
+def _sync(engine: ToyEngine, weights: Tensor, version: int, *, stored: Answer = _rounded, clear: bool = True) -> None:
     engine.weights, engine.version = stored(weights), version
     if clear:
         engine.cache.clear()
@@ -198,20 +196,20 @@ EX2 = exercise(
     - rounds the trainer: the rounding was done in place, on the trainer's own weights. Small updates are lost for good.
     - the cache survives: a prompt seen before is still answered from the cache of the old weights. Engines cache the
       keys and values of prompts: reset that at every sync.
-    - no version: the version is that of before. Nobody can tell later which weights sampled a rollout.
+    - no version: the version is that of before. Later nobody knows which weights sampled a rollout.
 
     `HFEngine.sync` does the same, tensor by tensor, and keeps no cache between calls.
     """,
     observe=_observe_sync,
-    solution=_push,
+    solution=_sync,
     mistakes={
         "nothing": lambda engine, weights, version: None,
-        "only the label": lambda engine, weights, version: _push(engine, engine.weights, version),
-        "an alias": partial(_push, stored=lambda weights: weights),
-        "not rounded": partial(_push, stored=torch.clone),
-        "rounds the trainer": partial(_push, stored=lambda weights: weights.mul_(4).round_().div_(4).clone()),
-        "the cache survives": partial(_push, clear=False),
-        "no version": lambda engine, weights, version: _push(engine, weights, engine.version),
+        "only the label": lambda engine, weights, version: _sync(engine, engine.weights, version),
+        "an alias": partial(_sync, stored=lambda weights: weights),
+        "not rounded": partial(_sync, stored=torch.clone),
+        "rounds the trainer": partial(_sync, stored=lambda weights: weights.mul_(4).round_().div_(4).clone()),
+        "the cache survives": partial(_sync, clear=False),
+        "no version": lambda engine, weights, version: _sync(engine, weights, engine.version),
     },
 )
 
@@ -345,115 +343,70 @@ EX4 = exercise(
 )
 
 
-_MU = torch.tensor([[0.50, 0.40, 0.90], [0.80, 0.30, 0.20]]).log()
-_OLD = torch.tensor([[0.45, 0.44, 0.88], [0.84, 0.70, 0.60]]).log()
-_THETA = torch.tensor([[0.60, 0.20, 0.95], [0.50, 0.10, 0.30]]).log()
-
-_k1 = partial(kl, term="k1")
-
-EX5 = exercise(
-    """08.5 The training–inference KL (difficulty 2, importance 5, 8 minutes)
-
-    1. Which two of the three policies hold the same weights?
-    2. The tokens were drawn from μ_old, so μ_old is the distribution that the expectation is under: it stands first.
-    3. The mean of log μ_old − log π_old over the response tokens.
-
-    - the wrong way round: the difference is the wrong way round. Tokens are drawn from μ_old, which likes them better
-      on average: the KL must come out positive where it does.
-    - π_θ instead of π_old: that compares with π_θ, whose weights have moved. Then a large step looks like a bad engine:
-      the two factors of (5) are mixed.
-    - staleness: that is log π_old − log π_θ, the staleness. The engine that sampled does not occur in it.
-    - k3: that is k3: the same expectation with less noise, and a good thing to look at. The paper's curve is the plain
-      mean of the log-ratio.
-    - padding counted: padding is in the mean. What stands there is no token.
-    - per response: that is a sum over the tokens of each response: the KL of whole responses, which grows with their
-      length. The metric is per token.
-    - absolute values: with absolute values it is no longer a KL: the two signs must be allowed to cancel.
-
-    It may come out slightly negative: it is an estimate, and its noise does not know that a KL cannot be.
-    """,
-    observe=lambda answer: {
-        "the KL of the example": answer(_THETA.clone(), _OLD.clone(), _MU.clone(), _TOKENS.clone()),
-        "the KL where the engine likes every drawn token better by 0.1 nats": answer(
-            _THETA.clone(), _MU.clone() - 0.1, _MU.clone(), _TOKENS.clone()
-        ),
-    },
-    solution=lambda logp, old, mu, mask: kl_k1(mu, old, mask),
-    mistakes={
-        "the wrong way round": lambda logp, old, mu, mask: _k1(old, mu, mask),
-        "π_θ instead of π_old": lambda logp, old, mu, mask: _k1(mu, logp, mask),
-        "staleness": lambda logp, old, mu, mask: _k1(old, logp, mask),
-        "k3": lambda logp, old, mu, mask: kl(mu, old, mask),
-        "padding counted": lambda logp, old, mu, mask: _k1(mu, old, mask, over="places"),
-        "per response": lambda logp, old, mu, mask: _k1(mu, old, mask, over="sums"),
-        "absolute values": lambda logp, old, mu, mask: masked_mean((mu - old).abs(), mask),
-    },
-)
-
-
-# Student's t by degrees of freedom, from a table: the observations have 5 and 7 seeds.
-_T_975 = {4: 2.776445, 6: 2.446912, 8: 2.306004, 12: 2.178813}
-_T_950 = {4: 2.131847, 6: 1.943180}
-_SEEDS_A = (0.86, 0.79, 0.90, 0.71, 0.83)
-_SEEDS_B = (0.80, 0.75, 0.88, 0.62, 0.80)
-
-
-def _observe_paired(answer: Answer) -> Observations:
-    def numbers(a: Sequence[float], b: Sequence[float]) -> Tensor:
-        return torch.tensor([float(x) for x in answer(np.array(a), np.array(b))], dtype=torch.float64)
-
+def _observe_slope(answer: Answer) -> Observations:
+    logits = torch.tensor([2.0, 0.5, 0.0, -1.0], dtype=torch.float64)
+    words = torch.eye(4, dtype=torch.float64)
     return {
-        "the estimate and its interval": numbers(_SEEDS_A, _SEEDS_B),
-        "the same for seven seeds": numbers((*_SEEDS_A, 0.77, 0.88), (*_SEEDS_B, 0.79, 0.80)),
+        "the slope where the likeliest word is right": answer(logits.clone(), words[0]),
+        "the slope where the unlikeliest word is right": answer(logits.clone(), words[3]),
+        "the slope where two words are right in part": answer(
+            logits.clone(), torch.tensor([0.2, 0.0, 1.0, 0.5]).double()
+        ),
+        "the slope of a uniform policy": answer(torch.zeros(4, dtype=torch.float64), words[1]),
     }
 
 
-def _around(middle: float, half: float) -> tuple[float, float, float]:
-    return middle, middle - half, middle + half
+def _baseline(pi: Tensor, rewards: Tensor) -> Tensor:
+    return rewards - pi @ rewards
 
 
-def _paired(a: np.ndarray, b: np.ndarray, *, ddof: int = 1, quantile: float | None = None) -> tuple[float, ...]:
-    n = len(a)
-    quantile = _T_975[n - 1] if quantile is None else quantile
-    return _around(float((a - b).mean()), quantile * float((a - b).std(ddof=ddof)) / math.sqrt(n))
+def _push(pi: Tensor, rewards: Tensor) -> Tensor:
+    return pi * _baseline(pi, rewards)
 
 
-def _unpaired(a: np.ndarray, b: np.ndarray) -> tuple[float, ...]:
-    n = len(a)
-    error = math.sqrt(float(a.var(ddof=1) + b.var(ddof=1)) / n)
-    return _around(float(a.mean() - b.mean()), _T_975[2 * n - 2] * error)
+def _slope(logits: Tensor, rewards: Tensor, *, push: Answer = _push, centred: bool = True) -> Tensor:
+    """−Cov(log π, push) under π."""
+    pi = logits.softmax(-1)
+    moved = push(pi, rewards)
+    middle = (pi @ pi.log()) * (pi @ moved) if centred else 0.0
+    return middle - pi @ (pi.log() * moved)
 
 
-EX6 = exercise(
-    """08.6 A paired difference, with its interval (difficulty 3, importance 4, 12 minutes)
+def _over_words(logits: Tensor, rewards: Tensor) -> Tensor:
+    pi = logits.softmax(-1)
+    log_pi, moved = pi.log(), _push(pi, rewards)
+    return log_pi.mean() * moved.mean() - (log_pi * moved).mean()
 
-    1. Seed by seed: first the differences, then everything about them.
-    2. The standard error of a mean of n numbers is their standard deviation (divisor n − 1) over √n.
-    3. `t_quantile(0.975, n - 1)` standard errors to each side.
 
-    - unpaired: the two groups are treated as independent. What a seed does to both runs (easy problems, a lucky start)
-      is then counted as noise, though it drops out of the difference.
-    - 1.96: 1.96 is the normal distribution's quantile. With so few seeds the standard deviation is itself a guess, and
-      Student's t pays for that with a wider interval.
-    - divisor n: the standard deviation has the divisor n. The mean was fitted to the same numbers, which uses up one of
-      them: n − 1.
-    - no √n: that is an interval for one more seed, not for the mean. More seeds must make it narrower.
-    - b − a: that is b − a. A figure that says by how much a is better must subtract b.
-    - one-sided quantile: that is the 95 % quantile, which leaves 5 % on **each** side: a 90 % interval.
+EX5 = exercise(
+    """08.5 The slope of the entropy (difficulty 3, importance 4, 10 minutes)
 
-    An interval that excludes 0 is a difference; one that includes it is not yet equality.
+    1. First the direction: by how much does the policy gradient move the logit of each word?
+    2. A_a = R_a − Σ_w π(w) R_w, and logit a moves by π(a) A_a.
+    3. Cov(x, y) under π is E[x y] − E[x] E[y], and each E is a sum over words with the weights π.
+    4. Mind the sign of (08.6).
+
+    - no minus: the sign is wrong. Likely words that become likelier make the policy surer, so the entropy falls.
+    - no baseline: the direction is π R. The gradient of E[R] in logit a is π(a) (R_a − E[R]): where one probability
+      rises, others fall.
+    - step in the advantages: the direction is A, not π A. A word that is hardly ever drawn is hardly ever pushed.
+    - product of the means forgotten: that is E[x y]. The mean of π A under π is not zero, so the covariance needs the
+      second term.
+    - every word alike: that is the covariance over the list of words. Each word counts with its probability.
+    - bits: the logarithm has the base 2. Everything here is in nats.
+
+    A falling entropy alone is no alarm: it falls wherever likely words are right.
     """,
-    observe=_observe_paired,
-    solution=_paired,
+    observe=_observe_slope,
+    solution=_slope,
     mistakes={
-        "unpaired": _unpaired,
-        "1.96": partial(_paired, quantile=1.959964),
-        "divisor n": partial(_paired, ddof=0),
-        "no √n": lambda a, b: _paired(a, b, quantile=_T_975[len(a) - 1] * math.sqrt(len(a))),
-        "b − a": lambda a, b: _paired(b, a),
-        "one-sided quantile": lambda a, b: _paired(a, b, quantile=_T_950[len(a) - 1]),
+        "no minus": lambda *case: -_slope(*case),
+        "no baseline": partial(_slope, push=lambda pi, rewards: pi * rewards),
+        "step in the advantages": partial(_slope, push=_baseline),
+        "product of the means forgotten": partial(_slope, centred=False),
+        "every word alike": _over_words,
+        "bits": lambda *case: _slope(*case) / math.log(2),
     },
-    rtol=1e-3,
 )
 
-EXERCISES = (EX1, EX2, EX3, EX4, EX5, EX6)
+EXERCISES = (EX1, EX2, EX3, EX4, EX5)

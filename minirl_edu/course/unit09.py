@@ -22,12 +22,12 @@ EX1 = exercise(
        other.
     3. `1 - p**G - (1 - p)**G`
 
-    - at least one right: this is the probability of at least one success. A group that is right throughout has the same
-      reward everywhere and teaches nothing either.
+    - at least one right: this is the probability of at least one success. A group in which all are right has equal
+      rewards too, and teaches nothing.
     - at least one wrong: this is the probability of at least one failure. A group without any success teaches nothing
-      either: that is the danger of a weak start.
-    - as if independent: you multiply two probabilities as if 'not all right' and 'not all wrong' were independent. They
-      are not: the two ways to fail exclude each other, so subtract both from 1.
+      either. That is the danger of a weak start.
+    - as if independent: you multiply two probabilities as if 'not all right' and 'not all wrong' were independent. But
+      the two ways to fail exclude each other, so subtract both from 1.
     - for a pair only: that is right for G = 2 and does not depend on G. A larger group is more often mixed.
 
     For a small p it is about G·p: a group of 16 finds a rare success twice as often as one of 8.
@@ -64,7 +64,7 @@ EX2 = exercise(
     - root mean square: that is the root of the mean square. It is larger than the mean size.
     - of mixed groups only: you average over the mixed groups alone. The others have advantage 0 and belong to the mean.
 
-    Largest at p = ½, and small towards both ends: nothing to learn from what always or never works.
+    It is largest at p = ½ and small towards both ends: what always or never works teaches nothing.
     """,
     observe=lambda answer: {
         f"the mean for p = {p:g} and G = {g}": answer(p, g)
@@ -109,15 +109,15 @@ EX3 = exercise(
     1. The logits at place t predict the token at place t + 1.
     2. Which of the S − 1 predictions are about response tokens? The first of them is made at the *last* token of the
        prompt.
-    3. Padding is no token. The end token is one: a pupil must learn when to stop.
+    3. Padding is not a token. The end token is one, because a pupil must learn when to stop.
     4. A mean over all response tokens of the batch, as the library's cold start has it.
 
-    - the prompt as well: you train on the prompt's tokens too. The pupil would spend itself on predicting random digits
-      of problems, which nobody will ask it for.
+    - the prompt as well: you train on the prompt's tokens too. The pupil would learn to predict the random digits of
+      problems, which nobody will ask it for.
     - padding as well: padding counts in your mean. The pupil would learn to write padding, and a batch with one long
       response would have a smaller loss than the same responses apart.
-    - not shifted: you compare the logits at a place with the token at that very place, which is the model's *input*
-      there. It would learn to copy what it just read.
+    - not shifted: you compare the logits at a place with the token at the same place, which is the model's *input*
+      there. The pupil would learn to copy what it just read.
     - first token lost: you leave out the first response token. It is predicted at the last token of the prompt, one
       place earlier than where it stands.
     - end token lost: the end token is missing. It is part of the response: without it the pupil never learns to stop.
@@ -146,8 +146,8 @@ EX4 = exercise(
 
     1. Two errors may cancel: +3 and then −3. So it is more than (1 − ε)ⁿ.
     2. Let q be the probability that the running sum is right. After another step it is right if it was and the step is
-       good, or if it was not and the step's error happens to be the one digit of nine that mends it.
-    3. q' = (1 − ε)·q + (ε/9)·(1 − q). Its fixed point is 1/10; what shrinks is the distance to it.
+       good, or if it was not and the step's error happens to be the one digit of nine that corrects it.
+    3. q' = (1 − ε)·q + (ε/9)·(1 − q). Its fixed point is 1/10, and the distance to it shrinks.
     4. q − 1/10 shrinks by 1 − 10ε/9 at each step, from 9/10 at the start.
 
     - every step right: this is the probability that *no* step is wrong. Only the last digit is checked, and errors can
@@ -157,7 +157,7 @@ EX4 = exercise(
       *wrong* ones, so it forgets faster.
     - no luck left: yours goes to 0 after many steps. Then the last digit is uniform, and a blind guess is right one
       time in ten.
-    - luck of nine: your chance level is 1/9. There are ten digits at the end; it is the errors that have nine values.
+    - luck of nine: your chance level is 1/9. There are ten digits at the end. Only the errors have nine values.
 
     A teacher who errs at one step in five still gets a third of the five-step sums right.
     """,
@@ -186,11 +186,11 @@ EX5 = exercise(
     - plugged in: you put the estimate c/n into 1 − (1 − p)ᵏ. That function bends, so the noise of c/n does not average
       out: the result is too low on average. Drawing *without* replacement has no bias.
     - all k right: this is the probability that all k are right. pass@k asks for at least one.
-    - all k wrong: this is the probability that none of the k is right: one minus it is wanted.
+    - all k wrong: this is the probability that none of the k is right. Subtract it from one.
     - k times as good: k·p is an upper bound that counts draws with two successes twice.
     - any success at all: you answer pass@n: whether any of all n samples is right. Only k of them may be looked at.
 
-    With k = n it is 1 as soon as anything is right; with k = 1 it is the plain score.
+    With k = n the estimate is 1 as soon as anything is right. With k = 1 it is the plain score.
     """,
     observe=lambda answer: {
         f"the estimate from {n} samples with {c} right, k = {k}": answer(n, c, k)

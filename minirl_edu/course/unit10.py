@@ -1,4 +1,4 @@
-"""Exercises of unit 10: name the fault of six recorded runs, then mend three of them in the code."""
+"""Exercises of unit 10: name the fault of six recorded runs, then repair three of them in the code."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,22 +28,22 @@ EX1 = _run(
     "A",
     """10.1 What is wrong with run A? (difficulty 2, importance 4, 6 minutes)
 
-    1. Which instruments read as in the healthy run? Begin by crossing out what they rule out.
-    2. Engine and trainer agree, and the steps have the usual size. So what the steps are *told* must be wrong.
-    3. The policy moves, but not uphill. Which part of the gradient decides in which direction it goes?
+    1. Which instruments read as in the healthy run? First cross out what they rule out.
+    2. Engine and trainer agree, and the steps have the usual size. So the information in the steps must be wrong.
+    3. The policy moves, but not uphill. Which part of the gradient decides about the direction?
 
     - sampled at another temperature: with another temperature the discrepancy would be large from the very first step,
       and the training reward would stand above the score. In run A both are as in the healthy run.
     - learning rate ten times too high: staleness, the distance that the policy moves within a rollout, is about the
       healthy run's. Steps ten times too long would show there first, and in every rollout.
     - engine never synced: an engine that is left behind drifts away from the trainer, and its score stays where it
-      began. In run A the two scores go together, all the way down.
+      began. In run A the two scores fall together.
     - no baseline: without a baseline no advantage is negative, so nothing is ever clipped from below. In run A some
       tokens are.
-    - routes of another response: under R3 the flip rate is zero if the right experts are replayed. In run A it is.
-    - none: run A is not healthy: lay its charts over the healthy run's again, one instrument at a time.
+    - routes of another response: under R3 the flip rate is zero if the right experts are replayed. It is zero in run A.
+    - none: run A is not healthy. Compare its curves with the healthy run's again, one instrument at a time.
 
-    Everything about the *policies* is in order; what is wrong is what they are told. The gradient is noise of the usual
+    Everything about the *policies* is in order, but the rewards are not theirs. The gradient is noise of the usual
     length, and a random walk away from a trained model makes it worse.
     """,
 )
@@ -53,7 +53,7 @@ EX2 = _run(
     """10.2 What is wrong with run B? (difficulty 2, importance 4, 6 minutes)
 
     1. Look at gradient step 1, before anything was trained. What is already different?
-    2. The engines disagree at once, with the same weights and the same experts. And who scores better?
+    2. The engines disagree at once, with the same weights and the same experts. Which of the two scores better?
     3. Which change of the sampler makes right answers *more* frequent without a single update?
 
     - rewards of the wrong group: rewards in the wrong place leave the log-probabilities alone. In run B engine and
@@ -66,9 +66,9 @@ EX2 = _run(
       exactly zero. Look at both.
     - routes of another response: wrong experts raise the discrepancy at step 1, too. But the flip rate would not be
       zero, and the training reward would not start *above* the score.
-    - none: run B is not healthy: lay its charts over the healthy run's again, one instrument at a time.
+    - none: run B is not healthy. Compare its curves with the healthy run's again, one instrument at a time.
 
-    A sampler that is surer than the trainer: better rewards, at once, and a discrepancy that no update has made.
+    The sampler is surer than the trainer: its rewards are better at once, and no update has made the discrepancy.
     """,
 )
 
@@ -88,9 +88,9 @@ EX3 = _run(
       what grows first is π_θ/π_old, in which the engine has no part.
     - no baseline: the lower clip fraction is not zero in run C, so there are negative advantages.
     - routes of another response: the flip rate is exactly zero, as it must be under R3.
-    - none: run C is not healthy: lay its charts over the healthy run's again, one instrument at a time.
+    - none: run C is not healthy. Compare its curves with the healthy run's again, one instrument at a time.
 
-    Mismatch compares two engines, staleness compares the trainer with itself. Only one has a learning rate.
+    Mismatch compares two engines. Staleness compares the trainer with itself, and only the trainer has a learning rate.
     """,
 )
 
@@ -98,21 +98,21 @@ EX4 = _run(
     "D",
     """10.4 What is wrong with run D? (difficulty 3, importance 4, 6 minutes)
 
-    1. Two scores are drawn. When do they part, and which of them moves?
+    1. Two scores are drawn. When do they separate, and which of them moves?
     2. The training reward is sampled by the engine. Compare it with the score of the trainer.
-    3. The discrepancy begins as in the healthy run and grows with every update: something stays behind.
+    3. The discrepancy begins as in the healthy run and grows with every update. What stays behind?
 
-    - rewards of the wrong group: the trainer's score does rise in run D, so the rewards do tell it what was right.
-    - sampled at another temperature: another temperature is there from step 1. Run D starts like the healthy run, and
-      parts from it as training goes on.
+    - rewards of the wrong group: the trainer's score rises in run D, so the rewards say what was right.
+    - sampled at another temperature: another temperature is there from step 1. Run D starts like the healthy run and
+      leaves it as training goes on.
     - learning rate ten times too high: for most of the run the policy moves no further within a rollout than in the
       healthy run. What grows from the start is its distance from the *engine*.
-    - no baseline: a missing baseline leaves the two scores together and the lower clip fraction at zero. Neither is so
+    - no baseline: a missing baseline leaves the two scores together and the lower clip fraction at zero. Neither holds
       in run D.
     - routes of another response: the flip rate is zero, and at step 1 the discrepancy is the healthy run's.
-    - none: run D is not healthy: lay its charts over the healthy run's again, one instrument at a time.
+    - none: run D is not healthy. Compare its curves with the healthy run's again, one instrument at a time.
 
-    One score rises, the other stands still: the weights that learn are not the weights that sample.
+    One score rises and the other stands still: the weights that learn are not the weights that sample.
     """,
 )
 
@@ -120,7 +120,7 @@ EX5 = _run(
     "E",
     """10.5 What is wrong with run E? (difficulty 4, importance 4, 6 minutes)
 
-    1. Search for an instrument whose reading is not merely high or low, but impossible.
+    1. Find an instrument whose reading is not only high or low, but impossible.
     2. Look at the two clip fractions, the one for Â > 0 and the one for Â < 0.
     3. Nothing is ever clipped from below. What does that say about the signs of the advantages?
 
@@ -130,9 +130,9 @@ EX5 = _run(
       run E.
     - engine never synced: the score through the engine goes along with the trainer's, so the engine gets new weights.
     - routes of another response: the flip rate is exactly zero, as it must be under R3.
-    - none: run E is not healthy: lay its charts over the healthy run's again, one instrument at a time.
+    - none: run E is not healthy. Compare its curves with the healthy run's again, one instrument at a time.
 
-    A fraction of exactly zero at every step is no coincidence: there are no negative advantages at all.
+    A fraction of exactly zero at every step is not a coincidence: there are no negative advantages.
     """,
 )
 
@@ -152,10 +152,10 @@ EX6 = _run(
       already.
     - engine never synced: at step 1 the engine is in sync, and run F differs there already.
     - no baseline: a missing baseline leaves discrepancy and flip rate alone.
-    - none: run F is not healthy: lay its charts over the healthy run's again, one instrument at a time.
+    - none: run F is not healthy. Compare its curves with the healthy run's again, one instrument at a time.
 
-    Under R3 the flip rate has only one allowed reading: the best kind of instrument. And look at this run's score: a
-    fault need not show there at all.
+    Under R3 the flip rate has only one allowed reading. That is the best kind of instrument. And this run's score is
+    the healthy run's: a fault need not show there.
     """,
 )
 
@@ -215,25 +215,25 @@ def _one_behind(engine: Any, model: Tensor, update: Answer, steps: int) -> None:
 
 
 EX7 = exercise(
-    """10.7 Mend the hand-over (difficulty 3, importance 5, 10 minutes)
+    """10.7 Repair the hand-over (difficulty 3, importance 5, 10 minutes)
 
     1. The engine keeps its own copy of the weights. When do the two copies begin to differ?
     2. After every update the engine must get the weights that will sample the next rollout.
     3. One more line inside the loop, after the update: sync with `version=step + 1`.
 
     - never synced: every rollout is still sampled with the first weights. This is the loop as it was given.
-    - synced after the last step only: the engine gets new weights once, when all is over: every rollout was sampled
-      with the first ones.
-    - one step behind: the engine is synced before the update, so it is always one update behind: each rollout is
-      sampled with the weights before last. A constant lag looks like a slightly worse engine and is easily overlooked.
+    - synced after the last step only: the engine gets new weights once, at the end. Every rollout was sampled with the
+      first ones.
+    - one step behind: the engine is synced before the update, so it is always one update behind. A constant lag
+      looks like a slightly worse engine and is easily overlooked.
     - version stands still: the weights are right, but their version never changes. An engine that drops its caches when
-      the version changes will go on with those of the old weights, and nobody can tell from the rollouts' version.
+      the version changes keeps those of the old weights, and the rollouts' version does not tell.
     - last update never handed over: all rollouts are right, but the weights after the last update never reach the
-      engine: what is evaluated through it, or deployed, is a step old.
+      engine. The engine evaluates, or deploys, weights that are a step old.
     - every other step: some rollouts are sampled with weights of the step before. Asynchronous systems do that on
-      purpose, and then say so; here the loop is synchronous.
+      purpose and say so. This loop is synchronous.
 
-    Each rollout's weight_version says which weights drew it: an assertion on it would find this at once.
+    Each rollout's weight_version says which weights drew it. An assertion on it would find this at once.
     """,
     observe=_observe_loop,
     solution=_loop,
@@ -261,14 +261,14 @@ def _observe_temperature(answer: Answer) -> Observations:
 
 
 EX8 = exercise(
-    """10.8 Mend the trainer's temperature (difficulty 3, importance 4, 8 minutes)
+    """10.8 Repair the trainer's temperature (difficulty 3, importance 4, 8 minutes)
 
-    1. The sampler draws from softmax(logits / T). The trainer must talk about the same distribution.
+    1. The sampler draws from softmax(logits / T). The trainer must score the same distribution.
     2. Probabilities have to add up to 1 *after* the temperature was applied.
     3. Divide the logits by the temperature, then take the log-softmax, then pick the tokens.
 
-    - temperature ignored: the temperature has no effect. This is the function as it was given: the trainer scores
-      another distribution than the one that was sampled.
+    - temperature ignored: the temperature has no effect. This is the function as it was given: the trainer scores a
+      different distribution from the one that was sampled.
     - multiplied: the logits are multiplied by T. A temperature below 1 makes a distribution sharper, so it must make
       logits larger.
     - divided after the softmax: the log-probabilities were divided, not the logits. Those numbers do not belong to a
@@ -307,7 +307,7 @@ def _rewards(problem: Callable[[int, int, int], int]) -> Callable[[list[str], li
 _rewarded = _rewards(lambda row, group_size, problems: row // group_size)
 
 EX9 = exercise(
-    """10.9 Mend the rewards (difficulty 2, importance 5, 8 minutes)
+    """10.9 Repair the rewards (difficulty 2, importance 5, 8 minutes)
 
     1. The batch is grouped by prompt: rows 0 … G − 1 answer the first problem.
     2. Which problem does row 5 belong to if G = 3? Write down the first six rows.

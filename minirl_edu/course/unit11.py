@@ -38,17 +38,17 @@ EX1 = exercise(
     2. The losses are **added** over ranks. So each is a sum over its tokens, divided by the same number.
     3. That number is the count of responses on all ranks together.
 
-    - own responses: each rank divides by its own number of responses. The sum then is one mean for each rank, added up:
-      three times too large here, and a lonely response counts most.
-    - mean of means: a mean on each rank, then a mean over ranks. Right only where all ranks hold equally many
+    - own responses: each rank divides by its own number of responses. The sum is then one mean for each rank, added up.
+      It is three times too large here, and the response that is alone on its rank counts most.
+    - mean of means: a mean on each rank, then a mean over ranks. This is right only where all ranks hold equally many
       responses.
-    - own tokens: each rank divides by its own number of tokens: a token on a rank with short responses counts more.
-    - all tokens: the divisor is the number of tokens on all ranks. It is global, but another objective: MiniRL is a
-      mean over responses of a sum over tokens.
-    - number of ranks: the divisor is the number of ranks: the step size would depend on the size of the cluster.
+    - own tokens: each rank divides by its own number of tokens. A token on a rank with short responses counts more.
+    - all tokens: the divisor is the number of tokens on all ranks. It is global, but belongs to another objective:
+      MiniRL is a mean over responses of a sum over tokens.
+    - number of ranks: the divisor is the number of ranks. The step size would depend on the size of the cluster.
     - padding counted: what stands in the padding is in the sum. The mask says which terms are tokens.
 
-    The same rule as for micro-batches: a rank is a micro-batch that happens to be elsewhere.
+    The same rule holds for micro-batches: a rank is a micro-batch that lies elsewhere.
     """,
     observe=_observe_sum,
     solution=divided_by(lambda rank, ranks: responses(*ranks)),
@@ -84,16 +84,16 @@ EX2 = exercise(
     2. You want Σ_k ∇(sum_k) / B. You get (1/K) Σ_k ∇(loss_k).
     3. So loss_k = K · sum_k / B, with B the sum of the counts.
 
-    - own count: divided by the rank's own count: the default of every loss function that ends in .mean(). With equal
+    - own count: you divide by the rank's own count, the default of every loss function that ends in .mean(). With equal
       counts it is right by accident, with unequal ones it is biased.
-    - no world size: the divisor is right, but averaging divides once more by the number of ranks: the gradient is K
+    - no world size: the divisor is right, but averaging divides once more by the number of ranks. The gradient is K
       times too small. Adam hides most of that, and the clip of the gradient norm no longer acts.
-    - world size twice: the world size is in there twice.
+    - world size twice: you multiply by the world size twice.
     - own count, corrected: the factor for the averaging is right, but the divisor is the rank's own count.
     - weighted by the count: a **sum** over responses already grows with their number; multiplying by the count again
       weights large ranks twice.
-    - the largest count: divided by the largest count, as if every rank had been padded to it: the gradient is too small
-      by the share of the padding.
+    - the largest count: you divide by the largest count, as if every rank had been padded to it. The gradient is too
+      small by the share of the padding.
 
     Equivalently, divide by the *mean* count over ranks.
     """,
@@ -146,18 +146,17 @@ EX3 = exercise(
     """11.3 A step of the packer (difficulty 3, importance 3, 15 minutes)
 
     1. A part of n rows is padded to its widest: it costs n × the widest, not the sum of the widths.
-    2. Grow a run as long as one more row still fits; else close it and begin the next with that row.
+    2. Grow a run while one more row still fits. Otherwise close it and begin the next with that row.
     3. A row that is too wide by itself is a run of its own. Do not forget the last run.
 
-    - padding is free: the widths are added up. Rows of a part are padded to its widest, and padding takes memory as
-      well.
-    - never full: a part may use the whole budget: at most, not less than.
-    - the last one lost: the last run is missing: its rows would never be trained on, and the longest stand there.
-    - one too many: the run is closed after the row that no longer fitted: it exceeds the budget.
+    - padding is free: you add the widths up. Rows of a part are padded to its widest, and padding takes memory too.
+    - never full: a part may use the whole budget. Compare with ≤, not with <.
+    - the last one lost: the last run is missing. Its rows, the longest ones, would never be trained on.
+    - one too many: you close the run after the row that no longer fits, so it exceeds the budget.
     - a fixed number of rows: every part has as many rows as the widest row allows. It fits, but short rows, of which
       there are many, then fill a fraction of the budget.
 
-    Sorted by width, so that rows of like length meet: `logprobs.micro_batches`.
+    `logprobs.micro_batches` does this after sorting by width, so that rows of similar length meet.
     """,
     observe=_observe_cuts,
     solution=_greedy(_fits),
@@ -210,14 +209,14 @@ EX4 = exercise(
     2. Besides: a router, hidden × experts; two norms of the hidden size; q- and k-norm of head_dim each.
     3. Active: everything but the experts that were not chosen. The router runs whole.
 
-    - head_dim from hidden: head_dim was taken as hidden / heads. It is a size of its own: in Qwen3-30B-A3B it is twice
-      that.
+    - head_dim from hidden: you took hidden / heads for head_dim. It is a size of its own, and in Qwen3-30B-A3B it is
+      twice that.
     - k and v for all heads: k and v have kv_heads heads (grouped-query attention), fewer than q.
     - two matrices: an expert has three matrices: two that go up (gate and up) and one that goes down.
-    - no router: the router is missing: hidden × experts.
+    - no router: the router is missing. It has hidden × experts parameters.
     - no norms: the norms are missing: two of the hidden size, and the q- and k-norm of head_dim each.
-    - a share of everything: top_k / experts was taken of all parameters. Attention, router and norms serve every token.
-    - a part of the router: only the chosen experts' rows of the router were counted. It scores **all** experts, or it
+    - a share of everything: you took top_k / experts of all parameters. Attention, router and norms serve every token.
+    - a part of the router: you counted only the chosen experts' rows of the router. It scores **all** experts, or it
       could not choose.
 
     Times 48 layers, plus embedding and head: 30.5 billion, of which 3.3 serve a token.
@@ -254,14 +253,14 @@ EX5 = exercise(
     1. Two vectors for each token and layer.
     2. Which heads have keys and values: those of the queries, or the fewer ones?
 
-    - keys only: keys **and** values are kept: twice that.
+    - keys only: keys **and** values are kept, so it is twice that.
     - query heads: queries are not cached. With grouped-query attention there are fewer heads of keys and values, which
-      is what makes the cache small.
+      makes the cache small.
     - one layer: every layer has a cache of its own.
     - numbers, not bytes: that counts numbers. In 16 bits each takes two bytes.
     - bits: itemsize is in bytes already.
 
-    96 KiB for each token of Qwen3-30B-A3B in 16 bits.
+    That is 96 KiB for each token of Qwen3-30B-A3B in 16 bits.
     """,
     observe=lambda answer: {
         "the bytes of one token in 16 bits": answer(tokens=1, itemsize=2, **_CACHED),
@@ -291,13 +290,13 @@ _compact = _routes(lambda top_k, experts: top_k * (1 if experts <= 256 else 2))
 EX6 = exercise(
     """11.6 Bytes of the routes (difficulty 2, importance 3, 8 minutes)
 
-    1. An expert's number is all that is kept: how many bytes does it need if there are at most 256 experts?
+    1. Only an expert's number is kept. How many bytes does it need if there are at most 256 experts?
     2. One number for each of the top_k experts, in every layer; and a byte that says whether the row counts.
 
-    - int64: eight bytes for each number, torch's default for indices: eight times what is needed.
-    - always one byte: a byte holds 0 to 255. Above 256 experts numbers would wrap around, and a wrong expert be
+    - int64: you count eight bytes for each number, torch's default for indices. One or two are enough.
+    - always one byte: a byte holds 0 to 255. Above 256 experts numbers would wrap around, and a wrong expert would be
       replayed.
-    - two bytes at 256: 256 experts are numbered 0 to 255: they still fit in a byte.
+    - two bytes at 256: 256 experts are numbered 0 to 255, so they still fit in a byte.
     - a mask over experts: that is a row of yes and no for every expert. The numbers of the chosen ones are enough.
     - no valid: the byte that says whether a row counts is missing. Without it, padding is replayed as expert 0.
     - one layer: every layer has a router, and each chooses anew.
@@ -342,12 +341,12 @@ EX7 = exercise(
 
     - forward only: that is the forward. The backward computes two products for each of the forward's: for the inputs
       and for the weights.
-    - all parameters: all parameters were counted. A token visits only the experts that were chosen for it.
-    - no attention: attention between tokens has no parameters but costs work, and at 32,768 tokens more than all else.
-    - not causal: every token was compared with the whole length. It sees only those before it: half, on average.
+    - all parameters: you counted all parameters. A token visits only the experts that were chosen for it.
+    - no attention: attention between tokens has no parameters but costs work. At 32,768 tokens it costs the most.
+    - not causal: you compared every token with the whole length. It sees only those before it, half on average.
     - scores only: one product of attention is missing: scores (q·k) and the weighted sum of values.
 
-    The famous 6·N, and the part of it that people forget for long responses.
+    This is the well-known 6·N, and the part that people forget for long responses.
     """,
     observe=lambda answer: {
         "FLOPs per token for responses of 1,024 tokens": answer(length=1024, **_LARGE) / 1e9,

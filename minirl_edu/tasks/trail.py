@@ -16,6 +16,7 @@ habit in most places: one wrong stop that he names more often than the right one
 
 import random
 from collections.abc import Sequence
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +78,7 @@ class TrailTask(ChainTask):
         self, problem: Problem, *, rng: random.Random, style: str | None = None, error_rate: float = 0.0
     ) -> str:
         """A walk until dark, less one token for EOS."""
-        stop, *marks = self._numbers(problem)
+        stop, *marks = _numbers(problem.prompt)
         walk: list[str] = []
         while 2 * len(walk) < self.max_new_tokens:
             for mark in marks:
@@ -88,14 +89,19 @@ class TrailTask(ChainTask):
         return "".join(walk)[: self.max_new_tokens - 1]
 
     def _first_round(self, problem: Problem) -> str:
-        stop, *marks = self._numbers(problem)
-        walk = ""
-        for mark in marks:
-            stop = (stop + mark) % 10
-            walk += f",{stop}"
-        return walk
+        return _first_round(problem.prompt)
 
-    @staticmethod
-    def _numbers(problem: Problem) -> list[int]:
-        """The start and the marks."""
-        return [int(digit) for digit in problem.prompt.rstrip("= ")[::2]]
+
+def _numbers(prompt: str) -> list[int]:
+    """The start and the marks."""
+    return [int(digit) for digit in prompt.rstrip("= ")[::2]]
+
+
+@lru_cache(maxsize=4096)  # asked for at each token of each response
+def _first_round(prompt: str) -> str:
+    stop, *marks = _numbers(prompt)
+    walk = ""
+    for mark in marks:
+        stop = (stop + mark) % 10
+        walk += f",{stop}"
+    return walk

@@ -78,16 +78,18 @@ def _size_by_enumeration(chi_square, length):
     return (probs * (weights - 1 - first) ** 2).sum()
 
 
-def _factors_by_probabilities(logp, logp_old, logp_rollout):
-    target, old, sampled = logp.exp(), logp_old.exp(), logp_rollout.exp()
-    return old / sampled, target / old
+def _missing_by_division(logp, logp_rollout, mask):
+    """The weight of the whole response, divided by the token's own ratio."""
+    ratios = torch.where(mask, torch.exp(logp) / torch.exp(logp_rollout), 1.0)
+    return (ratios.prod(1, keepdim=True) / ratios - 1) * mask
 
 
-def _factors_by_division(logp, logp_old, logp_rollout):
-    """The whole ratio, divided by one factor, is the other."""
-    whole = torch.exp(logp - logp_rollout)
-    staleness = torch.exp(logp - logp_old)
-    return whole / staleness, staleness
+def _missing_by_loops(logp, logp_rollout, mask):
+    result = torch.zeros_like(logp)
+    for b, t in mask.nonzero().tolist():
+        others = [s for s in range(mask.shape[1]) if mask[b, s] and s != t]
+        result[b, t] = math.prod(math.exp(logp[b, s] - logp_rollout[b, s]) for s in others) - 1
+    return result
 
 
 RIGHT = {
@@ -97,5 +99,5 @@ RIGHT = {
     "02.4": [_loss_by_ratio, _loss_by_constants],
     "02.5": [_slope_by_polyfit, _slope_by_lstsq],
     "02.6": [_size_by_binomials, _size_by_enumeration],
-    "02.7": [_factors_by_probabilities, _factors_by_division],
+    "02.7": [_missing_by_division, _missing_by_loops],
 }

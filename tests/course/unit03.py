@@ -140,33 +140,6 @@ def entropy_by_moving(right_length: int, wrong_length: int, weight: bool, divide
     return "neither" if after == before else "falls" if after < before else "rises"
 
 
-def corrections_in_another_order() -> dict[str, str]:
-    """The same choices, from the last to the first."""
-    return {
-        "hardly any drift, but too much noise": "sequence",
-        "turns the drift around": "token masked",
-        "nobody knows which responses will be longer": "token truncated",
-        "all responses are equally long": "none",
-    }
-
-
-def corrections_from_the_table() -> dict[str, str]:
-    """From the lesson's numbers: drift left, scores with wrong responses longer, alike, and right ones longer."""
-    table = {
-        "token truncated": (-0.14, 0.71, 0.85, 0.96),
-        "None": (1.00, 0.08, 0.94, 0.04),
-        "Token masked": (-1.13, 0.02, 0.84, 0.07),
-        "sequence": (0.18, 0.95, 0.08, 0.75),
-    }
-    stopped = [name for name, (left, first, alike, _) in table.items() if abs(left) < 0.5 and alike < 0.1 < first]
-    return {
-        "all responses are equally long": max(table, key=lambda name: table[name][2]),
-        "nobody knows which responses will be longer": max(table, key=lambda name: min(table[name][1:])),
-        "turns the drift around": min(table, key=lambda name: table[name][0]),
-        "hardly any drift, but too much noise": stopped[0],
-    }
-
-
 RIGHT: dict[str, list[Callable[..., Any]]] = {
     "03.1": [k3_loop, k3_where],
     "03.2": [choice_in_another_order, choice_by_elimination],
@@ -176,5 +149,4 @@ RIGHT: dict[str, list[Callable[..., Any]]] = {
     "03.6": [tempered_logsumexp, tempered_powers],
     "03.7": [drift_by_tokens, drift_by_covariance],
     "03.8": [entropy_by_sign, entropy_by_moving],
-    "03.9": [corrections_in_another_order, corrections_from_the_table],
 }

@@ -62,7 +62,7 @@ def fractions_of_a_list(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask
 
 
 def surrogate_by_cases(logp: Tensor, logp_old: Tensor, advantages: Tensor, eps_low: float, eps_high: float) -> Tensor:
-    """Equation (04.5): by the sign of the advantage only one bound is left."""
+    """By the sign of the advantage only one bound is left."""
     ratio = torch.exp(logp - logp_old)
     return torch.where(advantages > 0, ratio.clamp(max=1 + eps_high), ratio.clamp(min=1 - eps_low)) * advantages
 

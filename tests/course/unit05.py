@@ -1,7 +1,7 @@
 """Two right answers to each exercise of lab 05, each written differently from the solution."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -127,18 +127,47 @@ def cispo_loop(logp: Tensor, logp_old: Tensor, advantages: Tensor, mask: Tensor)
     return torch.stack(losses).mean()
 
 
-def parts_shares(micro_batches: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Local means, each weighted by its share of the tokens."""
-    counts = [mask.sum() for _, mask in micro_batches]
-    total = torch.stack(counts).sum()
-    return [-terms[mask].mean() * n / total for (terms, mask), n in zip(micro_batches, counts, strict=True)]
+def weights_by_tokens(logp_old: Tensor, logp_rollout: Tensor, mask: Tensor, cap: float) -> tuple[list, list]:
+    """Token by token, with ratios in the place of logarithms."""
+    products, means = [], []
+    for old, rollout, keep in zip(logp_old, logp_rollout, mask, strict=True):
+        ratios = [math.exp(float(a) - float(b)) for a, b, k in zip(old, rollout, keep, strict=True) if k]
+        products.append(min(math.prod(ratios), cap))
+        means.append(math.prod(ratios) ** (1 / len(ratios)))
+    return products, means
 
 
-def parts_loop(micro_batches: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
-    """Plain Python."""
-    kept = [[float(x) for x in terms[mask]] for terms, mask in micro_batches]
-    tokens = len([x for part in kept for x in part])
-    return [-sum(part) / tokens for part in kept]
+def weights_from_means(logp_old: Tensor, logp_rollout: Tensor, mask: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """The geometric mean first; the product is its power."""
+    mean = torch.stack([(a - b)[k].mean() for a, b, k in zip(logp_old, logp_rollout, mask, strict=True)]).exp()
+    return torch.minimum(mean ** mask.sum(1), torch.tensor(cap)), mean
+
+
+def corrections_in_another_order() -> dict[str, str]:
+    """The same choices, from the last to the first."""
+    return {
+        "hardly any drift, but too much noise": "sequence",
+        "turns the drift around": "token masked",
+        "nobody knows which responses will be longer": "token truncated",
+        "all responses are equally long": "none",
+    }
+
+
+def corrections_from_the_table() -> dict[str, str]:
+    """From the stored runs' numbers: drift left, scores with wrong responses longer, alike, and right ones longer."""
+    table = {
+        "token truncated": (-0.14, 0.71, 0.85, 0.96),
+        "None": (1.00, 0.08, 0.94, 0.04),
+        "Token masked": (-1.13, 0.02, 0.84, 0.07),
+        "sequence": (0.18, 0.95, 0.08, 0.75),
+    }
+    stopped = [name for name, (left, first, alike, _) in table.items() if abs(left) < 0.5 and alike < 0.1 < first]
+    return {
+        "all responses are equally long": max(table, key=lambda name: table[name][2]),
+        "nobody knows which responses will be longer": max(table, key=lambda name: min(table[name][1:])),
+        "turns the drift around": min(table, key=lambda name: table[name][0]),
+        "hardly any drift, but too much noise": stopped[0],
+    }
 
 
 RIGHT: dict[str, list[Callable[..., Any]]] = {
@@ -148,5 +177,6 @@ RIGHT: dict[str, list[Callable[..., Any]]] = {
     "05.4": [minirl_coefficients, minirl_product],
     "05.5": [grpo_branches, grpo_loop],
     "05.6": [cispo_gradient, cispo_loop],
-    "05.7": [parts_shares, parts_loop],
+    "05.7": [weights_by_tokens, weights_from_means],
+    "05.8": [corrections_in_another_order, corrections_from_the_table],
 }

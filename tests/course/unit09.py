@@ -57,7 +57,7 @@ def sft_by_cross_entropy(logits: Tensor, tokens: Tensor, prompt_length: int, pad
 
 
 def teacher_by_recursion(error_rate: float, steps: int) -> float:
-    """Step by step: stay right, or be mended by luck."""
+    """Step by step: stay right, or be corrected by luck."""
     right = 1.0
     for _ in range(steps):
         right = (1 - error_rate) * right + error_rate / 9 * (1 - right)

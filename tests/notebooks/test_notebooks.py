@@ -155,6 +155,17 @@ def test_the_solutions_are_a_page_of_the_exercises_with_their_solved_cells(tmp_p
     assert build.solutions(source) == ""
 
 
+def test_a_step_of_the_capstone_is_what_its_page_says(tmp_path):
+    source = tmp_path / "00_x.py"
+    source.write_text("# %% [markdown]\n# {capstone} 04\n")
+    text = build.generate(source).cells[1].source
+    page = (ROOT / "lessons" / "capstone.md").read_text(encoding="utf-8")
+    assert text in page and "`update(policy, optimizer, rollout, size, micro_batch" in text
+    assert text.count("<details>") == text.count("</details>") > 0 and not re.search(r"^#", text, re.MULTILINE)
+    with pytest.raises(ValueError, match="the steps 01, 02, 03, 04, 05, 06, 07, 08"):
+        build.capstone("09")
+
+
 def figure_cell(size: tuple[int, int], width: int | None) -> nbformat.NotebookNode:
     """A cell that shows coloured noise as PNG, `width` pixels wide on the page."""
     noise = np.random.default_rng(0).integers(0, 200, (size[1], size[0], 4), dtype=np.uint8)

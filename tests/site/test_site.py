@@ -222,7 +222,7 @@ LONGEST = "minirl_edu/experiments/early_warning"  # the name of a module, as a h
 
 def pages(site: Path) -> list[Path]:
     found = sorted(site.rglob("*.html"))
-    return [path for path in found if not {"_static", "_downloads"} & set(path.relative_to(site).parts)]
+    return [path for path in found if not {"_static", "_downloads", "slides"} & set(path.relative_to(site).parts)]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ Observations = Mapping[str, Any]
 Answer = Callable[..., Any]
 """What most exercises ask for: a function."""
 
-_UNITS = tuple(f"{number:02d}" for number in range(12))
+_UNITS = tuple(f"{number:02d}" for number in range(13))
 T = TypeVar("T")
 
 
@@ -133,7 +133,7 @@ def find(exercise_id: str) -> Exercise:
     unit = exercise_id.partition(".")[0]
     known = exercises(unit) if unit in _UNITS else {}
     if exercise_id not in known:
-        there = ", ".join(known) or "exercises are numbered 00.1 to 11.9"
+        there = ", ".join(known) or "exercises are numbered 00.1 to 12.9"
         raise KeyError(f"no exercise {exercise_id!r}: {there}")
     return known[exercise_id]
 

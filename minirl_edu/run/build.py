@@ -84,8 +84,8 @@ def _check_padding(pad: int | None, task: Task) -> None:
     own = task.tokenizer.pad_token_id
     if pad is not None and own is not None and pad != own:
         raise ValueError(
-            f"model.overrides.pad_token_id = {pad}: that is {task.tokenizer.decode([pad])!r} to the task's tokenizer, and a "
-            f"padding token has a zero embedding, through which gradients overflow; set it to {own}, the tokenizer's"
+            f"model.overrides.pad_token_id = {pad}: that is {task.tokenizer.decode([pad])!r} to the task's tokenizer, and "
+            f"a padding token has a zero embedding, through which gradients overflow; set it to {own}, the tokenizer's"
         )
 
 

@@ -85,7 +85,7 @@ def _check_padding(pad: int | None, task: Task) -> None:
     if pad is not None and own is not None and pad != own:
         word = task.tokenizer.decode([pad])
         raise ValueError(
-            f"model.overrides.pad_token_id = {pad}: that is {word!r} to the task's tokenizer, and a padding token has a "
+            f"model.overrides.pad_token_id = {pad}: that is {word!r} to the tokenizer, and a padding token has a "
             f"zero embedding, through which gradients overflow; set it to {own}, the tokenizer's"
         )
 

@@ -1,12 +1,16 @@
-"""A rollout engine on a vLLM server, over HTTP: the contract of `VLLMEngine`, with vLLM in a process of its own.
+"""A rollout engine on vLLM servers, over HTTP: the contract of `VLLMEngine`, with vLLM in processes of its own.
 
-The server (`scale/serve.py`) may be restarted at any time, also in the middle of a generation. It comes back with the
+A server (`scale/serve.py`) may be restarted at any time, also in the middle of a generation. It comes back with the
 weights it was started with; the engine notices by their version, pushes its last synced weights again, and asks again
-for what is missing. Since samples depend on seeds alone, the run goes on as if nothing had happened.
+for what is missing, there or at another server. Since samples depend on seeds alone, the run goes on as if nothing had
+happened.
+
+Each response is a request of its own. vLLM itself makes n requests of one that asks for n samples, and its prefix cache
+finds the prompt either way. So a group in one request would save nothing, and would keep the first response until the
+last has come, on one server, and lose all of them with it.
 """
 
 import base64
-import contextlib
 import dataclasses
 import http.client
 import io
@@ -15,11 +19,11 @@ import math
 import os
 import socket
 import tempfile
+import threading
 import time
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,6 +35,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from minirl_edu.rollout.base import ON_FAULT, EngineError, Rollout, Sampling, accept
+from minirl_edu.rollout.fleet import ATTEMPTS, Fleet, Lost, Member, pause
 from minirl_edu.rollout.hf import end_tokens, suppressed_tokens
 from minirl_edu.rollout.vllm import (
     assemble,
@@ -48,7 +53,6 @@ from minirl_edu.streaming import architecture_name, write_safetensors
 
 KEY_VARIABLE = "MINIRL_VLLM_API_KEY"
 """The environment variable that holds the server's API key."""
-_ATTEMPTS = 6  # in a row without any progress, while the server is up; with the waits between them about 6 s
 _SECONDS_TO_CONNECT = 10.0
 _NEVER_SYNCED = "default"  # vLLM's version of the weights that it started with
 _ON_TRIAL = "minirl-trial"
@@ -63,15 +67,14 @@ _SIZES = (
 )
 
 
-class _Lost(Exception):
-    """The connection broke, or the server said 5xx: worth another try."""
-
-
 class VLLMServerEngine:
-    """vLLM behind HTTP at `url`, started by `scale/serve.py`, on this machine or another.
+    """vLLM behind HTTP at `url`, one server or a list of them, started by `scale/serve.py`, here or elsewhere.
 
     Tokens and **processed** log-probabilities come back as JSON numbers, which lose no bit of an fp32. Seeds are those
     of `VLLMEngine`, so the two give the same rollout, up to roundings that depend on which requests share a batch.
+
+    Of several servers, all have to be there at the start. Later the engine goes on while one is left: see `Fleet`. One
+    that comes back gets the current weights before it is asked anything.
 
     A freshly started server is tried out first, as `VLLMEngine` does it: after a reload it must give the same numbers
     as before, bit for bit. With "nccl" it is not.
@@ -83,18 +86,20 @@ class VLLMServerEngine:
 
     Args:
         api_key: default: the environment's MINIRL_VLLM_API_KEY. It is in no message, and belongs in no config.
-        weights: folder that the server can read, for the safetensors file of each sync; default: a temporary one, for a
-            server on this machine. It takes up to two states of the model.
+        weights: folder that all servers can read, for the safetensors file of each sync; default: a temporary one, for
+            servers on this machine. It takes up to two states of the model.
         record_routes: keep the experts of every token (Mixture-of-Experts models).
         keep_faulty: return responses without log-probabilities or routes, marked (see `Rollout.faults`); do not raise.
         sleep: let the server sleep between rollouts; `scale/serve.py --enable-sleep-mode` starts one that can.
         dtype: refuse a server that computes in another, such as "float32"; default: any.
-        timeout: seconds that one request, all samples of a prompt, may take, waiting at the server included.
-        start_timeout: seconds to wait for the server, at the start and whenever it is gone.
-        concurrency: prompts in flight at once.
+        timeout: seconds that one response may take, waiting at the server included. Of several servers, another is
+            asked before that is an error.
+        start_timeout: seconds to wait for a server, at the start and whenever all are gone.
+        concurrency: responses in flight at once, over all servers. Each takes a thread and a connection here, and what
+            waits at a server can go to no other; so no more than the servers sample at once.
         transfer: "file", through `weights`; or "nccl", vLLM's own weight-transfer API between GPUs, which needs vLLM in
-            this process too. "nccl" has not been run by the project's tests, which have no GPU. vLLM's third way, ipc,
-            unpickles what comes over HTTP, and is not offered.
+            this process too, and one server only. "nccl" has not been run by the project's tests, which have no GPU.
+            vLLM's third way, ipc, unpickles what comes over HTTP, and is not offered.
         nccl_address: host and port, on this machine, at which the server's workers meet this process for "nccl".
 
     Raises ValueError for a missing or wrong key, or a server that runs another model, another dtype, other
@@ -105,7 +110,7 @@ class VLLMServerEngine:
         self,
         model: PreTrainedModel,
         *,
-        url: str = "http://127.0.0.1:8000",
+        url: str | Sequence[str] = "http://127.0.0.1:8000",
         api_key: str | None = None,
         weights: str | Path | None = None,
         record_routes: bool = False,
@@ -114,32 +119,39 @@ class VLLMServerEngine:
         dtype: str | None = None,
         timeout: float = 600.0,
         start_timeout: float = 600.0,
-        concurrency: int = 64,
+        concurrency: int = 512,
         transfer: str = "file",
         nccl_address: str = "127.0.0.1:29555",
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
-            raise ValueError(f"url: {url!r} is not of the form http://HOST:PORT")
+        urls = [url] if isinstance(url, str) else list(url)
+        if not urls or len(set(urls)) < len(urls):
+            raise ValueError(f"url: {urls} is empty, or names a server twice")
         key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
         if not key or not key.isascii() or not key.isprintable():
             raise ValueError(f"api_key: none, or not one line of ASCII; set the environment variable {KEY_VARIABLE}")
         if transfer not in ("file", "nccl"):
             raise ValueError(f"transfer: {transfer!r} is unknown; use 'file' or 'nccl'")
-        self.url, self.timeout, self.start_timeout, self.concurrency = url, timeout, start_timeout, concurrency
+        if transfer == "nccl" and len(urls) > 1:
+            raise ValueError(f"transfer: 'nccl' reaches one server, not {len(urls)}; use 'file'")
+        if concurrency < 1:
+            raise ValueError(f"concurrency: {concurrency} lets nothing be asked; use 1 or more")
+        self.timeout, self.start_timeout = timeout, start_timeout
         self.keep_faulty, self.sleep = keep_faulty, sleep
         self.dtype, self.transfer, self.nccl_address = dtype, transfer, nccl_address
-        self.on_answer: Callable[[], object] = lambda: None  # called after each, in a thread of its own
+        self.on_response: Callable[[int, list[int]], object] = lambda row, tokens: None
+        """Called with each response (row of the rollout, token ids) as it arrives, by the thread that generates; again
+        for one that had to be sampled anew. The last call counts."""
         self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-        self._host, self._secure = parts.netloc, parts.scheme == "https"
+        self.servers = [_Server(self, each) for each in urls]
+        self._fleet = Fleet(self.servers, concurrency=concurrency)
         self._replay = RoutingReplay(model) if record_routes else None  # finds and counts the routers; refuses dense
         self._name = uuid.uuid4().hex[:12]  # in the versions, so that no other trainer's are taken for ours
         self._folder = Path(tempfile.mkdtemp(prefix="minirl-weights-") if weights is None else weights).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file: Path | None = None
         self._clean_up = weakref.finalize(self, _clean_up, self._folder, self._name, weights is None)
-        self._sender: Any = None
-        self._closed = False
+        self._one_at_a_time = threading.Lock()
+        self._synced = self._closed = False
         self.version = 0
         try:
             self.sync(model, version=0)
@@ -153,29 +165,29 @@ class VLLMServerEngine:
         """Sample `group_size` responses to each prompt (token ids). The rollout is validated.
 
         Raises ValueError for an empty prompt, one that leaves no room for `max_new_tokens`, or a temperature below
-        0.01, which vLLM would raise silently; TimeoutError for a request that takes longer than `timeout`;
-        ConnectionError if the server is gone for `start_timeout`; EngineError for a response without log-probabilities
-        or routes, naming the row, and for an answer of other weights.
+        0.01, which vLLM would raise silently; TimeoutError for a response that takes longer than `timeout`;
+        ConnectionError if all servers are gone for `start_timeout`; EngineError for a response without
+        log-probabilities or routes, naming the row, and for an answer of other weights.
         """
         self._open()
-        remedy = f"start the server at {self.url} with a larger --max-model-len"
-        check_room(prompts, sampling, self.max_model_len, remedy)
-        bodies = [
-            {
-                "token_ids": list(prompt),
-                "sampling_params": request_settings(sampling, group_size, derive_seed(seed, "rollout", i), self._ends),
-            }
-            for i, prompt in enumerate(prompts)
-        ]
+        smallest = min(self.servers, key=lambda server: server.max_model_len)
+        remedy = f"start the server at {smallest.url} with a larger --max-model-len"
+        check_room(prompts, sampling, smallest.max_model_len, remedy)
+        bodies = []
+        for i, prompt in enumerate(prompts):
+            settings = request_settings(sampling, 1, derive_seed(seed, "rollout", i), self._ends)
+            for j in range(group_size):
+                own = settings | {"seed": settings["seed"] + j}  # as vLLM does with n samples
+                bodies.append({"token_ids": list(prompt), "sampling_params": own})
         if self.sleep:
-            self._ensure()
-        samples = [sample for group in self._ask(bodies) for sample in group]
+            self._fleet.everywhere(_Server.ensure)
+        samples = self._ask(bodies)
         responses = [(sample.tokens, sample.logp) for sample in samples]
         rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
         if rollout.logp_rollout.isnan().any():
-            self._persist("clearing its cache", self._clear_cache)
+            self._fleet.everywhere(_Server.clear_cache)
         if self.sleep:
-            self._persist("putting it to sleep", lambda _: self._request("POST", "/sleep?level=1"))
+            self._fleet.everywhere(_Server.put_to_sleep)
         if self._replay is None:
             return accept(rollout, keep_faulty=self.keep_faulty)
         shape, routes = (self._replay.layers, self._replay.top_k), [sample.routes for sample in samples]
@@ -183,118 +195,49 @@ class VLLMServerEngine:
         rollout = dataclasses.replace(rollout, routes=placed.to(self._device))
         return accept(rollout, num_experts=self._replay.num_experts, keep_faulty=self.keep_faulty)
 
-    def _ask(self, bodies: list[dict[str, Any]]) -> list[list["_Sample"]]:
-        """The samples of each request. What a broken connection or a restarted server took away is asked for again."""
-        done: dict[int, list[_Sample]] = {}
+    def _ask(self, bodies: list[dict[str, Any]]) -> list["_Sample"]:
+        """The sample of each request. What a broken connection or a restarted server took away is asked for again."""
+        done: dict[int, _Sample] = {}
         fruitless = 0
-        while missing := [i for i in range(len(bodies)) if i not in done]:
-            answers, trouble = self._round({i: bodies[i] for i in missing})
-            if self._replay is not None and not self._returns_routes and answers:
-                try:
-                    self._take_routes(answers)
-                except _Lost as error:  # and with the server, the routes of answers that had come
-                    answers, trouble = {}, str(error)
-            done |= answers
-            if not trouble:
+        while missing := [row for row in range(len(bodies)) if row not in done]:
+            answers = self._fleet.ask(
+                len(missing),
+                lambda server, i, rows=missing: server.sample(bodies[rows[i]], rows[i]),
+                lambda i, sample, rows=missing: self.on_response(rows[i], sample.tokens),
+            )
+            samples = self._with_routes({missing[i]: sample for i, sample in answers.items()})
+            fruitless = 0 if samples else fruitless + 1
+            if fruitless == ATTEMPTS:
+                raise EngineError(
+                    f"routes: lost in {ATTEMPTS} attempts, with servers that broke down; see their output"
+                )
+            done |= samples
+        return [done[row] for row in range(len(bodies))]
+
+    def _with_routes(self, samples: dict[int, "_Sample"]) -> dict[int, "_Sample"]:
+        """The samples by row, with routes; without those whose routes were lost with their server."""
+        for server in self.servers if self._replay is not None else ():
+            theirs = {row: sample for row, sample in samples.items() if sample.server is server}
+            if not theirs or server.returns_routes:
                 continue
-            fruitless = 0 if answers else fruitless + 1
-            if fruitless == _ATTEMPTS:
-                raise EngineError(f"{self.url}: no answer to any request in {_ATTEMPTS} attempts: {trouble}")
-            time.sleep(_pause(fruitless))
-            self._ensure()
-        return [done[i] for i in range(len(bodies))]
-
-    def _round(self, bodies: dict[int, dict[str, Any]]) -> tuple[dict[int, list["_Sample"]], str]:
-        """Ask once for each; returns the good answers by prompt, and what went wrong with one of the others."""
-        answers: dict[int, list[_Sample]] = {}
-        trouble = ""
-        sockets: set[socket.socket] = set()
-        pool = ThreadPoolExecutor(min(self.concurrency, len(bodies)), thread_name_prefix="rollout")
-        try:
-            futures = {}
-            for i, body in bodies.items():
-                body = body | {"request_id": uuid.uuid4().hex}  # a new one: the server may still know the last
-                futures[i] = pool.submit(self._request, "POST", "/inference/v1/generate", body, sockets=sockets)
-                futures[i].add_done_callback(
-                    lambda future: future.cancelled() or future.exception() or self.on_answer()
-                )
-            for i, future in futures.items():
-                try:
-                    samples = self._samples(future.result(), i, bodies[i]["sampling_params"]["n"])
-                except _Lost as error:
-                    trouble = str(error)
-                else:
-                    answers[i] = samples
-        finally:
-            # On an error, or Ctrl-C, don't wait for the others: closing their connections ends them at the server too.
-            pool.shutdown(wait=False, cancel_futures=True)
-            for connected in list(sockets):
-                with contextlib.suppress(OSError):
-                    connected.shutdown(socket.SHUT_RDWR)
-        return answers, trouble
-
-    def _samples(self, answer: dict[str, Any], prompt: int, group_size: int) -> list["_Sample"]:
-        """Check an answer's n samples and bring them into order."""
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) != group_size:
-            raise EngineError(f"{self.url}: {len(choices)} samples for a request of {group_size}")
-        samples = []
-        for row, choice in enumerate(choices, start=prompt * group_size):
-            spans = choice.get("weight_versions")
-            if not spans:
-                raise EngineError(f"weight_version: {self.url} returned none; start the server with scale/serve.py")
-            if stale := {span["version"] for span in spans} - {self._label}:
-                raise _Lost(
-                    f"its weights were {', '.join(sorted(stale))}, not {self._label}; does another trainer use it?"
-                )
-            if choice["finish_reason"] not in ("stop", "length") or not choice["token_ids"]:
-                raise _Lost(f"a sample ended by {choice['finish_reason']!r}")
-            content = (choice.get("logprobs") or {}).get("content") or []
-            logp = [math.nan if at["logprob"] in (None, _NO_LOGPROB) else at["logprob"] for at in content]
-            if [at["token_id"] for at in content] != choice["token_ids"]:
-                self._refuse(
-                    f"logp_rollout: {self.url} returned {len(content)} log-probabilities for the "
-                    f"{len(choice['token_ids'])} tokens of row {row}; start the server with scale/serve.py"
-                )
-                logp = []
-            routes = None
-            if self._replay is not None and self._returns_routes:
-                routes = _decoded(choice.get("routed_experts"))
-                if routes is None:
-                    self._refuse(
-                        f"routes: {self.url} returned none for row {row}; vLLM needs its V2 model runner and no "
-                        "pipeline parallelism"
-                    )
-            samples.append(_Sample((answer["request_id"], choice["index"]), choice["token_ids"], logp, routes))
+            kept = {row: sample for row, sample in theirs.items() if sample.life == server.losses}
+            try:
+                if kept:
+                    server.take_routes(kept)
+            except Lost as error:
+                self._fleet.lose(server, str(error), coming=True)
+                kept = {}
+            samples = {row: sample for row, sample in samples.items() if row not in theirs or row in kept}
         return samples
-
-    def _take_routes(self, groups: dict[int, list["_Sample"]]) -> None:
-        """The CPU strategy: the worker recorded the routes."""
-        coded = self._rpc("minirl_take_routes", [samples[0].key[0] for samples in groups.values()])
-        taken = {request_key(request): decode_routes(routes) for request, routes in coded.items()}
-        for prompt, samples in groups.items():
-            for row, sample in enumerate(samples, start=prompt * len(samples)):
-                sample.routes = taken.get(sample.key)
-                if sample.routes is None:
-                    self._refuse(f"routes: {self.url} recorded none for row {row}, which it answered; restart it")
-
-    def _refuse(self, fault: str) -> None:
-        """Raise EngineError for the fault of one response, unless such are to be kept."""
-        if not self.keep_faulty:
-            raise EngineError(f"{fault}; {ON_FAULT}")
-
-    def _clear_cache(self, _: str) -> None:
-        """After a response whose log-probabilities are none: what it left in the KV cache must reach no other."""
-        self._reset_cache()
-        self._rpc("minirl_clear_kv_cache")
 
     # -------------------------------------------------------------------------------------------------------- sync
 
     def sync(self, model: PreTrainedModel, *, version: int) -> None:
         """Take `model`'s weights as the new θ_old; requests in flight are aborted and the prefix cache is dropped.
 
-        The weights are kept for a server that restarts: as a file, or, for "nccl", by a reference to `model`, which
-        must not change between a sync and the generations that follow it. Raises as `generate` does.
+        All servers get them, side by side; those that are gone, when they come back. The weights are kept for that: as
+        a file, or, for "nccl", by a reference to `model`, which must not change between a sync and the generations that
+        follow it. Raises as `generate` does.
         """
         self._open()
         self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
@@ -306,8 +249,8 @@ class VLLMServerEngine:
             self._write(model)
         else:
             self._source: Any = _Source(model)
-        self._ensure()
-        self.version = version
+        self._fleet.everywhere(_Server.ensure, whole=not self._synced)
+        self.version, self._synced = version, True
 
     def _write(self, model: PreTrainedModel) -> None:
         """The weights as vLLM reads them. Renamed when whole, so that no reader ever sees half a file."""
@@ -321,23 +264,115 @@ class VLLMServerEngine:
         if before is not None and before != self._file:
             before.unlink(missing_ok=True)
 
-    def _ensure(self) -> None:
-        """Wait until the server is there, awake, and has our weights: push them if it reports another version."""
-        self._persist("pushing weights", self._bring_up)
+    def close(self) -> None:
+        """Remove the weights' file; the servers run on."""
+        self._closed = True
+        for server in self.servers:
+            if server.sender is not None:
+                server.sender.shutdown()
+        self._clean_up()
 
-    def _persist(self, what: str, act: Callable[[str], Any]) -> None:
-        """Call `act` when the server is there, and again after each `_Lost`, with what was the trouble before."""
+    def _open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine was closed; make a new VLLMServerEngine")
+
+
+class _Server(Member):
+    """One server. What it shares with the others, such as the weights to push and their version, is its engine's."""
+
+    def __init__(self, engine: VLLMServerEngine, url: str) -> None:
+        super().__init__(url)
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
+            raise ValueError(f"url: {url!r} is not of the form http://HOST:PORT")
+        self._engine = engine
+        self._host, self._secure = parts.netloc, parts.scheme == "https"
+        self.sender: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    # ----------------------------------------------------------------------------------------------------- a sample
+
+    def sample(self, body: dict[str, Any], row: int) -> "_Sample":
+        """One response, checked; `row` is for messages."""
+        life = self.losses
+        body = body | {"request_id": uuid.uuid4().hex}  # a new one: the server may still know the last
+        answer = self._request("POST", "/inference/v1/generate", body)
+        if len(answer["choices"]) != 1:
+            raise EngineError(f"{self.url}: {len(answer['choices'])} samples for a request of one")
+        (choice,) = answer["choices"]
+        spans = choice.get("weight_versions")
+        if not spans:
+            raise EngineError(f"weight_version: {self.url} returned none; start the server with scale/serve.py")
+        if stale := {span["version"] for span in spans} - {self._label}:
+            raise Lost(f"its weights were {', '.join(sorted(stale))}, not {self._label}; does another trainer use it?")
+        if choice["finish_reason"] not in ("stop", "length") or not choice["token_ids"]:
+            raise Lost(f"a sample ended by {choice['finish_reason']!r}")
+        content = (choice.get("logprobs") or {}).get("content") or []
+        logp = [math.nan if at["logprob"] in (None, _NO_LOGPROB) else at["logprob"] for at in content]
+        if [at["token_id"] for at in content] != choice["token_ids"]:
+            self._refuse(
+                f"logp_rollout: {self.url} returned {len(content)} log-probabilities for the "
+                f"{len(choice['token_ids'])} tokens of row {row}; start the server with scale/serve.py"
+            )
+            logp = []
+        routes = None
+        if self._replay is not None and self.returns_routes:
+            routes = _decoded(choice.get("routed_experts"))
+            if routes is None:
+                self._refuse(
+                    f"routes: {self.url} returned none for row {row}; vLLM needs its V2 model runner and no "
+                    "pipeline parallelism"
+                )
+        return _Sample(self, life, (answer["request_id"], choice["index"]), choice["token_ids"], logp, routes)
+
+    def take_routes(self, samples: dict[int, "_Sample"]) -> None:
+        """The CPU strategy: the worker recorded the routes of these samples, by their rows."""
+        coded = self._rpc("minirl_take_routes", [sample.key[0] for sample in samples.values()])
+        taken = {request_key(request): decode_routes(routes) for request, routes in coded.items()}
+        for row, sample in samples.items():
+            sample.routes = taken.get(sample.key)
+            if sample.routes is None:
+                self._refuse(f"routes: {self.url} recorded none for row {row}, which it answered; restart it")
+
+    def _refuse(self, fault: str) -> None:
+        """Raise EngineError for the fault of one response, unless such are to be kept."""
+        if not self.keep_faulty:
+            raise EngineError(f"{fault}; {ON_FAULT}")
+
+    def clear_cache(self, stop: threading.Event) -> None:
+        """After a response whose log-probabilities are none: what it left in the KV cache must reach no other."""
+
+        def clear(_: str) -> None:
+            self._reset_cache()
+            self._rpc("minirl_clear_kv_cache")
+
+        self._persist("clearing its cache", clear, stop)
+
+    def put_to_sleep(self, stop: threading.Event) -> None:
+        """Free the memory of its GPUs until it is needed again."""
+        self._persist("putting it to sleep", lambda _: self._request("POST", "/sleep?level=1"), stop)
+
+    # -------------------------------------------------------------------------------------------------- the weights
+
+    def ensure(self, stop: threading.Event) -> None:
+        """Wait until the server is there, awake, and has our weights: push them if it reports another version."""
+        self._persist("pushing weights", self._bring_up, stop)
+
+    def _persist(self, what: str, act: Callable[[str], Any], stop: threading.Event) -> None:
+        """Call `act` when the server is there, and again after each `Lost`, with what was the trouble before."""
         trouble = ""
-        for attempt in range(_ATTEMPTS):
-            self._wait()
+        for attempt in range(ATTEMPTS):
+            self._wait(stop)
             try:
                 act(trouble)
                 return
-            except _Lost as error:
+            except Lost as error:
                 trouble = str(error)
-            time.sleep(_pause(attempt))
+            stop.wait(pause(attempt))
         raise EngineError(
-            f"{self.url}: {what} failed {_ATTEMPTS} times: {trouble}; start it with scale/serve.py and see what it "
+            f"{self.url}: {what} failed {ATTEMPTS} times: {trouble}; start it with scale/serve.py and see what it "
             "prints"
         )
 
@@ -351,7 +386,8 @@ class VLLMServerEngine:
             cause = trouble or "by an earlier client"
             raise ValueError(f"url: the trial of {self.url}'s reload was broken off ({cause}); restart it")
         if seen == _NEVER_SYNCED and self.transfer == "file":
-            self._try_reload()
+            with self._one_at_a_time:  # it takes a copy of the weights in this process's memory
+                self._try_reload()
         self._push()
 
     def _try_reload(self) -> None:
@@ -389,7 +425,7 @@ class VLLMServerEngine:
 
     def _reset_cache(self) -> None:
         if not self._request("POST", "/reset_prefix_cache")["success"]:
-            raise _Lost("the prefix cache was not dropped")
+            raise Lost("the prefix cache was not dropped")
 
     def _push(self) -> None:
         # Paused, so that no token is sampled between the new weights and their version.
@@ -400,7 +436,7 @@ class VLLMServerEngine:
             self._send_by_nccl()
         self._reset_cache()
         self._rpc("minirl_suppress", self._suppressed)
-        if self._replay is not None and not self._returns_routes:
+        if self._replay is not None and not self.returns_routes:
             layers = tuple(self._rpc("minirl_record_routes"))
             if layers != self._replay.layers:
                 raise ValueError(f"routes: {self.url} has experts at layers {layers}, not {self._replay.layers}")
@@ -412,7 +448,7 @@ class VLLMServerEngine:
         """Refuse a server whose answers would not be this model's rollouts."""
         server = self._rpc("minirl_describe")
         self.max_model_len: int = server["max_model_len"]
-        self._returns_routes: bool = server["returns_routes"]
+        self.returns_routes: bool = server["returns_routes"]
         if self._architecture not in server["architectures"]:
             raise ValueError(f"model: {self.url} serves a {server['architectures'][0]}, not a {self._architecture}")
         ours = json.loads(self._config.to_json_string(use_diff=False))
@@ -444,26 +480,15 @@ class VLLMServerEngine:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         # A version that is not from our last push means a new process, without our group.
-        fresh = self._request("GET", "/weight_info")["weight_version"] != getattr(self._sender, "label", None)
-        if self._sender is None or fresh:
+        fresh = self._request("GET", "/weight_info")["weight_version"] != getattr(self.sender, "label", None)
+        if self.sender is None or fresh:
             host, _, port = self.nccl_address.rpartition(":")
             workers = self._request("GET", "/get_world_size")["world_size"]
             info = NCCLTrainerInitInfo(master_address=host, master_port=int(port), world_size=workers + 1, rank=0)
             client = _SyncClient(self)
-            self._sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
-        self._sender.source, self._sender.label = self._source, self._label
-        self._sender.send_weights()
-
-    def close(self) -> None:
-        """Remove the weights' file; the server runs on."""
-        self._closed = True
-        if self._sender is not None:
-            self._sender.shutdown()
-        self._clean_up()
-
-    def _open(self) -> None:
-        if self._closed:
-            raise RuntimeError("this engine was closed; make a new VLLMServerEngine")
+            self.sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+        self.sender.source, self.sender.label = self._source, self._label
+        self.sender.send_weights()
 
     # -------------------------------------------------------------------------------------------------------- HTTP
 
@@ -471,8 +496,8 @@ class VLLMServerEngine:
         """Call a worker's method; the answer of the first worker, which stands for all."""
         return self._request("POST", "/collective_rpc", {"method": method, "args": list(args)})["results"][0]
 
-    def _wait(self) -> None:
-        """Until the server answers /health; meanwhile one line says how long it has been, and why."""
+    def _wait(self, stop: threading.Event) -> None:
+        """Until the server answers /health; meanwhile one line says how long it has been, and why. At `stop`, Lost."""
         started, attempt = time.monotonic(), 0
         line: tqdm | None = None
         try:
@@ -480,8 +505,11 @@ class VLLMServerEngine:
                 try:
                     self._request("GET", "/health", seconds=_SECONDS_TO_CONNECT)
                     return
-                except (_Lost, TimeoutError) as error:
+                except (Lost, TimeoutError) as error:
                     reason = str(error)
+                self.waiting = reason
+                if stop.is_set():
+                    raise Lost(reason)
                 waited = time.monotonic() - started
                 if waited > self.start_timeout:
                     raise ConnectionError(
@@ -493,9 +521,10 @@ class VLLMServerEngine:
                 line.set_description_str(
                     f"waiting for a vLLM server at {self.url}: {waited:.0f} of {self.start_timeout:.0f} s ({reason})"
                 )
-                time.sleep(min(_pause(attempt), max(0.0, self.start_timeout - waited) + 0.01))
+                stop.wait(min(pause(attempt), max(0.0, self.start_timeout - waited) + 0.01))
                 attempt += 1
         finally:
+            self.waiting = ""
             if line is not None:
                 line.close()
 
@@ -506,11 +535,10 @@ class VLLMServerEngine:
         body: dict[str, Any] | None = None,
         *,
         seconds: float | None = None,
-        sockets: set[socket.socket] | None = None,
     ) -> Any:
         """One request; returns the JSON of the answer, None for an empty one.
 
-        Raises _Lost for what another try may mend, else an error that says what to do. `sockets` holds the connection
+        Raises Lost for what another try may mend, else an error that says what to do. `sockets` holds the connection
         while the request runs.
         """
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
@@ -520,12 +548,11 @@ class VLLMServerEngine:
             try:
                 connection.connect()
             except OSError as error:
-                raise _Lost(_reason(error)) from None
+                raise Lost(_reason(error)) from None
             held = connection.sock
             assert held is not None
             held.settimeout(seconds or self.timeout)
-            if sockets is not None:
-                sockets.add(held)
+            self.sockets.add(held)
             connection.request(method, path, None if body is None else json.dumps(body).encode(), self._headers)
             response = connection.getresponse()
             status, content = response.status, response.read()
@@ -535,10 +562,10 @@ class VLLMServerEngine:
                 "rollout.options.timeout, or lower concurrency, max_new_tokens or group_size"
             ) from None
         except (OSError, http.client.HTTPException) as error:
-            raise _Lost(_reason(error)) from None
+            raise Lost(_reason(error)) from None
         finally:
-            if sockets is not None and held is not None:
-                sockets.discard(held)
+            if held is not None:
+                self.sockets.discard(held)
             connection.close()
         if status == 200:
             return json.loads(content) if content else None
@@ -546,7 +573,7 @@ class VLLMServerEngine:
         secret = self._headers["Authorization"].removeprefix("Bearer ")
         said = f"{status} {content.decode(errors='replace').replace(secret, '<the key>')[:500]}".strip()
         if status >= 500:
-            raise _Lost(f"{path} answered {said}")
+            raise Lost(f"{path} answered {said}")
         if status == 401:
             raise ValueError(f"api_key: {self.url} refused it; set {KEY_VARIABLE} to the key that the server has")
         if status in (403, 404):
@@ -556,8 +583,11 @@ class VLLMServerEngine:
 
 @dataclasses.dataclass
 class _Sample:
-    """One response, with the id and index by which the worker recorded its routes."""
+    """One response: which server gave it, after how many losses of that, and the id and index by which the worker
+    recorded its routes."""
 
+    server: _Server
+    life: int
     key: tuple[str, int]
     tokens: list[int]
     logp: list[float]
@@ -583,8 +613,8 @@ class _Source:
 class _SyncClient:
     """The four calls of vLLM's trainer side (its `VLLMWeightSyncClient`), with our key."""
 
-    def __init__(self, engine: VLLMServerEngine) -> None:
-        self._post: Callable[..., Any] = lambda path, body=None: engine._request("POST", path, body)
+    def __init__(self, server: _Server) -> None:
+        self._post: Callable[..., Any] = lambda path, body=None: server._request("POST", path, body)
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._post("/init_weight_transfer_engine", {"init_info": init_info})
@@ -613,11 +643,6 @@ def _clean_up(folder: Path, name: str, own: bool) -> None:
         file.unlink(missing_ok=True)
     if own:
         folder.rmdir()
-
-
-def _pause(attempt: int) -> float:
-    """Seconds before the next attempt: 0.1, 0.2, 0.4 … at most 5."""
-    return min(0.1 * 2**attempt, 5.0)
 
 
 def _reason(error: Exception) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -183,7 +184,7 @@ class VLLMServerEngine:
             self._fleet.everywhere(_Server.ensure)
         samples = self._ask(bodies)
         responses = [(sample.tokens, sample.logp) for sample in samples]
-        rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
+        rollout = assemble(responses, prompts, self._pad, version=self.version, device=torch.device("cpu"))
         if rollout.logp_rollout.isnan().any():
             self._fleet.everywhere(_Server.clear_cache)
         if self.sleep:
@@ -192,7 +193,7 @@ class VLLMServerEngine:
             return accept(rollout, keep_faulty=self.keep_faulty)
         shape, routes = (self._replay.layers, self._replay.top_k), [sample.routes for sample in samples]
         placed = place_routes(routes, rollout.inputs.cpu(), *shape, keep_faulty=self.keep_faulty)
-        rollout = dataclasses.replace(rollout, routes=placed.to(self._device))
+        rollout = dataclasses.replace(rollout, routes=placed)
         return accept(rollout, num_experts=self._replay.num_experts, keep_faulty=self.keep_faulty)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list["_Sample"]:
@@ -242,7 +243,7 @@ class VLLMServerEngine:
         self._open()
         self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
         self._suppressed = suppressed_tokens(model)
-        self._device, self._config = model.device, model.config.get_text_config()
+        self._config = model.config.get_text_config()
         self._architecture = architecture_name(model)
         self._label = f"{version}-{self._name}"
         if self.transfer == "file":
@@ -461,7 +462,8 @@ class _Server(Member):
             raise ValueError(f"dtype: {self.url} computes in {server['dtype']}; restart it with --dtype {self.dtype}")
         if self._replay is not None and not (server["returns_routes"] or server["records_routes"]):
             raise ValueError(
-                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2"
+                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2 with "
+                "rollout.measure_flips: false"
             )
         if self.sleep and not server["can_sleep"]:
             raise ValueError(

@@ -93,7 +93,7 @@ def test_a_recipe_with_a_server_says_how_to_start_it(recipe):
     assert bool(servers) == (config.rollout.engine == "vllm_server")
     for line in servers:
         ours, theirs = serve.parse(line)
-        assert ours.routes  # every server here has a Mixture-of-Experts model
+        assert ours.routes == config.engine_routes  # every server here has a Mixture-of-Experts model
         assert config.rollout.max_new_tokens and ours.max_model_len > config.rollout.max_new_tokens
         # Colocated or not is said twice, and has to be said alike.
         assert ("--enable-sleep-mode" in theirs) == config.rollout.options.get("sleep", False)

@@ -3,17 +3,21 @@
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from minirl_edu.config import load_config
 from minirl_edu.models import load_model, tiny_moe
 from minirl_edu.rollout import EngineError, Sampling, fleet, vllm_server
 from minirl_edu.rollout.vllm_server import KEY_VARIABLE, VLLMServerEngine
-from tests.test_vllm_server import KEY, Fake, Server, generate, is_sampling, needs_vllm, same
+from minirl_edu.tasks import ChainTask, Problem
+from minirl_edu.tasks.verifiers import VerifierPool
+from minirl_edu.trainer import MiniRLTrainer
+from tests.test_vllm_server import KEY, SMALL, Fake, Server, generate, is_sampling, needs_vllm, same
 
 
 def tiny(seed: int) -> Any:
@@ -267,6 +271,59 @@ def test_ctrl_c_waits_for_no_request(fakes, connect, monkeypatch):
     assert time.monotonic() - started < 5
     release.set()
     monkeypatch.undo()
+
+
+class SlowTask(ChainTask):
+    """A verifier that takes its time, one answer after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        (folder / "slow.py").write_text(SLOW_VERIFIER)
+        self.verifier = VerifierPool(f"{folder / 'slow.py'}:make", time_limit=20.0, size=1)
+        assert self.verifier("start the process", "") == 1.0
+
+    def begin(self, problem: Problem, response: str) -> None:
+        self.verifier.begin(response, problem.answer)
+
+    def rewards(self, problems: Sequence[Problem], responses: Sequence[str]) -> list[float]:
+        asked = zip(problems, responses, strict=True)
+        return self.verifier.collect([self.verifier.submit(response, problem.answer) for problem, response in asked])
+
+
+SLOW_VERIFIER = """
+import time
+def make():
+    return lambda response, answer: time.sleep(0.2) or len(response) % 2
+"""
+
+
+@pytest.mark.slow
+def test_answers_are_verified_while_others_are_sampled(monkeypatch, tmp_path):
+    """8 answers at 0.2 s each, one after the other, from the server and in the verifier: 1.8 s, not 3.2."""
+    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    server = Fake(load_model("chain-steps"))
+    server.fault = lambda path, body: time.sleep(0.2) if is_sampling(path, body) else None
+    server.start()
+    settings = ["train.mini_batches=1", "train.mini_batch_prompts=4", "train.group_size=2", "algorithm.replay=none"]
+    settings += [f"rollout.options={{url: ['{server.url}'], concurrency: 1, weights: '{tmp_path / 'weights'}'}}"]
+    task = SlowTask(tmp_path)
+    try:
+        run = MiniRLTrainer(load_config(None, [*SMALL, *settings]), tmp_path / "run", task=task, progress=False)
+        taken, rewards = [], []
+        for ahead in (True, False):
+            if not ahead:
+                monkeypatch.setattr(SlowTask, "begin", lambda *_: None)
+            started = time.monotonic()
+            sampled, _ = run._sample()
+            taken.append(time.monotonic() - started)
+            rewards.append(sampled.rewards.tolist())
+        run.engine.close()
+    finally:
+        server.stop()
+        task.verifier.close()
+    print("seconds with verifying ahead, and without:", taken)
+    assert rewards[0] == rewards[1] and 0 < sum(rewards[0]) < 8
+    assert taken[0] < 0.8 * taken[1]
 
 
 @needs_vllm

@@ -553,7 +553,31 @@ def test_several_machines(job, placement, machines, host):
         assert (trainer.num_machines, trainer.num_processes) == (len(machines), 4 * len(machines))
         assert (trainer.main_process_ip, trainer.main_process_port) == (machines[0], 29500)
         options = load_config(trainer.run.config, trainer.run.set).rollout.options
-        assert options["url"] == f"http://{host}:8000" and options["sleep"] == (placement == "colocated")
+        assert options["url"] == [f"http://{host}:8000"] and options["sleep"] == (placement == "colocated")
     assert f"http://{host}:8000/health" in ran.calls("curl")[0]["words"]
     of_server, of_trainer = (call["words"] for call in ran.calls("srun"))
     assert "--nodelist=node1" in of_server and f"--nodelist={','.join(machines)}" in of_trainer
+
+
+@pytest.mark.parametrize(
+    ("placement", "hosts", "machines"),
+    [("separate", ["node1", "node2"], ["node3"]), ("colocated", ["127.0.0.1", "node2"], ["node1", "node2", "node3"])],
+)
+def test_several_servers_each_on_a_machine(job, placement, hosts, machines):
+    ran = job("several_nodes.sbatch", RECIPE=str(QWEN), PLACEMENT=placement, SERVERS="2", SERVE="--routes")
+    assert ran.finish() == 0, ran.log.read_text()
+    assert sorted(serve.parse(call["words"][1:])[0].host for call in ran.calls("serve")) == hosts
+    urls = [f"http://{host}:8000" for host in hosts]
+    assert {call["words"][-1] for call in ran.calls("curl")} == {f"{url}/health" for url in urls}
+    assert len(ran.trainers()) == len(machines)
+    for trainer in ran.trainers():
+        assert load_config(trainer.run.config, trainer.run.set).rollout.options["url"] == urls
+        assert (trainer.num_machines, trainer.main_process_ip) == (len(machines), machines[0])
+    places = [word for call in ran.calls("srun") for word in call["words"] if word.startswith("--nodelist")]
+    assert sorted(places) == sorted(f"--nodelist={names}" for names in ("node1", "node2", ",".join(machines)))
+
+
+def test_more_servers_than_machines_are_refused(job):
+    ran = job("several_nodes.sbatch", RECIPE=str(QWEN), SERVERS="3")
+    assert ran.finish() == 2
+    assert "SERVERS=3: the job has 3 machines, too few to serve and to train" in ran.log.read_text()

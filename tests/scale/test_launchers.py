@@ -165,7 +165,7 @@ def test_sharded_means_fsdp2_by_layers_without_a_second_checkpointing(path):
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_ACTIVATION_CHECKPOINTING": "false",
         "FSDP_OFFLOAD_PARAMS": "false",
         "ACCELERATE_MIXED_PRECISION": "no" if path.stem.startswith("cpu") else "bf16",

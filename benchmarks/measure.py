@@ -120,7 +120,7 @@ def replay(rounds: int, *, seed: int = 0) -> Result:
 
 def _cut(trainer: MiniRLTrainer, rollout: Rollout, advantages: torch.Tensor, share_prompts: bool = True) -> MiniBatch:
     """The rollout as one mini-batch with these advantages."""
-    batcher = replace(trainer.batcher, share_prompts=share_prompts, mini_batches=1)
+    batcher = replace(trainer.batcher, share_prompts=share_prompts, pack=False, mini_batches=1)
     return batcher.cut(Sampled(rollout, advantages, [len(rollout.prompts)]), lambda rewards, group_size: rewards)[0]
 
 

@@ -1,7 +1,5 @@
 """MiniRL in one file: equation (7) of arXiv 2512.01374 on a tiny Mixture-of-Experts, in plain PyTorch.
 
-    python lessons/nano_minirl.py [--replay none|R2|R3] [--seed 0]
-
 The policy comes from a cold start: it has imitated a teacher who errs, and solves 44 % of the held-out problems. After
 30 global steps, 40 s of one core, it solves 98, 96 and 99 % (R3, seeds 0, 1, 2). Each global step
 
@@ -12,8 +10,7 @@ The policy comes from a cold start: it has imitated a teacher who errs, and solv
     5. update   makes a gradient step for each mini-batch, by Σ_t M_t · sg[min(π_θ/μ_old, 5)] · Â · ∇log π_θ(y_t)  (7)
 
 Replay says which experts the trainer uses in 4 and 5: those it chooses now (none), at θ_old (R2), or the engine's (R3).
-Shapes: B responses, T tokens of a response, S of a prompt and its response, V words, L layers, E experts, k of them per
-token, D hidden, d per head, n = B·S. `tests/lessons/test_nano_minirl.py` holds this file to the library.
+Shapes: B responses, T tokens of one, S with its prompt, V words, L layers, E experts, k per token, n = B·S.
 """
 
 import argparse
@@ -65,8 +62,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, start: int) -> Tensor:  # [B, heads, S, d], rotary embedding of positions start, start + 1, …
-    half = x.shape[-1] // 2
-    angle = torch.arange(start, start + x.shape[2])[:, None] * 10000 ** -(torch.arange(half) / half)  # [S, d/2]
+    angle = torch.arange(start, start + x.shape[2])[:, None] * 10000 ** -torch.arange(0, 1, 2 / HEAD_DIM)  # [S, d/2]
     a, b = x.chunk(2, -1)
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
 
@@ -147,7 +143,7 @@ def sample(w: dict, texts: list[str], group_size: int, generator: torch.Generato
 
 
 # ---- the trainer: π_old and π_θ
-def logprobs(w: dict, part: Rollout, routes: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def logprobs(w: dict, part: Rollout, routes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """log π(y_t) and the entropy, [B, T] and 0 outside the mask, and the experts used."""
     logits, used = forward(w, part.tokens[:, :-1], routes)
     logp = logits[:, WIDTH - 1 :].log_softmax(-1)  # [B, T, V]: each token predicts the next
@@ -164,6 +160,23 @@ def minirl_loss(logp: Tensor, logp_old: Tensor, part: Rollout, responses: int) -
     return -(m * weight * a * logp).sum() / responses, weight, m
 
 
+def update(policy: dict, optimizer, rollout: Rollout, size: int, micro_batch: int, replay="none") -> tuple:
+    """A gradient step for each mini-batch of `size` responses. Returns log π_old, entropy, routes, weights and M."""
+    parts = [Rollout(*part) for part in zip(*(x.split(micro_batch) for x in rollout), strict=True)]
+    with torch.no_grad():  # π_old of all N mini-batches, before θ moves
+        old, new = [logprobs(policy, part, part.routes if replay == "R3" else None) for part in parts], []
+    for i, (part, (logp_old, _, used)) in enumerate(zip(parts, old, strict=True), start=1):
+        logp, _, _ = logprobs(policy, part, {"none": None, "R2": used, "R3": part.routes}[replay])
+        loss, weight, m = minirl_loss(logp, logp_old, part, size)
+        loss.backward()  # micro-batches add up
+        new.append((weight, m))
+        if i * micro_batch % size == 0:  # the end of a mini-batch; micro_batch divides size
+            torch.nn.utils.clip_grad_norm_(policy.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    return tuple(torch.cat(x) for pairs in (old, new) for x in zip(*pairs, strict=True))
+
+
 def train(replay: str, seed: int, N=4, steps=30, bits=4, prompts=16, group_size=8, micro_batch=64, lr=3e-4) -> float:
     """Print a line for each global step; return the last score on held-out problems, with the trainer's own weights."""
     rng, generator, size = random.Random(seed), torch.Generator().manual_seed(seed), prompts * group_size
@@ -172,24 +185,11 @@ def train(replay: str, seed: int, N=4, steps=30, bits=4, prompts=16, group_size=
     for step in range(steps):
         score = sample(policy, exam, 1, torch.Generator().manual_seed(0)).rewards.mean()
         rollout = sample(rounded(policy, bits), problems(N * prompts, rng), group_size, generator)
-        parts = [Rollout(*part) for part in zip(*(x.split(micro_batch) for x in rollout), strict=True)]
-        with torch.no_grad():  # π_old of all N mini-batches, before θ moves
-            old = [logprobs(policy, part, part.routes if replay == "R3" else None) for part in parts]
-        clipped, largest = 0, 0.0
-        for i, (part, (logp_old, _, used)) in enumerate(zip(parts, old, strict=True), start=1):
-            logp, _, _ = logprobs(policy, part, {"none": None, "R2": used, "R3": part.routes}[replay])
-            loss, weight, m = minirl_loss(logp, logp_old, part, size)
-            loss.backward()  # micro-batches add up
-            clipped, largest = clipped + (~m).sum(), max(largest, weight.max())
-            if i * micro_batch % size == 0:  # the end of a mini-batch; micro_batch divides size
-                torch.nn.utils.clip_grad_norm_(policy.values(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-        logp_old, entropy, used = (torch.cat(x) for x in zip(*old, strict=True))
+        logp_old, entropy, used, weight, m = update(policy, optimizer, rollout, size, micro_batch, replay)
         tokens, flips = rollout.mask.sum(), (used.sort(-1)[0] != rollout.routes.sort(-1)[0]).any(-1)[:, WIDTH - 1 :]
-        print(f"step {step:2}  score {score:.2f}  reward {rollout.rewards.mean():.2f}", end="")
+        print(f"{step:2}  score {score:.2f}  reward {rollout.rewards.mean():.2f}  max w {weight.max():.1f}", end="")
         print(f"  entropy {entropy.sum() / tokens:.3f}  KL {(rollout.logp - logp_old).sum() / tokens:+.4f}", end="")
-        print(f"  flips {flips[rollout.mask].float().mean():.1%}  max w {largest:.1f}  clipped {clipped / tokens:.1%}")
+        print(f"  flips {flips[rollout.mask].float().mean():.1%}  clipped {(~m).sum() / tokens:.1%}")
     return sample(policy, exam, 1, torch.Generator().manual_seed(0)).rewards.mean().item()
 
 

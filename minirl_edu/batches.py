@@ -1,4 +1,4 @@
-"""From a rollout to micro-batches.
+"""From a rollout to micro-batches, in the machine's own memory: the trainer moves one at a time to its device.
 
 A global step's responses are cut into mini-batches (one gradient step each), a mini-batch into micro-batches (one
 forward each, of a bounded number of tokens). Each response travels with its advantage, its log-probabilities and its
@@ -39,6 +39,7 @@ class MiniBatch:
     rewards: Tensor  # [B]
     advantages: Tensor  # [B]
     tokens: int  # of all responses
+    width: int  # T
     parts: list[MicroBatch] = field(default_factory=list)  # of this rank
     rollout: Rollout | None = None  # all of it, without routes; on the main process
     shares: list[Tensor] = field(default_factory=list)  # the rows of each rank, where there are several
@@ -108,6 +109,8 @@ class Batcher:
     mini_batches   N
     tokens         slots of a micro-batch at most
     share_prompts  lay each prompt out once for its group; see `minirl_edu.logprobs`
+    pack           pack the rows that do not share theirs
+    attention      cost of attending to one token, over that of a token's products with the weights
     force_routes   R3: updates use the experts that came with the rollout
     backward_all   run the backward also of groups without a gradient
     """
@@ -116,6 +119,8 @@ class Batcher:
     mini_batches: int
     tokens: int
     share_prompts: bool
+    pack: bool
+    attention: float
     force_routes: bool
     backward_all: bool
 
@@ -127,10 +132,9 @@ class Batcher:
         for groups in sampled.groups:
             end = start + groups * self.group_size
             rollout = sampled.rollout.rows(start, end)
-            own = advantages[start:end].to(rollout.tokens.device)
-            tokens = int(rollout.response_mask.sum())
-            parts = self.micro_batches(rollout, own)
-            cut.append(MiniBatch(rewards[start:end], own, tokens, parts, replace(rollout, routes=None)))
+            own, tokens = advantages[start:end], int(rollout.response_mask.sum())
+            parts, width = self.micro_batches(rollout, own), rollout.response_mask.shape[1]
+            cut.append(MiniBatch(rewards[start:end], own, tokens, width, parts, replace(rollout, routes=None)))
             start = end
         return cut
 
@@ -140,14 +144,20 @@ class Batcher:
         for rows, has_gradient in ((gradient.nonzero()[:, 0], True), ((~gradient).nonzero()[:, 0], False)):
             if not len(rows):
                 continue
-            for inner, part, layout in micro_batches(rollout.take(rows), self.tokens, share_prompts=self.share_prompts):
-                batch = MicroBatch(rows[inner], part, layout, advantages[rows[inner]], has_gradient)
-                if self.force_routes:
-                    if part.routes is None:
-                        raise ConfigError("algorithm.replay = 'R3': the rollout engine recorded no routes")
-                    batch.routes_forced = batch.routes_old = layout.pack(part.routes)
-                parts.append(batch)
+            cuts = micro_batches(rollout.take(rows), self.tokens, share_prompts=self.share_prompts, pack=self.pack)
+            parts += [self.laid_out(rows[r], part, layout, advantages, has_gradient) for r, part, layout in cuts]
         return parts
+
+    def laid_out(
+        self, rows: Tensor, part: Rollout, layout: Layout, advantages: Tensor, has_gradient: bool
+    ) -> MicroBatch:
+        """The micro-batch of these rows, with the experts that it must use. Raises ConfigError where it has none."""
+        batch = MicroBatch(rows, part, layout, advantages[rows], has_gradient)
+        if self.force_routes:
+            if part.routes is None:
+                raise ConfigError("algorithm.replay = 'R3': the rollout engine recorded no routes")
+            batch.routes_forced = batch.routes_old = layout.pack(part.routes)
+        return batch
 
     def has_gradient(self, advantages: Tensor) -> Tensor:
         """Which groups get a backward: those with an advantage other than 0, or all."""
@@ -156,13 +166,14 @@ class Batcher:
 
     def collect(self, outputs: list[tuple[Tensor, ...]], mini_batch: MiniBatch) -> list[Tensor]:
         """Per-token results [B, T] of a mini-batch from those of its micro-batches, each (rows, result, result, …)."""
-        return _in_order(outputs, mini_batch.responses)
+        return in_order(outputs, mini_batch.responses, mini_batch.width)
 
 
-def _in_order(outputs: list[tuple[Tensor, ...]], responses: int) -> list[Tensor]:
+def in_order(outputs: list[tuple[Tensor, ...]], responses: int, width: int) -> list[Tensor]:
+    """The columns of `outputs`, each (rows, result [b, t ≤ width], …), as tensors [responses, width]."""
     _, *columns = outputs[0]
-    whole = [column.new_zeros(responses, column.shape[1]) for column in columns]
+    whole = [column.new_zeros(responses, width) for column in columns]
     for rows, *results in outputs:
         for tensor, result in zip(whole, results, strict=True):
-            tensor[rows] = result
+            tensor[rows, : result.shape[1]] = result
     return whole

@@ -138,6 +138,10 @@ class RolloutConfig(_Section):
     on_fault: Literal["stop", "drop"] = "stop"
     """What to do about a response that cannot be trained on (log-probabilities that are no numbers, routes that are
     missing or of the wrong length): stop, or drop its group and count it."""
+    measure_flips: bool = True
+    """Log `routing_flip_rate` of a Mixture-of-Experts. For that the engine has to return the experts that it chose also
+    where `algorithm.replay` does not need them (R3 does). They take a byte per token, layer and expert in its answers
+    and in memory: 384 a token for Qwen3-30B-A3B. A vLLM server returns them if it was started with `--routes`."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,11 @@ class Config(_Section):
         size = max(1, responses // self.eval.problems)
         rounds, rest = divmod(self.eval.samples, size)
         return [size] * rounds + [rest] * (rest > 0)
+
+    @property
+    def engine_routes(self) -> bool:
+        """Whether the rollout engine of a Mixture-of-Experts has to say which experts it chose."""
+        return self.algorithm.replay == "R3" or self.rollout.measure_flips
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Config":

@@ -1,22 +1,27 @@
 """The training engine's forward: log π(y_t | x, y_<t) and entropy of the response tokens, routes replayed or recorded.
 
-A `Layout` says where each token of a rollout stands in one forward. The plain layout is the batch as it is. The shared
-layout puts a prompt and all its responses in one row, the prompt once: responses see the prompt and themselves, not
-each other. Both give the same log-probabilities (to float tolerance); the shared one computes each prompt once instead
-of G times, and no padding between responses.
+A `Layout` says where each token of a rollout stands in one forward. All give the same log-probabilities (to float
+tolerance).
+
+    plain   the batch as it is, without the columns that are padding in every row
+    shared  a prompt and all its responses in one row, the prompt once: responses see the prompt and themselves, not
+            each other. Each prompt is computed once instead of G times, with a mask
+    packed  all sequences one after the other in one row, each by itself (`minirl_edu.packing`): no padding, no mask
 
 The logits [B, T, V] never exist: see `minirl_edu.lm_head`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from minirl_edu.balance import deal
 from minirl_edu.lm_head import logprobs_for_logits
+from minirl_edu.packing import PACKED, allow_packing
 from minirl_edu.rollout.base import Rollout
 from minirl_edu.rollout.hf import evaluating
 from minirl_edu.routing import Routes
@@ -36,8 +41,8 @@ class ResponseLogprobs(NamedTuple):
 class Layout:
     """Where the tokens of a rollout stand in one forward of R rows and C columns.
 
-    inputs    the model's keyword arguments: input_ids and position_ids [R, C], attention_mask (None, [R, C], or
-              additive [R, 1, C, C])
+    inputs    the model's keyword arguments: input_ids and position_ids [R, C], attention_mask (None, [R, C], additive
+              [R, 1, C, C], or a placeholder where sequences are packed) and the `segments` of packed sequences
     source    [R, C] which token of the flat [B·S] batch a slot holds, −1 where it is padding
     slot      [B, S] which flat slot of [R·C] holds a token as an input, −1 where none does
     predictor [n] the flat slots whose logits predict the response tokens, in the order of True entries in `mask`
@@ -45,7 +50,7 @@ class Layout:
     mask      [B, T] the response mask
     """
 
-    inputs: dict[str, Tensor | None]
+    inputs: dict[str, Any]
     source: Int[Tensor, "R C"]
     slot: Int[Tensor, "B S"]
     predictor: Int[Tensor, "n"]
@@ -56,6 +61,12 @@ class Layout:
     def slots(self) -> int:
         """Token slots of the forward, padding included: what a micro-batch costs."""
         return self.source.numel()
+
+    def to(self, device: torch.device | str) -> "Layout":
+        """The same layout on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("source", "slot", "predictor", "targets", "mask")}
+        inputs = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.inputs.items()}
+        return Layout(inputs=inputs, **moved)
 
     def pack(self, routes: Routes) -> Routes:
         """Routes of the batch [B, S], re-laid for this forward [R, C]."""
@@ -70,46 +81,69 @@ class Layout:
         return Routes(experts, self.slot >= 0, routes.layers)
 
 
-def lay_out(rollout: Rollout, *, share_prompts: bool) -> Layout:
-    """Lay a rollout out for one forward, each prompt once (`share_prompts`) or the batch as it is.
+def lay_out(rollout: Rollout, *, share_prompts: bool, pack: bool = False) -> Layout:
+    """Lay a rollout out for one forward, each prompt once (`share_prompts`), or else packed (`pack`), or plain.
 
     Sharing needs a model whose attention honours a 4-D mask (`can_share_prompts`); its attention mask takes C² numbers
-    per row.
+    per row. Packing needs one that `allow_packing` has prepared.
     """
     inputs = rollout.inputs
     position = (rollout.attention_mask.cumsum(1) - 1).clamp(min=0)
-    layout = _shared if share_prompts and rollout.group_size > 1 else _plain
+    layout = _shared if share_prompts and rollout.group_size > 1 else _packed if pack else _plain
     return layout(rollout, inputs, position)
 
 
-def _predictors(rollout: Rollout, slot: Tensor) -> Tensor:
-    """Response token t is predicted at the slot of the token before it."""
-    before = slot[:, rollout.prompt_length - 1 : -1]
-    return before[rollout.response_mask]
+def _predicted(rollout: Rollout, slot: Tensor) -> dict[str, Tensor]:
+    """`predictor`, `targets` and `mask`: response token t is predicted at the slot of the token before it."""
+    before, mask = slot[:, rollout.prompt_length - 1 : -1], rollout.response_mask
+    return {
+        "predictor": before[mask],
+        "targets": rollout.tokens[:, rollout.prompt_length :][mask].long(),
+        "mask": mask,
+    }
 
 
 def _plain(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
     rows, width = rollout.tokens.shape
-    columns = int(inputs.any(0).nonzero()[-1]) + 1  # the last token of the longest response is never an input
-    source = torch.arange(rows * width, device=inputs.device).view(rows, width)[:, :columns]
+    read = inputs.any(0).nonzero()[:, 0]
+    first, end = int(read[0]), int(read[-1]) + 1  # the last token of the longest response is never an input
+    columns = end - first
+    source = torch.arange(rows * width, device=inputs.device).view(rows, width)[:, first:end]
     slot = torch.arange(rows * columns, device=inputs.device).view(rows, columns)
-    slot = nn.functional.pad(slot, (0, width - columns), value=-1).where(inputs, -1)
+    slot = nn.functional.pad(slot, (first, width - end), value=-1).where(inputs, -1)
     # Padding on the right needs no mask (attention is causal), and without one the faster causal kernel runs. Positions
     # go on through it: where they stand still, transformers sees packed sequences and builds a mask after all.
-    left_padded = not bool(rollout.attention_mask[:, 0].all())
+    left_padded = not bool(rollout.attention_mask[:, first].all())
+    position = position[:, first:end]
     if not left_padded:
-        position = torch.arange(width, device=inputs.device).expand(rows, -1)
+        position = torch.arange(columns, device=inputs.device).expand(rows, -1)
     return Layout(
         inputs={
-            "input_ids": rollout.tokens[:, :columns],
-            "position_ids": position[:, :columns],
-            "attention_mask": rollout.attention_mask[:, :columns] if left_padded else None,
+            "input_ids": rollout.tokens[:, first:end].long(),
+            "position_ids": position,
+            "attention_mask": rollout.attention_mask[:, first:end] if left_padded else None,
         },
-        source=source.where(inputs[:, :columns], -1),
+        source=source.where(inputs[:, first:end], -1),
         slot=slot,
-        predictor=_predictors(rollout, slot),
-        targets=rollout.tokens[:, rollout.prompt_length :][rollout.response_mask],
-        mask=rollout.response_mask,
+        **_predicted(rollout, slot),
+    )
+
+
+def _packed(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
+    source = inputs.flatten().nonzero()[:, 0]
+    slot = torch.full_like(position, -1)
+    slot.view(-1)[source] = torch.arange(len(source), device=source.device)
+    return Layout(
+        inputs={
+            "input_ids": rollout.tokens.flatten()[source].long()[None],
+            "position_ids": position.flatten()[source][None],
+            # Keeps transformers from building a mask; attention that looks at it gives no numbers.
+            "attention_mask": torch.full((1, 1, 1, 1), torch.nan, device=source.device),
+            "segments": tuple(inputs.sum(1).tolist()),
+        },
+        source=source[None],
+        slot=slot,
+        **_predicted(rollout, slot),
     )
 
 
@@ -141,50 +175,43 @@ def _shared(rollout: Rollout, inputs: Tensor, position: Tensor) -> Layout:
     index = index.view(groups, columns)
     return Layout(
         inputs={
-            "input_ids": rollout.tokens.flatten()[index],
+            "input_ids": rollout.tokens.flatten()[index].long(),
             "position_ids": position.flatten()[index],
             "attention_mask": torch.zeros(sees.shape, device=device).masked_fill_(~sees, blocked)[:, None],
         },
         source=source,
         slot=slot,
-        predictor=_predictors(rollout, slot),
-        targets=rollout.tokens[:, rollout.prompt_length :][rollout.response_mask],
-        mask=rollout.response_mask,
+        **_predicted(rollout, slot),
     )
 
 
 def micro_batches(
-    rollout: Rollout, tokens: int, *, share_prompts: bool
+    rollout: Rollout, tokens: int, *, share_prompts: bool, pack: bool = False
 ) -> list[tuple[Int[Tensor, "b"], Rollout, Layout]]:
     """Cut a rollout into parts whose layouts take at most `tokens` slots each, padding included: (rows, part, layout).
 
     Parts hold rows of like length, so that little of them is padding. Groups stay whole under `share_prompts`; one that
-    takes more than `tokens` by itself is laid out row by row instead. A single row may exceed the budget: there is
-    nothing left to cut.
+    takes more than `tokens` by itself is laid out row by row instead, or packed. A single row may exceed the budget:
+    there is nothing left to cut.
     """
     fed = rollout.lengths - 1  # the last token of a response is never an input
-    size = rollout.group_size if share_prompts else 1
-    widths, order = (rollout.prompt_length + fed.view(-1, size).sum(1)).sort(stable=True)
-    cuts: list[tuple[Tensor, bool]] = []
-    for start, stop in _within(widths.tolist(), tokens):
-        rows = (order[start:stop, None] * size + torch.arange(size, device=order.device)).flatten()
-        if widths[start] <= tokens or size == 1:
-            cuts.append((rows, share_prompts))
-        else:
-            single = (rollout.prompt_length + fed[rows]).tolist()
-            cuts += [(rows[a:b], False) for a, b in _within(single, tokens)]
-    parts = ((rows, rollout.take(rows), share) for rows, share in cuts)
-    return [(rows, part, lay_out(part, share_prompts=share)) for rows, part, share in parts]
-
-
-def _within(widths: list[int], budget: int) -> list[tuple[int, int]]:
-    """Greedy runs start..stop of consecutive items whose (number · widest) stays within the budget."""
-    runs, start = [], 0
-    for item in range(1, len(widths) + 1):
-        if item == len(widths) or (item + 1 - start) * max(widths[start : item + 1]) > budget:
-            runs.append((start, item))
-            start = item
-    return runs
+    prompts = rollout.attention_mask[:, : rollout.prompt_length].sum(1)
+    rounds = deal(
+        prompts.tolist(),
+        fed.tolist(),
+        prompt_width=rollout.prompt_length,
+        group_size=rollout.group_size,
+        budget=tokens,
+        share=share_prompts,
+        pack=pack,
+    )
+    found = []
+    for (part,) in rounds:
+        rows, shared = torch.tensor(part.rows, device=fed.device), part.shared > 1
+        own = rollout.take(rows)
+        own = own.trimmed() if pack and not shared else own
+        found.append((rows, own, lay_out(own, share_prompts=shared, pack=pack)))
+    return found
 
 
 def response_logprobs(model: nn.Module, layout: Layout, *, temperature: float = 1.0) -> ResponseLogprobs:
@@ -216,21 +243,44 @@ def can_share_prompts(model: PreTrainedModel) -> bool:
     False for attention that ignores a 4-D mask (flash kernels), linear attention and recurrent layers, and sliding
     windows (which the mask would lift).
     """
-    config = model.config.get_text_config()
-    if not attends_in_full(config):
+    return attends_in_full(model.config.get_text_config()) and _same_as_plain(model, share_prompts=True)
+
+
+@torch.no_grad()
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether the packed layout gives this model's log-probabilities once `allow_packing` has prepared it: tried, too.
+
+    False for attention other than `sdpa`, linear attention and recurrent layers, and sliding windows.
+    """
+    text = model.config.get_text_config()
+    if not attends_in_full(text) or text._attn_implementation not in ("sdpa", PACKED):
         return False
-    vocab, device = config.vocab_size, model.device
+    before = text._attn_implementation
+    try:
+        allow_packing(model)
+        return _same_as_plain(model, share_prompts=False, pack=True)
+    except ValueError:  # no such attention in this model
+        return False
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _same_as_plain(model: PreTrainedModel, **kind: bool) -> bool:
+    """Whether a layout gives a few tokens the plain one's log-probabilities."""
+    vocab, device = model.config.get_text_config().vocab_size, model.device
     tokens = (torch.arange(2 * 11, device=device) * 7 + 1).remainder(vocab).view(2, 11)
     tokens[1, :5] = tokens[0, :5]
     ones = torch.ones_like(tokens, dtype=torch.bool)
     probe = Rollout(tokens, ones, 5, ones[:, 5:], torch.zeros(2, 6, device=device), None, [tokens[0, :5].tolist()], 0)
     try:
         with evaluating(model):
-            plain, shared = (response_logprobs(model, lay_out(probe, share_prompts=s)).logp for s in (False, True))
+            plain, other = (
+                response_logprobs(model, lay_out(probe, **kwargs)).logp for kwargs in ({"share_prompts": False}, kind)
+            )
     except (TypeError, ValueError, RuntimeError):
         return False
     # fp32 sums in another order differ by about 1e-6; bf16 by about 1e-2; a wrong mask by 1e-1 and more.
-    return bool((plain - shared).abs().max() < (1e-4 if model.dtype == torch.float32 else 5e-2))
+    return bool((plain - other).abs().max() < (1e-4 if model.dtype == torch.float32 else 5e-2))
 
 
 def attends_in_full(config: PreTrainedConfig) -> bool:

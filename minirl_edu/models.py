@@ -5,6 +5,7 @@ The tiny models are ordinary `transformers` models. Their sizes suit a laptop CP
 head dimension of at least 32 and a hidden size that is a multiple of 32.
 """
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from transformers import (
     Qwen3Config,
     Qwen3MoeConfig,
 )
+from transformers.initialization import no_init_weights
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 COLD_STARTS = Path(__file__).parent / "cold_starts"
@@ -166,6 +168,27 @@ def load_model(
         # The weights are plain numbers now; what is saved from this model must not say otherwise.
         quantizer: Any = model.hf_quantizer
         quantizer.remove_quantization_config(model)
+    return model
+
+
+def unloaded_model(
+    name: str, *, dtype: str | torch.dtype, attn_implementation: str, trust_remote_code: bool
+) -> PreTrainedModel:
+    """What `load_model` gives, without its weights, for a rank that gets them from another. Nothing is written to their
+    memory, so they take none."""
+    path, source = _source(name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, **source}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(_not_found(name)) from error
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    with contextlib.suppress(OSError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 

@@ -11,6 +11,7 @@ One process is the special case in which none of this communicates.
 
 import atexit
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -31,7 +32,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from minirl_edu.batches import Batcher, MicroBatch, MiniBatch, Sampled
+from minirl_edu.balance import Part, deal
+from minirl_edu.batches import Batcher, MicroBatch, MiniBatch, Sampled, in_order
 from minirl_edu.logprobs import lay_out
 from minirl_edu.rollout import Rollout
 from minirl_edu.routing import Routes
@@ -172,32 +174,33 @@ class Ranks:
     def scatter(
         self, tensor: Tensor | None, rows: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        """The rows `rows[rank]` of rank 0's `tensor` [B, *shape]: each rank gets its own and no others."""
-        mine = rows[self.rank]
+        """The rows `rows[rank]` of rank 0's `tensor` [B, *shape]: each rank gets its own and no others. All of them are
+        in the machines' memory; what travels is on a device for as long as that takes, at most `_MESSAGE` bytes."""
         if self.is_main:
             assert tensor is not None
             for rank in range(1, self.size):
-                if len(rows[rank]):
-                    dist.send(_bytes(tensor[rows[rank].to(tensor.device)]), rank)
-            return tensor[mine.to(tensor.device)]
-        received = torch.empty((len(mine), *shape), dtype=dtype, device=self.device)
-        if len(mine):
-            dist.recv(_bytes(received), 0)
+                for part in _messages(rows[rank], shape, dtype):
+                    dist.send(_bytes(tensor[part].to(self.device)), rank)
+            return tensor[rows[0]]
+        received = torch.empty((len(rows[self.rank]), *shape), dtype=dtype)
+        for part in _messages(torch.arange(len(received)), shape, dtype):
+            dist.recv(_bytes(arrived := torch.empty((len(part), *shape), dtype=dtype, device=self.device)), 0)
+            received[int(part[0]) : int(part[-1]) + 1] = arrived  # torch has no index_put for uint16
         return received
 
     def gather(self, tensor: Tensor, rows: Sequence[Tensor]) -> Tensor | None:
         """The inverse of `scatter`: on rank 0 the tensor [B, …] whose rows `rows[r]` are rank r's; elsewhere None."""
+        shape, dtype = tensor.shape[1:], tensor.dtype
         if not self.is_main:
-            if len(tensor):
-                dist.send(_bytes(tensor), 0)
+            for part in _messages(torch.arange(len(tensor)), shape, dtype):
+                dist.send(_bytes(tensor[part].to(self.device)), 0)
             return None
-        whole = torch.empty((sum(map(len, rows)), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-        whole[rows[0].to(tensor.device)] = tensor
+        whole = torch.empty((sum(map(len, rows)), *shape), dtype=dtype)
+        whole[rows[0]] = tensor
         for rank in range(1, self.size):
-            if len(rows[rank]):
-                part = torch.empty((len(rows[rank]), *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-                dist.recv(_bytes(part), rank)
-                whole[rows[rank].to(tensor.device)] = part
+            for part in _messages(rows[rank], shape, dtype):
+                dist.recv(_bytes(arrived := torch.empty((len(part), *shape), dtype=dtype, device=self.device)), rank)
+                whole[part] = arrived.cpu()
         return whole
 
     @contextlib.contextmanager
@@ -237,34 +240,29 @@ class Ranks:
             self.watch.stop()
 
 
+def _messages(rows: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Rows of a tensor [B, *shape] in portions of `_MESSAGE` bytes; none if there are no rows."""
+    return rows.split(max(1, _MESSAGE // (math.prod(shape) * dtype.itemsize))) if len(rows) else ()
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """The memory of a contiguous tensor: every backend can send that, whatever the dtype."""
     assert tensor.is_contiguous()
     return tensor.view(-1).view(torch.uint8)
 
 
-def share_rows(costs: Sequence[int], kinds: Sequence[int], size: int) -> list[list[int]]:
-    """Which groups each of `size` ranks gets, so that the costs of each kind are level: the dearest first, each to the
-    rank that has least of its kind. Every rank computes the same answer. One rank gets all, in order."""
-    shares: list[list[int]] = [[] for _ in range(size)]
-    for kind in sorted(set(kinds)):
-        load = [0] * size
-        for group in sorted((g for g, k in enumerate(kinds) if k == kind), key=lambda g: (-costs[g], g)):
-            rank = min(range(size), key=lambda r: (load[r], len(shares[r]), r))
-            shares[rank].append(group)
-            load[rank] += costs[group]
-    return [sorted(share) for share in shares]
-
-
 # -------------------------------------------------------------------------------------------- the mini-batches' shares
 
 _SHAPE = 6
 
+_MESSAGE = 2**28
+"""Bytes that travel between two ranks at a time: so much of a rollout is on a rank's device."""
+
 
 class RankedBatcher(Batcher):
-    """A `Batcher` on several ranks, which all call each method. Rank 0 has the rollout; every rank gets whole groups of
-    each mini-batch, of about as many tokens as the others', and as many micro-batches: parameters that are sharded are
-    gathered in each forward and backward, so a rank that has fewer fills up with empty ones.
+    """A `Batcher` on several ranks, which all call each method. Rank 0 has the rollout. Every rank gets the responses
+    of its micro-batches, and as many micro-batches as the others: parameters that are sharded are gathered in each
+    forward and backward, so a rank that has fewer fills up with empty ones. `minirl_edu.balance` deals them out.
 
     `layers` are those of the routes, where there are any.
     """
@@ -279,45 +277,72 @@ class RankedBatcher(Batcher):
         Raises ConfigError where `force_routes` finds none.
         """
         ranks, size, count = self.ranks, self.group_size, self.mini_batches
-        numbers = ranks.broadcast(None if sampled is None else _describe(sampled)).tolist()
-        shape, rest = numbers[:_SHAPE], numbers[_SHAPE:]
-        groups, tokens, costs = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        numbers = ranks.broadcast(None if sampled is None else _describe(sampled))
+        shape, groups, tokens, lengths = numbers.cpu().split([_SHAPE, count, count, len(numbers) - _SHAPE - 2 * count])
+        width, prompt_width = shape.tolist()[:2]
+        prompts, fed = lengths.view(2, -1)
         rewards = ranks.broadcast(None if sampled is None else sampled.rewards).float().cpu()
         advantages = compute_advantages(rewards, size)
-        ends = torch.tensor(groups).cumsum(0).tolist()
-        starts = [0, *ends[:-1]]
-        cut = []
-        for start, end, number in zip(starts, ends, tokens, strict=True):
-            part = slice(start * size, end * size)
-            kinds = [int(not gradient) for gradient in self.has_gradient(advantages[part]).tolist()]
-            shares = [_rows(share, size) for share in share_rows(costs[start:end], kinds, ranks.size)]
-            cut.append(MiniBatch(rewards[part], advantages[part].to(ranks.device), number, shares=shares))
+        cut, dealt, starts = [], [], [0, *(groups * size).cumsum(0).tolist()]
+        for start, end, number in zip(starts, starts[1:], tokens.tolist(), strict=False):
+            own = slice(start, end)
+            rounds = self._deal(prompts[own], fed[own], prompt_width, advantages[own])
+            shares = [_joined([parts[r].rows for _, parts in rounds if r < len(parts)]) for r in range(ranks.size)]
+            cut.append(MiniBatch(rewards[own], advantages[own], number, width - prompt_width, shares=shares))
+            dealt.append(rounds)
 
-        rollout, pairs = None if sampled is None else sampled.rollout, list(zip(cut, starts, strict=True))
-        rows = [torch.cat([batch.shares[r] + start * size for batch, start in pairs]) for r in range(ranks.size)]
-        mine, begin = self._scatter(rollout, rows, shape), 0
-        for mini_batch, start in pairs:
-            own = mini_batch.shares[ranks.rank].to(ranks.device)
-            if len(own):
-                mini_batch.parts = self.micro_batches(mine.rows(begin, begin + len(own)), mini_batch.advantages[own])
-            begin += len(own)
+        rollout = None if sampled is None else sampled.rollout
+        rows = [
+            torch.cat([batch.shares[r] + start for batch, start in zip(cut, starts, strict=False)])
+            for r in range(ranks.size)
+        ]
+        mine, begin = self._scatter(rollout, rows, shape.tolist()), 0
+        for mini_batch, rounds, start in zip(cut, dealt, starts, strict=False):
+            first, own = begin, mini_batch.advantages[mini_batch.shares[ranks.rank]]
+            for has_gradient, parts in rounds:
+                if ranks.rank >= len(parts):
+                    mini_batch.parts.append(self._empty(has_gradient))
+                    continue
+                part = parts[ranks.rank]
+                end = begin + len(part.rows)
+                rollout_part = mine.rows(begin, end).trimmed()
+                if part.shared > 1:
+                    rollout_part = replace(rollout_part, prompts=[None] * (len(part.rows) // part.shared))
+                layout = lay_out(rollout_part, share_prompts=part.shared > 1, pack=self.pack)
+                inner = torch.arange(begin - first, end - first)
+                mini_batch.parts.append(self.laid_out(inner, rollout_part, layout, own, has_gradient))
+                begin = end
             if rollout is not None:
-                at = start * size
-                mini_batch.rollout = replace(rollout, routes=None).rows(at, at + mini_batch.responses)
-        self._fill_up(cut)
+                mini_batch.rollout = replace(rollout, routes=None).rows(start, start + mini_batch.responses)
         return cut
 
     def collect(self, outputs: list[tuple[Tensor, ...]], mini_batch: MiniBatch) -> list[Tensor]:
         """Per-token results [B, T] of all ranks, in the rows' order, on rank 0; elsewhere nothing of use."""
-        own, whole = mini_batch.shares[self.ranks.rank], []
-        width = self.ranks.all_reduce([outputs[0][1].shape[1] if outputs else 0], "max")[0]
-        for column in (1, 2, 3):
-            dtype = outputs[0][column].dtype if outputs else torch.float32
-            local = torch.zeros(len(own), width, dtype=dtype, device=self.ranks.device)
-            for output in outputs:
-                local[output[0]] = output[column]
-            whole.append(self.ranks.gather(local, mini_batch.shares))
-        return whole
+        own, empty = mini_batch.shares[self.ranks.rank], torch.zeros(0, 0)
+        local = in_order(outputs or [(own[:0], *[empty] * 3)], len(own), mini_batch.width)
+        return [cast(Tensor, self.ranks.gather(column, mini_batch.shares)) for column in local]
+
+    def _deal(
+        self, prompts: Tensor, fed: Tensor, prompt_width: int, advantages: Tensor
+    ) -> list[tuple[bool, list[Part]]]:
+        """The rounds of a mini-batch: whether it has a gradient, and the part of each rank that has one."""
+        gradient, found = self.has_gradient(advantages).repeat_interleave(self.group_size), []
+        for rows, has_gradient in ((gradient.nonzero()[:, 0], True), ((~gradient).nonzero()[:, 0], False)):
+            rounds = deal(
+                prompts[rows].tolist(),
+                fed[rows].tolist(),
+                prompt_width=prompt_width,
+                group_size=self.group_size,
+                budget=self.tokens,
+                size=self.ranks.size,
+                share=self.share_prompts,
+                pack=self.pack,
+                attention=self.attention,
+            )
+            for parts in rounds:
+                own = [part._replace(rows=tuple(rows[list(part.rows)].tolist())) for part in parts]
+                found.append((has_gradient, own))
+        return found
 
     def _scatter(self, rollout: Rollout | None, rows: list[Tensor], shape: list[int]) -> Rollout:
         """This rank's rows of rank 0's rollout."""
@@ -328,52 +353,39 @@ class RankedBatcher(Batcher):
             whole = routes if name in ("experts", "valid") else rollout
             return self.ranks.scatter(None if whole is None else getattr(whole, name), rows, columns, dtype)
 
-        tokens = send("tokens", (width,), torch.int64)
+        tokens = send("tokens", (width,), torch.int32)
         mask = send("attention_mask", (width,), torch.bool)
         written = send("response_mask", (width - prompt,), torch.bool)
         logp = send("logp_rollout", (width - prompt,), torch.float32)
         if layers:
             experts = send("experts", (width, layers, top_k), torch.uint16 if wide else torch.uint8)
             routes = Routes(experts, send("valid", (width,), torch.bool), self.layers)
-        prompts = [None] * (len(tokens) // self.group_size)
-        return Rollout(tokens, mask, prompt, written, logp, routes, prompts, version)
-
-    def _fill_up(self, cut: list[MiniBatch]) -> None:
-        for mini_batch in cut:
-            kinds = [[batch for batch in mini_batch.parts if batch.has_gradient is kind] for kind in (True, False)]
-            wanted = self.ranks.all_reduce([len(kind) for kind in kinds], "max")
-            mini_batch.parts = [
-                part
-                for kind, parts, number in zip((True, False), kinds, wanted, strict=True)
-                for part in [*parts, *(self._empty(kind) for _ in range(number - len(parts)))]
-            ]
+        return Rollout(tokens, mask, prompt, written, logp, routes, [None] * len(tokens), version)
 
     def _empty(self, has_gradient: bool) -> MicroBatch:
-        device = self.ranks.device
-        tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        tokens = torch.zeros(1, 2, dtype=torch.int32)
         mask = torch.ones_like(tokens, dtype=torch.bool)
-        rollout = Rollout(tokens, mask, 1, mask[:, 1:], torch.zeros(1, 1, device=device), None, [None], 0)
+        rollout = Rollout(tokens, mask, 1, mask[:, 1:], torch.zeros(1, 1), None, [None], 0)
         layout = lay_out(rollout, share_prompts=False)
-        return MicroBatch(tokens[:0, 0], rollout, layout, torch.zeros(1, device=device), has_gradient, empty=True)
+        return MicroBatch(tokens[:0, 0].long(), rollout, layout, torch.zeros(1), has_gradient, empty=True)
 
 
 def _describe(sampled: Sampled) -> Tensor:
     """What every rank has to know of rank 0's rollout, as integers: its shape, then for each mini-batch its groups and
-    its response tokens, then for each group the tokens that a forward takes."""
+    its response tokens, then for each response the tokens of its prompt, and of itself, that a forward reads."""
     rollout, size = sampled.rollout, sampled.rollout.group_size
     routes = rollout.routes
     layers, top_k = (0, 0) if routes is None else routes.experts.shape[2:]
     wide = int(routes is not None and routes.experts.dtype == torch.uint16)
     shape = [rollout.tokens.shape[1], rollout.prompt_length, rollout.weight_version, layers, top_k, wide]
-    lengths, written = rollout.lengths, rollout.response_mask.sum(1)
+    written = rollout.response_mask.sum(1)
     tokens = [int(part.sum()) for part in written.split([groups * size for groups in sampled.groups])]
-    prompts = rollout.attention_mask[::size, : rollout.prompt_length].sum(1)
-    costs = prompts + (lengths - 1).view(-1, size).sum(1)
-    return torch.tensor([*shape, *sampled.groups, *tokens, *costs.tolist()])
+    prompts = rollout.attention_mask[:, : rollout.prompt_length].sum(1)
+    return torch.tensor([*shape, *sampled.groups, *tokens, *prompts.tolist(), *(rollout.lengths - 1).tolist()])
 
 
-def _rows(groups: list[int], size: int) -> Tensor:
-    return (torch.tensor(groups, dtype=torch.int64)[:, None] * size + torch.arange(size)).flatten()
+def _joined(rows: list[tuple[int, ...]]) -> Tensor:
+    return torch.tensor([row for part in rows for row in part], dtype=torch.int64)
 
 
 # -------------------------------------------------------------------------------------------------------------- watch

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -115,13 +115,13 @@ class MiniRLTrainer(TrainingRun):
                 sampling=self.sampling,
                 seed=seed,
                 environment=self._environment(problems),
-            )
+            ).compact()
             kept, groups = trainable_groups(
                 rollout,
                 mini_batches=settings.mini_batches,
                 drop=self.config.rollout.on_fault == "drop",
                 num_experts=None if self.replay is None else self.replay.num_experts,
-                suppressed=suppressed_mask(model, vocabulary_size(model), rollout.tokens.device),
+                suppressed=suppressed_mask(model, vocabulary_size(model), torch.device("cpu")),
             )
         if dropped := len(problems) - len(kept):
             rollout = rollout.without(set(range(len(problems))) - set(kept))
@@ -154,23 +154,26 @@ class MiniRLTrainer(TrainingRun):
         """log π_old in a forward of its own, in the update's layout, under the engine's experts (R3) or the model's."""
         self.reached("log-probabilities of the old policy")
         with self._experts(batch) as tape:
-            batch.logp_old = response_logprobs(self.model, batch.layout, temperature=self.sampling.temperature).logp
+            layout = batch.layout.to(self.ranks.device)
+            batch.logp_old = response_logprobs(self.model, layout, temperature=self.sampling.temperature).logp.cpu()
         if tape is not None:
-            batch.routes_old = tape.routes
+            batch.routes_old = tape.routes.to("cpu")
             if self.config.algorithm.replay == "R2":
                 batch.routes_forced = batch.routes_old
 
     def _experts(self, batch: MicroBatch) -> AbstractContextManager[Tape | None]:
-        """The context of a forward (and its backward): replay what is forced, else record if nothing is known yet."""
+        """The context of a forward (and its backward): replay what is forced, else record what is needed (by R2, or to
+        compare with the engine's) and not known yet."""
         if self.replay is None:
             return nullcontext()
         if batch.routes_forced is not None:
-            return self.replay.replay(batch.routes_forced)
-        return self.replay.record() if batch.routes_old is None else nullcontext()
+            return self.replay.replay(batch.routes_forced.to(self.ranks.device))
+        needed = self.config.algorithm.replay == "R2" or batch.rollout.routes is not None
+        return self.replay.record() if needed and batch.routes_old is None else nullcontext()
 
     def _update(self, mini_batch: MiniBatch) -> dict[str, Any]:
         """One gradient step on a mini-batch; returns its metrics (on rank 0, elsewhere none)."""
-        finite, outputs = True, []
+        finite, outputs, device = True, [], self.ranks.device
         last = max((i for i, batch in enumerate(mini_batch.parts) if batch.has_gradient), default=-1)
         for i, batch in enumerate(mini_batch.parts):
             self.reached(f"updating, micro-batch {i + 1} of {len(mini_batch.parts)}")
@@ -179,20 +182,22 @@ class MiniRLTrainer(TrainingRun):
                 torch.set_grad_enabled(batch.has_gradient),
                 self._unsynchronised(batch.has_gradient and i < last),
             ):
-                output = response_logprobs(self.model, batch.layout, temperature=self.sampling.temperature)
+                layout = batch.layout.to(device)
+                output = response_logprobs(self.model, layout, temperature=self.sampling.temperature)
                 finite &= bool(torch.isfinite(output.logp).all())
                 # In the first mini-batch θ = θ_old: π_old is this very forward.
-                logp_old = output.logp.detach() if batch.logp_old is None else batch.logp_old
+                logp_old = output.logp.detach() if batch.logp_old is None else batch.logp_old.to(device)
                 if batch.has_gradient:
                     counts = finite and not batch.empty  # else only to keep step with the other ranks
-                    part = batch.rollout, batch.advantages, mini_batch
+                    part = replace(batch.rollout, routes=None).to(device), batch.advantages.to(device), mini_batch
                     loss = self._loss(output.logp, logp_old, *part).loss if counts else output.logp.sum() * 0
                     # Ranks' gradients are averaged, and the loss is a sum over them.
                     self.accelerator.backward(loss * self.ranks.size)
             if tape is not None:
-                batch.routes_old = tape.routes
+                batch.routes_old = tape.routes.to("cpu")
             if not batch.empty:
-                outputs.append((batch.rows, output.logp.detach(), logp_old, output.entropy))
+                own = (output.logp.detach(), logp_old, output.entropy)
+                outputs.append((batch.rows, *(tensor.cpu() for tensor in own)))
         if self.ranks.any(not finite):
             raise self.diverged("log-probabilities of the target policy that are not finite")
         grad_norm, lr = self._optimizer_step()
@@ -203,11 +208,10 @@ class MiniRLTrainer(TrainingRun):
             return {}
         # The loss once more, of the whole mini-batch: its metrics do not depend on how ranks and micro-batches cut it.
         whole = self._loss(logp, logp_old, rollout, mini_batch.advantages, mini_batch)
-        rewards = mini_batch.rewards.to(logp.device)
         metrics = {
             "entropy": masked_mean(entropy, rollout.response_mask),
             **policy_metrics(logp, logp_old, rollout.logp_rollout, rollout.response_mask),
-            "length_reward_cov": length_reward_cov(rewards, rollout.response_mask, self.batcher.group_size),
+            "length_reward_cov": length_reward_cov(mini_batch.rewards, rollout.response_mask, self.batcher.group_size),
             "entropy_drift": entropy_drift(
                 logp, rollout.logp_rollout, entropy, mini_batch.advantages, rollout.response_mask
             ),

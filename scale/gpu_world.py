@@ -838,7 +838,7 @@ class Runs:
                 found = workers[0].ask(["cold", str(self.folder)], min(self.left, 3 * self.world.limit))
                 append(self.out, {"check": "cold_start", **found})
                 print(json.dumps(found), flush=True)
-                if "error" in found or self.world.device == "cuda" and not found["metrics"]["solvable"]:
+                if "error" in found or (self.world.device == "cuda" and not found["metrics"]["solvable"]):
                     return  # RL has nothing to reinforce
             threads = [threading.Thread(target=self._serve, args=(worker,)) for worker in workers]
             for thread in threads:

@@ -44,7 +44,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of weights and activations")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--routes", action="store_true", help="for R3: return experts (on CPUs they always can be had)")
+    parser.add_argument(
+        "--routes", action="store_true", help="return experts, for R3 and rollout.measure_flips (CPUs always can)"
+    )
     parser.add_argument("--max-model-len", type=int, help="prompt and response together (default: the model's own)")
     parser.add_argument("--kv-cache-bytes", type=int, help="default: 1 GiB on CPUs; on GPUs vLLM decides")
     parser.add_argument("--key-file", type=Path, default=Path.home() / ".config/minirl/vllm.key")

@@ -38,6 +38,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "max_prompt_tokens": 100,
         "on_overlong": "stop",
         "on_fault": "drop",
+        "measure_flips": False,
     },
     "algorithm": {
         "objective": "mine",

@@ -19,9 +19,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from minirl_edu import lm_head
 from minirl_edu.diagnostics import entropy_from_logits
-from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, micro_batches, response_logprobs
+from minirl_edu.logprobs import Layout, can_pack, can_share_prompts, lay_out, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import minirl_loss
+from minirl_edu.packing import allow_packing
 from minirl_edu.rollout import Rollout
 from minirl_edu.routing import Routes, RoutingReplay
 from tests import routing_families
@@ -233,6 +234,107 @@ def test_replaying_foreign_routes_is_the_same_in_both_layouts(case: str):
     assert (plain - naive(model, rollout)[0]).abs().max() > 0.1
 
 
+# -------------------------------------------------------------------------------------------------------- packed rows
+
+
+def packing(architecture: str, **sizes: int) -> PreTrainedModel:
+    model = lively(architecture, **sizes)
+    allow_packing(model)
+    return model
+
+
+@both
+@every_case
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_rows_are_whole_sequences_one_at_a_time(architecture: str, case: str, checkpointing: bool):
+    model, rollout = packing(architecture), CASES[case]
+    logp, entropy = naive(model, rollout)
+    expected = gradients(model, weighted(logp))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    layout = lay_out(rollout, share_prompts=False, pack=True)
+    output = response_logprobs(model, layout)
+    assert layout.slots == int(rollout.inputs.sum())  # no padding
+    assert (output.logp - logp).abs().max() <= CLOSE
+    assert (output.entropy - entropy).abs().max() <= CLOSE
+    assert_equal_gradients(gradients(model, weighted(output.logp)), expected)
+
+
+def test_a_model_that_allows_packing_computes_everything_else_as_before():
+    rollout = CASES["left-padded"]
+    for share_prompts in (False, True):
+        layout = lay_out(rollout, share_prompts=share_prompts)
+        before, after = (response_logprobs(model, layout).logp for model in (lively("moe"), packing("moe")))
+        assert torch.equal(before, after)
+
+
+def test_packed_rows_build_no_mask_and_attend_to_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    model, layout = packing("dense"), lay_out(CASES["left-padded"], share_prompts=False, pack=True)
+    attend, seen = nn.functional.scaled_dot_product_attention, []
+
+    def watched(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append((query.shape[2], key.shape[2], kwargs["attn_mask"]))
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
+    response_logprobs(model, layout)
+    lengths = CASES["left-padded"].inputs.sum(1).tolist()
+    assert seen == [(length, length, None) for length in lengths] * model.config.num_hidden_layers
+
+
+def test_a_model_that_was_not_prepared_gives_no_numbers_for_packed_rows():
+    """Rather than wrong ones."""
+    layout = lay_out(CASES["left-padded"], share_prompts=False, pack=True)
+    assert response_logprobs(lively("dense"), layout).logp.isnan().any()
+
+
+def test_routes_of_packed_rows_are_recorded_and_replayed():
+    model, rollout = packing("moe"), CASES["left-padded"]
+    layout, plain = lay_out(rollout, share_prompts=False, pack=True), lay_out(rollout, share_prompts=False)
+    unpacked = layout.unpack(recorded(model, layout))
+    assert naive_routes(model, rollout).flip_rate(unpacked, rollout.inputs).max() == 0
+    routes, found = any_routes(rollout), []
+    for one in (layout, plain):
+        with RoutingReplay(model).replay(one.pack(routes)):
+            logp = response_logprobs(model, one).logp
+            found.append((logp, gradients(model, weighted(logp))))
+    assert (found[0][0] - found[1][0]).abs().max() <= CLOSE
+    assert_equal_gradients(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe"])
+def test_full_attention_by_sdpa_may_pack(family: str, dtype: torch.dtype):
+    model = routing_families.build(family)
+    nn.Module.to(model, dtype)
+    assert not can_pack(model)  # these are built with eager attention
+    model.set_attn_implementation("sdpa")
+    assert can_pack(model) and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("family", "options"), [("qwen3_next", {}), ("gpt_oss", {}), ("mixtral", {"sliding_window": 4})]
+)
+def test_linear_attention_and_sliding_windows_may_not_pack(family: str, options: dict):
+    model = routing_families.build(family, **options)
+    if family != "gpt_oss":
+        model.set_attn_implementation("sdpa")
+    assert not can_pack(model)
+
+
+def test_padding_that_all_rows_have_is_left_out_and_needs_no_mask():
+    rollout = written([[1, 2, 3, 4, 5], [1, 2]], [[*range(8), EOS], [1, EOS], [3, 4, EOS], [EOS]])
+    rows = lay_out(rollout.take(torch.tensor([2, 3])), share_prompts=False)  # prompts of two tokens, padded to five
+    assert rows.inputs["attention_mask"] is None and tuple(rows.source.shape) == (2, 2 + 2)
+    trimmed = rollout.take(torch.tensor([2, 3])).trimmed().validate()
+    assert (trimmed.prompt_length, trimmed.response_mask.shape[1]) == (2, 3)
+    model = lively("dense")
+    logp = response_logprobs(model, rows).logp
+    assert (logp - naive(model, rollout)[0][2:]).abs().max() <= CLOSE
+    assert torch.equal(response_logprobs(model, lay_out(trimmed, share_prompts=False)).logp, logp[:, :3])
+
+
 # --------------------------------------------------------------------------------------------------- micro-batches
 
 MANY = ragged(groups=7, group_size=4)
@@ -300,6 +402,29 @@ def test_the_losses_of_micro_batches_add_up_to_that_of_the_batch(share_prompts: 
     parts = [loss(rows, layout) for rows, _, layout in batches]
     torch.testing.assert_close(sum(parts), everything, rtol=1e-4, atol=1e-5)
     assert_equal_gradients(gradients(model, torch.stack(parts).sum()), gradients(model, everything))
+
+
+@pytest.mark.parametrize("share_prompts", [False, True])
+def test_packed_micro_batches_are_full_and_their_losses_add_up(share_prompts: bool):
+    """Groups that do not fit the budget are packed, the others share their prompts."""
+    model, budget = packing("moe"), 25
+    old = naive(model, MANY)[0].detach()
+    advantages = torch.linspace(-1, 1, len(MANY.tokens))
+
+    def loss(rows: Tensor, layout: Layout) -> Tensor:
+        logp = response_logprobs(model, layout).logp
+        reference = old[rows, : logp.shape[1]]
+        return minirl_loss(logp, reference, reference, advantages[rows], layout.mask, num_responses=len(old)).loss
+
+    batches = micro_batches(MANY, budget, share_prompts=share_prompts, pack=True)
+    assert torch.cat([rows for rows, _, _ in batches]).sort().values.tolist() == list(range(len(MANY.tokens)))
+    packed = [layout.slots for _, _, layout in batches if "segments" in layout.inputs]
+    assert (len(packed) < len(batches)) == share_prompts
+    assert max(packed) <= budget and len(packed) <= -(-sum(packed) // budget) + 1
+    everything = loss(torch.arange(len(old)), lay_out(MANY, share_prompts=False))
+    parts = torch.stack([loss(rows, layout) for rows, _, layout in batches]).sum()
+    torch.testing.assert_close(parts, everything, rtol=1e-4, atol=1e-5)
+    assert_equal_gradients(gradients(model, parts), gradients(model, everything))
 
 
 # ---------------------------------------------------------------------------------------- chunks through the head

@@ -1,6 +1,7 @@
 """The tiny models are what they claim to be, and every way to name a model loads it or says what is wrong."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from minirl_edu.models import (
     COLD_STARTS,
@@ -22,6 +23,7 @@ from minirl_edu.models import (
     model_path,
     tiny_dense,
     tiny_moe,
+    unloaded_model,
 )
 from minirl_edu.tasks.base import encode_chat
 from minirl_edu.tasks.chain import chain_tokenizer
@@ -101,6 +103,27 @@ def test_a_saved_model_comes_back_from_its_folder(architecture: str, tmp_path: P
     assert not loaded.training and loaded.dtype == torch.float32
     half = load_model(str(tmp_path), dtype="bfloat16", attn_implementation="eager")
     assert half.dtype == torch.bfloat16 and half.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_a_model_for_a_rank_that_gets_its_weights_takes_no_memory_for_them(tmp_path: Path):
+    config = tiny_dense(18, seed=0, layers=4).config
+    config.update({"hidden_size": 1024, "intermediate_size": 4096})
+    config.save_pretrained(tmp_path)
+    GenerationConfig(suppress_tokens=[3]).save_pretrained(tmp_path)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    kind: dict[str, Any] = {"dtype": "float32", "attn_implementation": "sdpa", "trust_remote_code": False}
+    before = resident()
+    model = unloaded_model(str(tmp_path), **kind)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    assert size > 1.5e8 and resident() - before < size / 10
+    assert model.generation_config is not None and model.generation_config.suppress_tokens == [3]
+    assert all(buffer.any() for buffer in model.buffers())  # the rotary frequencies are no weights
+    with pytest.raises(ValueError, match="no/model"):
+        unloaded_model("no/model", **kind)
 
 
 @pytest.mark.parametrize("load", [load_model, load_tokenizer])

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from minirl_edu.cli import main
 from minirl_edu.config import Config, ConfigError, ModelConfig, load_config
-from minirl_edu.logprobs import can_share_prompts, micro_batches, response_logprobs
+from minirl_edu.logprobs import can_pack, can_share_prompts, micro_batches, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.plan import HARDWARE, Cluster, Hardware, Plan, draw_memory, memory, plan, remedies, setting, sizes
 from minirl_edu.plan.setting import micro_batch
@@ -122,12 +122,14 @@ def test_bytes_of_a_rollout_are_those_of_its_tensors():
     mask = torch.ones_like(tokens, dtype=torch.bool)
     routes = Routes(torch.zeros(*tokens.shape, 3, 2, dtype=torch.uint8), mask, (0, 1, 2))
     logp = torch.zeros(rows, response)
-    rollout = Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, [[0] * prompt] * 4, 0)
+    rollout = Rollout(tokens, mask, prompt, mask[:, prompt:], logp, routes, [[0] * prompt] * 4, 0).compact()
     per_token = sizes.rollout_bytes_per_token(model_stats(model.config))
-    assert per_token["tokens"] * tokens.numel() == rollout.tokens.nbytes
+    assert per_token["tokens"] * tokens.numel() == rollout.tokens.nbytes == 4 * tokens.numel()
     assert per_token["masks"] * tokens.numel() == rollout.attention_mask.nbytes + routes.valid.nbytes
     assert per_token["log-probabilities"] * logp.numel() == rollout.logp_rollout.nbytes
     assert per_token["routes"] * tokens.numel() == routes.experts.nbytes
+    without = sizes.rollout_bytes_per_token(model_stats(model.config), routes=False)
+    assert without == {**per_token, "masks": 1, "routes": 0}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
@@ -165,14 +167,15 @@ def test_the_largest_micro_batch_is_what_the_trainer_cuts(budget, attention):
     config = load_config(None, [f"train.tokens_per_micro_batch={budget}", f"model.attn_implementation={attention}"])
     config = replace(config, train=replace(config.train, mini_batch_prompts=5, group_size=4))
     shares = attention == "sdpa"
-    cuts = micro_batches(full_rollout(5, 4, 6, 9), budget, share_prompts=shares)
+    cuts = micro_batches(full_rollout(5, 4, 6, 9), budget, share_prompts=shares, pack=shares)
     layouts = [layout for _, _, layout in cuts]
     largest = max(layouts, key=lambda layout: layout.slots)
     found = micro_batch(config, model_stats(tiny_dense(18, seed=0).config), 6, 9, gpus=1, padded=False)
     assert (found.rows, found.columns) == tuple(largest.source.shape)
     assert found.predicted == len(largest.targets)
-    mask = largest.inputs["attention_mask"]
-    assert (found.kind == "shared") == (mask is not None and mask.dim() == 4)
+    mask, packed = largest.inputs["attention_mask"], "segments" in largest.inputs
+    assert (found.kind == "packed") == packed
+    assert (found.kind == "shared") == (not packed and mask is not None and mask.dim() == 4)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,7 @@ def test_the_largest_micro_batch_is_what_the_trainer_cuts(budget, attention):
 def test_whether_prompts_are_shared_is_foreseen(model):
     attention = model.config._attn_implementation
     assert setting.shares_prompts(model.config, attention) == can_share_prompts(model)
+    assert setting.packs_rows(model.config, attention) == can_pack(model)
 
 
 def real_memory(model: PreTrainedModel, rollout: Rollout, monkeypatch: pytest.MonkeyPatch, *, share: bool) -> int:
@@ -258,6 +262,24 @@ def test_layers_that_repeat_are_traced_three_times_and_counted_as_often_as_they_
     memory.working_memory.cache_clear()
     assert memory.working_memory(stats, ("eager", None), batch, **settings) == whole
     assert [config.num_hidden_layers for config in traced] == [2 * period, 3 * period]
+
+
+def test_experts_are_planned_where_the_run_asks_for_them():
+    def routes(*overrides: str) -> float:
+        return plan(large(*overrides), Cluster(H100, gpus=8), **LENGTHS).sizes["bytes per token of a rollout, routes"]
+
+    assert routes() == 32 and routes("rollout.measure_flips=false") == 0
+    assert routes("rollout.measure_flips=false", "algorithm.replay=R2") == 0
+    assert routes("rollout.measure_flips=false", "algorithm.replay=R3") == 32
+
+
+def test_rank_0_alone_loads_what_accelerate_shards():
+    whole = COUNTS.total * 4
+    for cluster, ep, copies in ((8, 1, 1), (8, 8, 8), (16, 1, 1)):
+        config = large(f"model.expert_parallel={ep}")
+        assert plan(config, Cluster(H100, gpus=cluster), **LENGTHS).host["model, as it is loaded"] == copies * whole
+    copied = plan(large(), Cluster(H100, gpus=8, sharding="ddp"), **LENGTHS)
+    assert copied.host["model, as it is loaded"] == 8 * whole
 
 
 def test_logits_are_never_whole():
@@ -336,20 +358,28 @@ def test_a_cache_without_room_for_one_response_does_not_fit():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "gpus"),
+    ("recipe", "gpus", "others"),
     [
-        ("qwen3_0p6b_1gpu", 1),
-        ("qwen3_30b_a3b_8gpu", 8),
-        ("gpt_oss_20b", 8),
-        ("qwen3_30b_a3b_64gpu", 64),
+        ("qwen3_0p6b_1gpu", 1, ()),
+        ("qwen3_30b_a3b_8gpu", 8, ()),
+        ("gpt_oss_20b", 8, ()),
+        ("qwen3_30b_a3b_64gpu", 64, ((2, "R2"), (4, "R3"), (8, "R3"))),  # as its first lines and the README say
     ],
 )
-def test_a_recipe_fits_the_gpus_that_it_names(recipe, gpus):
+def test_a_recipe_fits_the_gpus_that_it_names(recipe, gpus, others):
     path = RECIPES / f"{recipe}.yaml"
     assert re.search(
         rf"^# Hardware: ({'one GPU' if gpus == 1 else f'{gpus} (or 72 )?GPUs'}) of 80 GB", path.read_text(), re.M
     )
-    assert plan(load_config(path), Cluster(H100, gpus=gpus), **LENGTHS).fits
+    own = plan(load_config(path), Cluster(H100, gpus=gpus), **LENGTHS)
+    assert own.fits
+    for count, replay in others:
+        config = load_config(path, [f"train.mini_batches={count}", f"algorithm.replay={replay}"])
+        other = plan(config, Cluster(H100, gpus=gpus), **LENGTHS)
+        assert other.fits and other.peak() < own.peak() + 1e9  # the rollout is not on a GPU
+        routes = 384 * (replay == "R3")
+        rollout = other.host["rollout, on rank 0's machine"]
+        assert rollout > 1024 * count * (512 + 32768) * (4 + 1 + 4 + routes)
 
 
 def test_what_fits_is_at_most_the_memory():
@@ -374,7 +404,7 @@ def test_traffic_of_shards_grows_with_the_number_of_micro_batches():
     passes = tokens / (2 * (512 + 511))  # two rows of 1,023 tokens at a time
     assert found.traffic["all-gather of weights"] == pytest.approx(2 * passes * model.total * 2 * 7 / 8)
     assert found.traffic["reduce-scatter of gradients"] == pytest.approx(passes * model.total * 2 * 7 / 8)
-    scattered = 64 * 8 * (512 + 512) * (8 + 2 + 4 + 32) * 7 / 8
+    scattered = 64 * 8 * (512 + 512) * (4 + 2 + 4 + 32) * 7 / 8
     assert found.traffic["rollout, scattered by rank 0"] == scattered
     assert found.traffic["weights to the engine, by rank 0"] == model.total * 2
 
@@ -514,9 +544,7 @@ def test_the_command_prints_writes_and_draws_the_plan(tmp_path, capsys):
     assert "30.53 B parameters" in said and "GB of 80 GB: fits" in said and "what to change" not in said
     written = json.loads(data.read_text())
     assert (
-        written["fits"]
-        and written["remedies"] == []
-        and written["sizes"]["bytes per token of a rollout, routes"] == 384
+        written["fits"] and written["remedies"] == [] and written["sizes"]["bytes per token of a rollout, routes"] == 0
     )
     assert (
         sum(i["bytes"] for i in written["memory"] if i["phase"] in ("always", "update")) <= written["peak"]["trainer"]

@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,26 +13,24 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from minirl_edu.config import Config
-from minirl_edu.ranks import Ranks, Watch, _Identity, make_accelerator, share_rows
+from minirl_edu.ranks import RankedBatcher, Ranks, Watch, _Identity, make_accelerator
 from minirl_edu.trainer import MiniRLTrainer
 from tests.forked import Forked
 
 
-def test_every_group_goes_to_one_rank_and_costs_are_level():
-    costs = [9, 1, 7, 3, 8, 2, 6, 4]
-    for size in (1, 2, 3, 8, 11):
-        shares = share_rows(costs, [0] * 8, size)
-        assert sorted(group for share in shares for group in share) == list(range(8))
-        assert all(share == sorted(share) for share in shares)
-        load = [sum(costs[group] for group in share) for share in shares]
-        assert max(load) - min(load) <= max(costs)
-    assert [sum(costs[g] for g in share) for share in share_rows(costs, [0] * 8, 2)] == [20, 20]
-
-
 def test_kinds_are_level_each_by_itself():
     """A rank waits for the others in each kind of forward: two ranks share both kinds, not one each."""
-    shares = share_rows([5, 5, 5, 5], [0, 0, 1, 1], 2)
-    assert [sorted(kind // 2 for kind in share) for share in shares] == [[0, 1], [0, 1]]
+    settings: dict[str, Any] = {"group_size": 2, "mini_batches": 1, "tokens": 100, "share_prompts": False, "pack": True}
+    settings |= {"attention": 0.0, "force_routes": False, "backward_all": False}
+    ranks: Any = SimpleNamespace(size=2, rank=0)
+    prompts, fed = torch.ones(8, dtype=torch.int64), torch.tensor([5, 5, 5, 5, 7, 3, 3, 7])
+    advantages = torch.tensor([0.0, 0, 1, -1, 0, 0, 1, -1])
+    dealt = RankedBatcher(ranks, (), **settings)._deal(prompts, fed, 1, advantages)
+    assert [(has_gradient, [part.cost for part in parts]) for has_gradient, parts in dealt] == [
+        (True, [12, 12]),
+        (False, [12, 12]),
+    ]
+    assert sorted(row for part in dealt[0][1] for row in part.rows) == [2, 3, 6, 7]
 
 
 def test_a_run_in_which_no_rank_gets_on_is_stopped_although_all_give_signs_of_life(monkeypatch):

@@ -183,11 +183,10 @@ def test_the_readme_quotes_the_results():
     assert claims and f"All {claims[1]} claims" in text
 
 
-def test_the_readme_counts_the_exercises():
+def test_the_readme_counts_the_units():
+    """`tests/course/test_teaching.py` holds the number of exercises and the hours."""
     text = " ".join(README.read_text(encoding="utf-8").split())
-    units = [path.read_text(encoding="utf-8") for path in (ROOT / "minirl_edu" / "course").glob("unit??.py")]
-    minutes = [int(found) for unit in units for found in re.findall(r"importance \d, (\d+) minutes\)", unit)]
-    assert len(units) == 12 and f"the {len(minutes)} exercises of the labs take {sum(minutes) / 60:.0f}" in text
+    assert len(list((ROOT / "lessons").glob("[0-9][0-9]_*.md"))) == 13 and "has thirteen units" in text
 
 
 def test_the_checks_of_the_gpu_are_those_that_are_kept():

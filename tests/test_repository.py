@@ -30,7 +30,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
 FLOORS = {
-    0: "advantages archives diagnostics doctor exact objectives precision recipes records routing seeding streaming",
+    0: "advantages archives balance diagnostics doctor exact objectives packing precision recipes records routing "
+    "seeding streaming",
     1: "config drift models plugins tasks",
     2: "rollout",
     3: "lm_head",

@@ -23,6 +23,7 @@ from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
 from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling, sample
+from minirl_edu.routing import RoutingReplay
 from minirl_edu.run.checkpoint import latest_checkpoint
 from minirl_edu.run.folder import LENGTHLESS
 from minirl_edu.seeding import derive_seed
@@ -306,6 +307,24 @@ def test_replay_lowers_what_it_should(tmp_path):
         mismatch[replay] = lines[0]["log_ratio_mismatch"]
     assert flips["R3"] == [0, 0] and flips["none"] == flips["R2"] and min(flips["none"]) > 0.01
     assert mismatch["R3"] < mismatch["none"] == mismatch["R2"]
+
+
+@pytest.mark.parametrize("replay", ["none", "R2", "R3"])
+def test_the_engine_is_asked_for_routes_only_where_they_are_needed(replay, tmp_path, monkeypatch):
+    """Without the flips nothing is recorded for them, and nothing else is different."""
+    settings = (f"algorithm.replay={replay}", "train.global_steps=1", "train.mini_batches=2", "eval.every=0")
+    measured = trainer(tmp_path / "measured", *settings).global_step()
+    run = trainer(tmp_path / "run", *settings, "rollout.measure_flips=false")
+    recorded, record = [], RoutingReplay.record
+    monkeypatch.setattr(RoutingReplay, "record", lambda self: recorded.append(self is run.replay) or record(self))
+    spared = run.global_step()
+    assert set(recorded) == {"none": set(), "R2": {True}, "R3": {False}}[replay]  # True: the trainer; False: the engine
+    assert [line["routing_flip_rate"] for line in spared] == [0 if replay == "R3" else None] * 2
+    assert replay == "R3" or min(line["routing_flip_rate"] for line in measured) > 0
+    for line in measured + spared:
+        del line["routing_flip_rate"], line["seconds"]
+    routes = [lines[0].pop("bytes_per_token")["routes"] > 0 for lines in (measured, spared)]
+    assert measured == spared and routes == [True, replay == "R3"]
 
 
 @pytest.mark.parametrize(

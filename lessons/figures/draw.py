@@ -16,6 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from scipy.stats import binomtest
+from scipy.stats import t as student
 
 from minirl_edu.exact import TabularPolicy, objective_remainder, sequence_gradient, token_gradient
 from minirl_edu.objectives import cispo_loss, grpo_loss, minirl_loss
@@ -852,6 +854,67 @@ def two_ranks() -> Figure:
     return figure
 
 
+def luck() -> Figure:
+    """Lesson 12: the half-width of (12.1) over the number of seeds; Wilson's and the exact interval for counts of 8."""
+    figure, (left, right) = charts(3.1, 2)
+    seeds = range(3, 25)
+    left.plot(seeds, [student.ppf(0.975, n - 1) / np.sqrt(n) for n in seeds], "-o", color=MINIRL, markersize=3.5)
+    left.plot(seeds, [1.96 / np.sqrt(n) for n in seeds], "--", color=SOFT)
+    for n in (3, 8):
+        width = student.ppf(0.975, n - 1) / np.sqrt(n)
+        left.plot([n], [width], "o", color=MINIRL, markersize=8)
+        say(left, n + 0.7, width + 0.12, f"{n} seeds: {width:.1f}", ha="left")
+    say(left, 24, 0.1, "with 1.96 for $t$", ha="right", color=SOFT)
+    left.set(xlabel="seeds", ylabel="half-width, in $s$", xlim=(2, 25), ylim=(0, 2.8), xticks=[3, 8, 16, 24])
+
+    for k in range(9):
+        for shift, method, color in ((0.13, "wilson", NO_WEIGHT), (-0.13, "exact", MINIRL)):
+            ends = binomtest(k, 8).proportion_ci(0.95, method=method)
+            right.plot([ends.low, ends.high], [k + shift] * 2, color=color, linewidth=2.6, solid_capstyle="butt")
+        right.plot([k / 8], [k], "o", color=INK, markersize=4)
+    right.axvline(0.5, color=INK, linewidth=1, linestyle=":")
+    say(right, 0.99, 1.0, "Wilson", ha="right", color=NO_WEIGHT, weight="bold")
+    say(right, 0.99, 0.2, "exact", ha="right", color=MINIRL, weight="bold")
+    right.set(xlabel="rate of collapse", ylabel="collapsed, of 8", xlim=(-0.02, 1.02), ylim=(-0.5, 8.5))
+    right.set(xticks=[0, 0.5, 1], yticks=range(0, 9, 2))
+    return figure
+
+
+def verdicts() -> Figure:
+    """Lesson 12: what is concluded from an interval, about "better by more than 2 points" and "equal within 2"."""
+    figure, ax = diagram(3.3)
+    ax = figure.add_axes((0.03, 0.17, 0.5, 0.7))
+    cases = [(2.6, 6.4), (-0.9, 4.6), (0.4, 1.6), (-1.5, 1.2), (-3.4, 1.4), (-6.0, -2.7)]
+    rows = ["holds", "open", "open", "open", "open", "contradicted"]
+    ax.axvspan(-2, 2, color=PALE)
+    ax.axvline(0, color=INK, linewidth=1)
+    ax.axvline(2, color=INK, linewidth=1.6, linestyle="--")
+    whole = figure.axes[0]
+    for i, ((low, high), row) in enumerate(zip(cases, rows, strict=True)):
+        y = 5 - i
+        colour = {"holds": R3, "open": SOFT, "contradicted": NO_WEIGHT}[row]
+        ax.plot([low, high], [y, y], color=colour, linewidth=3.4, solid_capstyle="butt")
+        ax.plot([(low + high) / 2], [y], "o", color=colour, markersize=7)
+        equal = "yes" if low > -2 and high < 2 else "no" if high < -2 or low > 2 else "cannot tell"
+        height = 3.3 * (0.17 + 0.7 * (y + 0.6) / 6.2)
+        say(
+            whole,
+            4.02,
+            height,
+            row,
+            color=R3_INK if row == "holds" else INK if row == "open" else NO_WEIGHT,
+            weight="bold",
+        )
+        say(whole, 5.5, height, equal)
+    say(whole, 4.02, 3.05, "better by more\nthan 2 points")
+    say(whole, 5.5, 3.05, "equal within\n2 points")
+    ax.set(ylim=(-0.6, 5.6), xlim=(-6.6, 6.6), yticks=[], xticks=[-5, -2, 0, 2, 5])
+    ax.set_xticklabels(["−5", "−2", "0", "2", "5"], size=SIZE)
+    ax.set_xlabel("difference, points", size=SIZE)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 FIGURES: dict[str, Callable[[], Figure]] = {
     "00_three_policies": three_policies,
     "00_by_hand": by_hand,
@@ -877,6 +940,8 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "10_reading_order": reading_order,
     "11_what_lives_where": what_lives_where,
     "11_two_ranks": two_ranks,
+    "12_luck": luck,
+    "12_verdicts": verdicts,
 }
 """What is drawn: the name of the file, without .png."""
 

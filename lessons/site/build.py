@@ -27,6 +27,7 @@ LANDING = Path("README.md")
 TEACHING = Path("lessons/TEACHING.md")
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "lessons/README.md", "lessons/[0-9][0-9]_*.md"),
+    "lessons/capstone.md",
     *("lessons/site/*.md", "lessons/results/*.md", "lessons/results/worlds/README.md", "notebooks/README.md"),
     "notebooks/[0-9][0-9]_*.ipynb",
     *("notebooks/solutions/[0-9][0-9]_*.md", "scale/README.md", "benchmarks/README.md"),

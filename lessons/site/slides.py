@@ -85,8 +85,8 @@ def _capital(text: str) -> str:
 def _notes(text: str) -> str:
     """Speaker's notes: the text, without display equations, tables and figures."""
     text = FIGURE.sub("", EQUATION.sub("(equation)", text))
-    lines = [line for line in text.splitlines() if not line.startswith("|")]
-    return "\n".join(["~~~{revealjs-notes}", *lines, "~~~"])
+    words = "\n".join(line for line in text.splitlines() if not line.startswith("|")).strip()
+    return f"~~~{{revealjs-notes}}\n{words}\n~~~" if words else ""
 
 
 def build(root: Path, work: Path, html: Path) -> int:

@@ -30,7 +30,7 @@ Observations = Mapping[str, Any]
 Answer = Callable[..., Any]
 """What most exercises ask for: a function."""
 
-_UNITS = tuple(f"{number:02d}" for number in range(12))
+_UNITS = tuple(f"{number:02d}" for number in range(13))
 T = TypeVar("T")
 
 
@@ -133,7 +133,7 @@ def find(exercise_id: str) -> Exercise:
     unit = exercise_id.partition(".")[0]
     known = exercises(unit) if unit in _UNITS else {}
     if exercise_id not in known:
-        there = ", ".join(known) or "exercises are numbered 00.1 to 11.9"
+        there = ", ".join(known) or "exercises are numbered 00.1 to 12.9"
         raise KeyError(f"no exercise {exercise_id!r}: {there}")
     return known[exercise_id]
 
@@ -220,12 +220,13 @@ def _difference(observed: Observations, expected: Observations, exercise: Exerci
     for name, right in expected.items():
         if name not in observed:
             return f"{name} is missing"
-        if (found := _differs(observed[name], right, exercise)) is not None:
+        if (found := differs(observed[name], right, exercise.rtol, exercise.atol)) is not None:
             return f"{name} {found}"
     return None
 
 
-def _differs(own: Any, right: Any, exercise: Exercise) -> str | None:
+def differs(own: Any, right: Any, rtol: float, atol: float) -> str | None:
+    """In words, how an observation differs from the right one; None where it does not."""
     if isinstance(right, str | bool | type(None)):
         return None if own == right else f"is {own!r}; it should not be"
     try:
@@ -234,7 +235,7 @@ def _differs(own: Any, right: Any, exercise: Exercise) -> str | None:
         return f"is a {type(own).__name__}; a {type(right).__name__} was expected"
     if mine.shape != theirs.shape:
         return f"has shape {list(mine.shape)}; {list(theirs.shape)} was expected"
-    wrong = ~torch.isclose(mine, theirs, rtol=exercise.rtol, atol=exercise.atol, equal_nan=True)
+    wrong = ~torch.isclose(mine, theirs, rtol=rtol, atol=atol, equal_nan=True)
     if not wrong.any():
         return None
     place = tuple(wrong.nonzero()[0].tolist())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from IPython.display import Image, Markdown, display
+from IPython.display import Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -18,12 +18,12 @@ from transformers.utils import logging
 from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
 from minirl_edu.course.capstone import check_file
+from minirl_edu.course.page import BLUE, GREEN, ORANGE, image, show_table, sliders
 from minirl_edu.exact import TabularPolicy, objective_remainder, token_ratios
 from minirl_edu.gap import Setting, Workload, prompts_for, random_model, random_prompts, run_setting, summary
 from minirl_edu.logprobs import Layout, can_share_prompts, lay_out, response_logprobs
 from minirl_edu.models import load_model, load_tokenizer
 from minirl_edu.objectives import minirl_loss
-from minirl_edu.plots import to_png
 from minirl_edu.precision import Precision, round_activations, round_weights_
 from minirl_edu.rollout import HFEngine, Rollout, RolloutEngine, Sampling
 from minirl_edu.routing import Routes, RoutingReplay
@@ -41,7 +41,7 @@ __all__ = [
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+GREY = "#999999"
 V, T, E, D, K = 3, 3, 4, 6, 2
 PREFIXES = [prefix for length in range(T) for prefix in product(range(V - 1), repeat=length)]
 Theta = dict[str, Tensor]
@@ -49,12 +49,6 @@ Theta = dict[str, Tensor]
 
 
 # ------------------------------------------------------------------------------------------------- tables and figures
-
-
-def show_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
-    """Display a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    display(Markdown("\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)))
 
 
 def page(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, list[Axes]]:
@@ -68,23 +62,9 @@ def page(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[
     return figure, panels
 
 
-def shown(figure: Figure, width: int = 850) -> Image:
-    """A figure as the notebook shows it."""
-    return Image(to_png(figure), width=width)
-
-
 def knobs(draw: Callable[..., Image], **choices: Sequence[Any]) -> None:
     """A slider for each argument of a drawing function, over its choices; it begins in their middle."""
-    try:
-        from ipywidgets import SelectionSlider, interact
-    except ImportError:
-        print(f"no ipywidgets here: call {draw.__name__} with other numbers")
-        return
-    sliders = {
-        name: SelectionSlider(options=values, value=values[len(values) // 2], continuous_update=False)
-        for name, values in choices.items()
-    }
-    interact(lambda **chosen: display(draw(**chosen)), **sliders)
+    sliders(draw, **{name: (values, values[len(values) // 2]) for name, values in choices.items()})
 
 
 # ----------------------------------------------------------------------------------------- what the lab measures with
@@ -222,7 +202,7 @@ def gates_figure(s: Tensor, rules: Mapping[str, tuple[Tensor, Tensor]]) -> Image
     right.set(yticks=range(len(rules)), yticklabels=list(rules), xlabel="gates", xlim=(0, 1.02))
     right.set_title("Four rules, with the experts' numbers")
     right.invert_yaxis()
-    return shown(figure)
+    return image(figure)
 
 
 def flip_bounds(k: int, sigma: float, experts: int = 8, draws: int = 4000) -> tuple[Tensor, ...]:
@@ -252,7 +232,7 @@ def flip_figure(k: int = 2, sigma: float = 0.16) -> Image:
     ax.set(xlabel="margin m", ylabel="probability of a flip", ylim=(-0.02, 1.02))
     ax.set_title(f"8 experts, top-{k}, noise σ = {sigma:.2f}")
     ax.legend(frameon=False)
-    return shown(figure)
+    return image(figure)
 
 
 def pieces_figure(line: np.ndarray, probability: Sequence[float], picks: Sequence[tuple[int, ...]]) -> Image:
@@ -266,7 +246,7 @@ def pieces_figure(line: np.ndarray, probability: Sequence[float], picks: Sequenc
         ax.text(line[(a + b) // 2], max(probability[a:b]) + 0.03, f"experts {picks[a]}", ha="center", fontsize=10)
     ax.set(xlabel="η", ylabel="π(first token = 0)", ylim=(0, max(probability) + 0.12))
     ax.set_title("Smooth between the choices, a jump at each of them")
-    return shown(figure)
+    return image(figure)
 
 
 def remainder_figure(wide: np.ndarray, one: np.ndarray, close: np.ndarray, mean: np.ndarray, title: str) -> Image:
@@ -281,7 +261,7 @@ def remainder_figure(wide: np.ndarray, one: np.ndarray, close: np.ndarray, mean:
     flip_at = math.sqrt(wide[one[2] == 0][-1] * wide[one[2] == 1][0])
     panels[0].axvline(flip_at, color=GREY, linewidth=1)
     panels[0].text(0.9 * flip_at, 2e-3, "the flip", ha="right", color="#555555")
-    return shown(figure)
+    return image(figure)
 
 
 def precision_figure(engines: Sequence[str], by_layer: Tensor) -> Image:
@@ -293,7 +273,7 @@ def precision_figure(engines: Sequence[str], by_layer: Tensor) -> Image:
     ax.set(xticks=range(len(engines)), xticklabels=engines, yscale="log", ylabel="tokens that flip, %")
     ax.set_title("Flip rate by precision; fp32 has none")
     ax.legend(frameon=False)
-    return shown(figure)
+    return image(figure)
 
 
 def margins_figure(margins: Tensor, flips: Tensor, noise: Tensor) -> Image:
@@ -312,7 +292,7 @@ def margins_figure(margins: Tensor, flips: Tensor, noise: Tensor) -> Image:
         ax.set(xlabel="margin, training engine", title=f"layer {layer}: s = {s:.2f}", xlim=(0, 1.5), ylim=(0, 0.8))
     panels[0].set_ylabel("share of the tokens")
     panels[1].legend(frameon=False)
-    return shown(figure)
+    return image(figure)
 
 
 def gap_figure(gaps: Mapping[tuple[str, str], Mapping[str, Any]]) -> Image:
@@ -329,4 +309,4 @@ def gap_figure(gaps: Mapping[tuple[str, str], Mapping[str, Any]]) -> Image:
     ax.set(yscale="log", ylabel="KL (k3), nats per token", xticks=range(6), xlim=(-0.6, 5.6))
     ax.set_xticklabels([f"{kind}\n{which}" for kind in ("random", "trained") for which in ("dense", "MoE", "MoE, R3")])
     ax.set_title("The gap in bf16, mean and 95 % interval over seeds")
-    return shown(figure)
+    return image(figure)

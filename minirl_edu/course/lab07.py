@@ -14,21 +14,17 @@ from minirl_edu.advantages import group_mean_advantages
 from minirl_edu.course import check, pick
 from minirl_edu.course.capstone import check_file
 from minirl_edu.course.lab06 import (
-    BLUE,
-    GREEN,
     GREY,
-    ORANGE,
     draw_theta,
     knobs,
     load_task,
     page,
     rewarded_rollout,
     score_under,
-    show_table,
-    shown,
     stepped,
     toy_policy,
 )
+from minirl_edu.course.page import BLUE, GREEN, ORANGE, image, show_table
 from minirl_edu.diagnostics import kl_k3, mean_interval
 from minirl_edu.gap import Setting, Workload, prompts_for, random_model, random_prompts, run_setting, summary
 from minirl_edu.logprobs import can_share_prompts, lay_out, response_logprobs
@@ -63,7 +59,7 @@ def altered_figure(cells: Mapping[str, tuple[Tensor, Tensor]]) -> Image:
     ax.set(yscale="log", ylim=(6e-7, 2), xlabel="tokens, from the most altered on, %", ylabel="|Δ log π|, nats")
     ax.set_title("How replay alters the target policy")
     ax.legend(frameon=False, loc="upper right")
-    return shown(figure)
+    return image(figure)
 
 
 def objectives_figure(
@@ -79,7 +75,7 @@ def objectives_figure(
     left.set(xlabel="η, distance from θ_old", ylabel="expected reward", title="Two objectives")
     left.legend(frameon=False)
     right.set(xlabel="η, distance from θ_old", ylabel="|difference| / |live gradient|", title="Bias of the gradient")
-    return shown(figure)
+    return image(figure)
 
 
 def ascent_figure(n: int, curves: Mapping[int, Sequence[Sequence[float]]]) -> Image:
@@ -93,7 +89,7 @@ def ascent_figure(n: int, curves: Mapping[int, Sequence[Sequence[float]]]) -> Im
         ax.set(xlabel="gradient step", ylim=(0, 1.05), title=f"policy {seed}, experts refreshed every {n} steps")
     panels[0].set_ylabel("expected reward")
     panels[0].legend(frameon=False, loc="upper left")
-    return shown(figure)
+    return image(figure)
 
 
 def removed_figure(engines: Sequence[str], measured: Mapping[tuple[str, str], Mapping[str, Any]]) -> Image:
@@ -108,7 +104,7 @@ def removed_figure(engines: Sequence[str], measured: Mapping[tuple[str, str], Ma
         ax.set(yscale="log", xticks=range(len(engines)), xticklabels=engines, title=f"{kind} models")
         ax.legend(frameon=False, loc="upper left")
     panels[0].set_ylabel("KL (k3), nats per token")
-    return shown(figure)
+    return image(figure)
 
 
 def learning_figure(learned: Mapping[str, Mapping[str, np.ndarray]], ceiling: float) -> Image:
@@ -127,4 +123,4 @@ def learning_figure(learned: Mapping[str, Mapping[str, np.ndarray]], ceiling: fl
     panels[1].text(last, ceiling + 0.08, "computed beforehand", ha="right", color="#5a5a5a")
     panels[0].set_ylabel("score")
     panels[0].legend(frameon=False, loc="lower right")
-    return shown(figure)
+    return image(figure)

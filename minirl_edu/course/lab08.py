@@ -18,16 +18,12 @@ from minirl_edu.config import load_config
 from minirl_edu.course import check, pick
 from minirl_edu.course.capstone import check_file
 from minirl_edu.course.lab06 import (
-    BLUE,
-    GREEN,
-    ORANGE,
     knobs,
     load_task,
     page,
     rewarded_rollout,
-    show_table,
-    shown,
 )
+from minirl_edu.course.page import BLUE, GREEN, ORANGE, image, show_table
 from minirl_edu.course.unit08 import ToyLoop
 from minirl_edu.diagnostics import kl_k1, kl_k3, masked_mean
 from minirl_edu.logprobs import can_share_prompts, lay_out, micro_batches, response_logprobs
@@ -93,7 +89,7 @@ def age_figure(counts: Sequence[int], steps: int = 16) -> Image:
         ax.plot(at[at % n == 0], np.full(-(-steps // n), -0.45), "o", color=ORANGE, markersize=5)
         ax.set(xlabel="gradient step", title=f"N = {n}", ylim=(-0.9, max(counts) - 0.5), xticks=range(0, steps, 4))
     panels[0].set_ylabel("updates since\nthe rollout")
-    return shown(figure)
+    return image(figure)
 
 
 def needles(runs: Mapping[str, Sequence[Line]]) -> Image:
@@ -115,7 +111,7 @@ def needles(runs: Mapping[str, Sequence[Line]]) -> Image:
     panels[0].set_yscale("log")
     panels[0].yaxis.set_minor_formatter(NullFormatter())
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
-    return shown(figure)
+    return image(figure)
 
 
 def words_figure(logits: Tensor, rights: Sequence[int], eta: float) -> Image:
@@ -131,4 +127,4 @@ def words_figure(logits: Tensor, rights: Sequence[int], eta: float) -> Image:
         ax.set_title(title, loc="left", fontsize=10)
         ax.set(xticks=at, xticklabels=at + 1, xlabel="word")
     panels[0].set_ylabel("probability (grey: before)")
-    return shown(figure)
+    return image(figure)

@@ -3,14 +3,14 @@
     python -m minirl_edu.experiments.ceilings --out lessons/results/ceilings.jsonl [--seeds 4] [--workers 2]
 
 The task is `chain` with `+`, `-` and `*`: a network has to hold three tables of 100 results, and a small one cannot.
-For each size and seed two models are trained. One imitates a teacher without errors for `CEILING_STEPS` batches: the
-score that it reaches is what the size can do when it is shown how, its *ceiling*. The other imitates a teacher who
-errs, and then learns by RL, on-policy with MiniRL and an exact engine, from the reward of the last digit alone.
+For each size and seed a model first imitates a teacher without errors for `CEILING_STEPS` batches. The score that it
+reaches is what the size can do when it is shown how, its *ceiling*. Then it imitates a careless teacher for a while,
+which is where RL starts: on-policy with MiniRL and an exact engine, from the reward of the last digit alone.
 
 Fixed before the runs. L1 holds if, with means over the seeds,
 
 1. RL raises the score of every size by 10 points or more;
-2. no size ends more than 5 points above its own ceiling;
+2. every size ends within 10 points of its own ceiling;
 3. the smallest ends at least 10 points below the largest, and its interval over the paired seeds lies below 0.
 
 Each model is a line of JSON, written as soon as it is trained; a second call goes on where the first one ended.
@@ -37,32 +37,32 @@ from minirl_edu.records import read_records
 from minirl_edu.tasks import ChainTask
 from minirl_edu.trainer import MiniRLTrainer
 
-SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden": 32, "heads": 1, "kv_heads": 1, "ffn_hidden": 32},
-    "middle": {"hidden": 32, "heads": 1, "kv_heads": 1, "ffn_hidden": 96},
-    "large": {"hidden": 64, "heads": 2, "kv_heads": 2, "ffn_hidden": 128},
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"layers": 1, "hidden": 32, "heads": 1, "kv_heads": 1, "ffn_hidden": 32},
+    "middle": {"layers": 2, "hidden": 32, "heads": 1, "kv_heads": 1, "ffn_hidden": 32},
+    "large": {"layers": 2, "hidden": 64, "heads": 2, "kv_heads": 2, "ffn_hidden": 128},
 }
-"""Dense models of two layers."""
+"""Dense models."""
 TASK: dict[str, Any] = {"operators": "+-*", "min_operands": 3, "max_operands": 8}
-CEILING_STEPS, START_STEPS, UPDATES = 3000, 1000, 300
-ERROR_RATE, LR = 0.1, 2e-3
+CEILING_STEPS, START_STEPS, UPDATES = 2500, 300, 300
+ERROR_RATE = 0.2
 QUICK = {"steps": 20, "updates": 2, "problems": 8}
 """The setting of the tests."""
 
 
 def train_size(size: str, seed: int, *, quick: bool = False) -> dict[str, Any]:
-    """Both models of one size and seed: parameters, ceiling, the score before RL and its curve, seconds."""
+    """One size and seed: its parameters, its ceiling, the score before RL and the curve of it, seconds."""
     torch.set_num_threads(1)
     started = time.perf_counter()
     problems = QUICK["problems"] if quick else 256
     task = ChainTask(**TASK)
     words, eos, pad = len(task.tokenizer), task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
+    model = tiny_dense(words, seed=seed, eos_token_id=eos, pad_token_id=pad, **SIZES[size])
     found: dict[str, Any] = {"size": size, "seed": seed}
-    for name, steps, error_rate in (("ceiling", CEILING_STEPS, 0.0), ("start", START_STEPS, ERROR_RATE)):
-        own = 2 * seed + (name == "start")
-        model = tiny_dense(words, seed=own, eos_token_id=eos, pad_token_id=pad, **SIZES[size])
+    lessons = ("ceiling", CEILING_STEPS, 0.0, 2e-3), ("start", START_STEPS, ERROR_RATE, 1e-3)
+    for i, (name, steps, error_rate, lr) in enumerate(lessons):
         steps = QUICK["steps"] if quick else steps
-        cold_start(task, model, error_rate=error_rate, steps=steps, lr=LR, seed=seed, progress=False)
+        cold_start(task, model, error_rate=error_rate, steps=steps, lr=lr, seed=2 * seed + i, progress=False)
         found[name] = measure(task, model, problems=problems, seed=seed)["score"]
     found["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     with tempfile.TemporaryDirectory() as folder:
@@ -73,7 +73,7 @@ def train_size(size: str, seed: int, *, quick: bool = False) -> dict[str, Any]:
             [
                 *(f"model.name={folder}/start", "task.name=chain", f"task.options={json.dumps(TASK)}", f"seed={seed}"),
                 *("rollout.precision=fp32", "train.mini_batches=1", "algorithm.replay=none", "output.save_every=0"),
-                *("train.lr=1e-3", "train.lr_schedule=constant_with_warmup", "train.warmup_steps=10"),
+                *("train.lr=3e-4", "train.lr_schedule=constant_with_warmup", "train.warmup_steps=10"),
                 *("train.mini_batch_prompts=16", "train.group_size=8", f"train.global_steps={updates}"),
                 *(f"eval.every={max(updates // 10, 1)}", f"eval.problems={problems}", "eval.samples=4"),
             ],
@@ -92,13 +92,13 @@ def verdict(runs: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
 
     by_size = {size: [run for run in runs if run["size"] == size] for size in SIZES}
     gain = {s: _mean(run["end"] - run["start"] for run in found) for s, found in by_size.items()}
-    above = {s: _mean(run["end"] - run["ceiling"] for run in found) for s, found in by_size.items()}
+    off = {s: _mean(run["end"] - run["ceiling"] for run in found) for s, found in by_size.items()}
     ends = {size: {run["seed"]: run["end"] for run in found} for size, found in by_size.items()}
     small, large = (np.array([ends[size][seed] for seed in sorted(ends["small"])]) for size in ("small", "large"))
     behind = paired_difference(small, large)
     return {
         "RL raises every size by 10 points": min(gain.values()) >= 0.10,
-        "no size ends 5 points above its ceiling": max(above.values()) <= 0.05,
+        "every size ends within 10 points of its ceiling": max(map(abs, off.values())) <= 0.10,
         "the smallest ends 10 points below the largest": behind.estimate <= -0.10 and behind.high < 0,
     }
 

@@ -4,9 +4,9 @@
     activations, logits        the training engine's own forward and backward, run on tensors without data
     everything else            arithmetic; each line of the table says which
 
-The plan is for the fullest GPU (rank 0's, with the rollout beside its share) and the dearest case: every response as
-long as it may be, every group with a gradient. Times are lower bounds: no product is faster than the chip's peak, no
-read than its memory. Real steps take a multiple.
+The plan is for the fullest GPU (rank 0's), for the memory of its machine, where the rollout is, and for the dearest
+case: every response as long as it may be, every group with a gradient. Times are lower bounds: no product is faster
+than the chip's peak, no read than its memory. Real steps take a multiple.
 """
 
 from minirl_edu.plan.planning import Plan, Remedy, plan, remedies

@@ -252,15 +252,14 @@ def trainer_memory(s: Setting) -> list[Item]:
         copies = 3 * (1 if recomputed else model.moe_layers)
         items.append(Item("expert dispatch", "update", slack * copies * sent, "tokens sent, received and sent back"))
 
-    tokens, groups = s.responses * (s.prompt_tokens + s.max_new_tokens), math.ceil(s.prompts / s.gpus)
-    *rest, routes = rollout_bytes_per_token(model).values()
-    # Rank 0: the rollout, and each mini-batch for the metrics, without routes. Each rank: its rows, and its
-    # micro-batches with their layouts (six int64 numbers) and the experts in that layout.
-    held = tokens * (2 * sum(rest) + routes) + tokens / s.gpus * (2 * sum(rest) + 48 + 3 * routes)
-    items.append(
-        Item("rollout", "update", held, f"{tokens} tokens × {sum(rest) + routes} bytes, and what is cut of it")
-    )
+    slots, groups = batch.rows * batch.columns, math.ceil(s.prompts / s.gpus)
+    if s.hardware.name == "cpu":
+        whole, share, how = rollout_memory(s)
+        items.append(Item("rollout", "update", whole + share, how))
+    else:
+        items.append(Item("micro-batch", "update", slots * _laid_out(s), f"{slots} tokens, the rest is in host memory"))
     if batch.kind == "shared":
+        groups = groups if s.hardware.name == "cpu" else batch.rows
         masks = 4 * groups * batch.columns**2
         items.append(Item("attention masks", "update", masks, f"{groups} groups × {batch.columns}² × 4 bytes"))
     whole = model.largest * (s.engine + s.master * s.sharded)
@@ -268,6 +267,22 @@ def trainer_memory(s: Setting) -> list[Item]:
     if s.evaluation_copy and (config.rollout.engine == "hf" or s.hardware.name == "cpu"):
         items.append(Item("copy for evaluation", "always", model.total * s.loaded, "eval.through_trainer, on rank 0"))
     return items
+
+
+def _laid_out(s: Setting) -> int:
+    """Bytes of a token of a micro-batch: what a rollout has of it, six int64 numbers of its layout, log π_old, and the
+    experts that the update uses."""
+    *rest, routes = rollout_bytes_per_token(s.model).values()
+    used = s.config.algorithm.replay != "none" or s.config.engine_routes
+    return sum(rest) + 48 + 4 + (routes if used else 0) + s.rollout_bytes["routes"]
+
+
+def rollout_memory(s: Setting) -> tuple[Number, Number, str]:
+    """Bytes that a rollout takes of the memory of rank 0's process, then what each rank takes for its share of it: the
+    rows, and what its micro-batches add. And how that was found."""
+    tokens, bytes_of = s.responses * (s.prompt_tokens + s.max_new_tokens), sum(s.rollout_bytes.values())
+    how = f"{tokens} tokens × {bytes_of} bytes, and what is cut of it"
+    return tokens * bytes_of, tokens / s.gpus * _laid_out(s), how
 
 
 def pass_memory(s: Setting, batch: MicroBatch, *, train: bool) -> PassMemory:
@@ -344,11 +359,18 @@ def engine_memory(s: Setting, trainer: list[Item]) -> tuple[list[Item], int]:
 
 
 def host_memory(s: Setting) -> dict[str, Number]:
-    """Of the machine that holds the most: every process loads the whole model before it is sharded."""
+    """Of rank 0's machine. Rank 0 alone loads a model that accelerate shards, as the configs of scale/accelerate have
+    it; otherwise every process does."""
     if s.hardware.name == "cpu":
         return {}
     whole = s.model.total * s.loaded
-    found: dict[str, Number] = {"model, as each process loads it": whole * min(s.gpus, s.hardware.per_node)}
+    processes = min(s.gpus, s.hardware.per_node)
+    rollout, share, _ = rollout_memory(s)
+    alone = s.sharded and s.config.model.expert_parallel == 1
+    found: dict[str, Number] = {
+        "model, as it is loaded": whole * (1 if alone else processes),
+        "rollout, on rank 0's machine": rollout + share * processes,
+    }
     if s.config.rollout.engine == "vllm_server" and s.placement == "colocated":
         found["weights of the sleeping server"] = s.model.total * s.engine
     if s.evaluation_copy and s.config.rollout.engine != "hf":

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from minirl_edu.config import Config
 from minirl_edu.plan.memory import PHASES, PLACES, Item, engine_memory, host_memory, trainer_memory
 from minirl_edu.plan.setting import Cluster, Setting, complete
-from minirl_edu.plan.sizes import Number, kv_cache_bytes, rollout_bytes_per_token
+from minirl_edu.plan.sizes import Number, kv_cache_bytes
 from minirl_edu.plan.time import seconds_of, traffic_of
 from minirl_edu.rollout import NOT_EMULATED, VLLM_DTYPES
 
@@ -72,7 +72,7 @@ def plan(
     s = complete(config, cluster, prompt_tokens, response_tokens)
     engine, at_once = engine_memory(s, trainer := trainer_memory(s))
     traffic = traffic_of(s)
-    per_token = rollout_bytes_per_token(s.model)
+    per_token = s.rollout_bytes
     return Plan(
         setting={
             **{"model": config.model.name, "hardware": cluster.hardware.name, "gpus": s.gpus, "memory": s.memory},

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from minirl_edu.balance import SHARED_MOST
 from minirl_edu.config import Config, ConfigError, load_config, save_config
 from minirl_edu.logprobs import attends_in_full
 from minirl_edu.models import SMOLLM2, architecture_file, load_tokenizer
-from minirl_edu.plan.sizes import ModelStats, Number, model_stats_of
+from minirl_edu.plan.sizes import ModelStats, Number, model_stats_of, rollout_bytes_per_token
 from minirl_edu.rollout import VLLM_DTYPES
 from minirl_edu.tasks import TASKS, Task, brings_tokenizer, make_task
 
@@ -147,10 +148,11 @@ class Cluster:
 class MicroBatch(NamedTuple):
     """What goes through the model at once: `rows` × `columns` tokens, `predicted` of which get a log-probability.
 
-    `kind`: rows that need no mask (`causal`), are padded on the left, or share a prompt (see `logprobs.Layout`).
+    `kind`: rows that need no mask (`causal`), are padded on the left, share a prompt, or are packed into one (see
+    `minirl_edu.logprobs`).
     """
 
-    kind: Literal["causal", "padded", "shared"]
+    kind: Literal["causal", "padded", "shared", "packed"]
     rows: int
     columns: int
     predicted: int
@@ -159,22 +161,31 @@ class MicroBatch(NamedTuple):
 def micro_batch(
     config: Config, model: ModelStats, prompt_tokens: int, response_tokens: int, *, gpus: int, padded: bool
 ) -> MicroBatch:
-    """The largest part into which `logprobs.micro_batches` cuts a rank's share of a mini-batch, if all prompts and
-    responses have so many tokens. `padded`: prompts differ in length after all."""
+    """The largest part into which `balance.deal` cuts a rank's share of a mini-batch, if all prompts and responses have
+    so many tokens. `padded`: prompts differ in length after all."""
     budget, size = config.train.tokens_per_micro_batch, config.train.group_size
-    groups, fed = math.ceil(config.train.mini_batch_prompts / gpus), response_tokens - 1
-    shares, together = shares_prompts(model.config, config.model.attn_implementation), prompt_tokens + size * fed
-    if shares and together <= budget:
-        rows = min(groups, budget // together)
+    fed, attention = response_tokens - 1, config.model.attn_implementation
+    together, columns = prompt_tokens + size * fed, prompt_tokens + fed
+    packs = packs_rows(model.config, attention)
+    if shares_prompts(model.config, attention) and together <= (min(budget, SHARED_MOST) if packs else budget):
+        rows = min(math.ceil(config.train.mini_batch_prompts / gpus), budget // together)
         return MicroBatch("shared", rows, together, rows * size * response_tokens)
-    columns = prompt_tokens + fed
-    rows = max(1, min(size if shares else groups * size, budget // columns))
+    rows, most = math.ceil(config.train.mini_batch_prompts * size / gpus), max(1, budget // columns)
+    if packs:
+        rows = math.ceil(rows / math.ceil(rows / most))  # all parts take about as much
+        return MicroBatch("packed", 1, rows * columns, rows * response_tokens)
+    rows = min(rows, most)
     return MicroBatch("padded" if padded else "causal", rows, columns, rows * response_tokens)
 
 
 def shares_prompts(config: PreTrainedConfig, attn_implementation: str) -> bool:
     """What `logprobs.can_share_prompts` finds out by trial."""
     return attends_in_full(config) and attn_implementation in ("sdpa", "eager")
+
+
+def packs_rows(config: PreTrainedConfig, attn_implementation: str) -> bool:
+    """What `logprobs.can_pack` finds out by trial."""
+    return attends_in_full(config) and attn_implementation == "sdpa"
 
 
 @dataclass(frozen=True)
@@ -215,6 +226,11 @@ class Setting:
     def responses(self) -> int:
         """Of a global step."""
         return self.prompts * self.config.train.group_size
+
+    @property
+    def rollout_bytes(self) -> dict[str, int]:
+        """Bytes of a rollout's token, with the engine's experts where the run asks for them."""
+        return rollout_bytes_per_token(self.model, routes=self.config.engine_routes)
 
     @property
     def evaluated(self) -> int:

@@ -136,10 +136,11 @@ def kv_cache_bytes(config: PreTrainedConfig, length: Number, itemsize: int) -> N
     return sum(attention_spans(config, length)) * numbers * itemsize
 
 
-def rollout_bytes_per_token(model: ModelStats) -> dict[str, int]:
-    """Bytes that a `Rollout` keeps of each token: its id, masks, log μ_old, and L · k experts of one or two bytes."""
-    routes = (1 if model.num_experts <= 256 else 2) * model.moe_layers * model.top_k
-    return {"tokens": 8, "masks": 2 if routes else 1, "log-probabilities": 4, "routes": routes}
+def rollout_bytes_per_token(model: ModelStats, *, routes: bool = True) -> dict[str, int]:
+    """Bytes that a `Rollout` keeps of each token: its id, masks, log μ_old, and, with `routes`, L · k experts of one or
+    two bytes."""
+    experts = (1 if model.num_experts <= 256 else 2) * model.moe_layers * model.top_k * routes
+    return {"tokens": 4, "masks": 2 if experts else 1, "log-probabilities": 4, "routes": experts}
 
 
 def parse_bytes(text: str) -> float:

@@ -5,7 +5,7 @@ import math
 from transformers import PreTrainedConfig
 
 from minirl_edu.plan.setting import Setting
-from minirl_edu.plan.sizes import Number, attention_spans, heads_of, kv_cache_bytes, rollout_bytes_per_token
+from minirl_edu.plan.sizes import Number, attention_spans, heads_of, kv_cache_bytes
 
 
 def token_slots(s: Setting) -> Number:
@@ -40,7 +40,7 @@ def traffic_of(s: Setting) -> dict[str, Number]:
         found["all-to-all of tokens"] = 2 * pairs * model.config.hidden_size * s.compute * passes  # there and back
     if n > 1:
         tokens = s.responses * (s.prompt_tokens + s.response_tokens)
-        found["rollout, scattered by rank 0"] = tokens * sum(rollout_bytes_per_token(model).values()) * others
+        found["rollout, scattered by rank 0"] = tokens * sum(s.rollout_bytes.values()) * others
         found["log-probabilities, gathered by rank 0"] = 12 * s.responses * s.response_tokens * others
     found["weights to the engine, by rank 0"] = model.total * s.engine
     if s.sharded:

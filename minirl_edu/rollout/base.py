@@ -88,8 +88,42 @@ class Rollout:
         )
 
     def rows(self, start: int, stop: int) -> "Rollout":
-        """The responses `start` to `stop`; see `take`."""
-        return self.take(torch.arange(start, stop, device=self.tokens.device))
+        """The responses `start` to `stop`, without a copy; see `take`."""
+        part, size = slice(start, stop), self.group_size
+        whole = start % size == 0 and stop % size == 0
+        return replace(
+            self,
+            tokens=self.tokens[part],
+            attention_mask=self.attention_mask[part],
+            response_mask=self.response_mask[part],
+            logp_rollout=self.logp_rollout[part],
+            routes=None if self.routes is None else self.routes[part],
+            prompts=[self.prompts[row // size] for row in range(start, stop, size if whole else 1)],
+        )
+
+    def trimmed(self) -> "Rollout":
+        """The rollout without the columns that are padding in every row."""
+        real = self.attention_mask.any(0).nonzero()[:, 0]
+        first, end = int(real[0]), int(real[-1]) + 1
+        length = end - self.prompt_length
+        return replace(
+            self,
+            tokens=self.tokens[:, first:end],
+            attention_mask=self.attention_mask[:, first:end],
+            prompt_length=self.prompt_length - first,
+            response_mask=self.response_mask[:, :length],
+            logp_rollout=self.logp_rollout[:, :length],
+            routes=None if self.routes is None else self.routes[:, first:end],
+        )
+
+    def compact(self) -> "Rollout":
+        """The same rollout in the machine's own memory, where a long one has room, with token ids of 4 bytes."""
+        return replace(self.to("cpu"), tokens=self.tokens.to("cpu", torch.int32))
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same rollout on `device`."""
+        moved = {n: getattr(self, n).to(device) for n in ("tokens", "attention_mask", "response_mask", "logp_rollout")}
+        return replace(self, routes=None if self.routes is None else self.routes.to(device), **moved)
 
     def without(self, groups: Collection[int]) -> "Rollout":
         """The rollout without these groups (the responses to `prompts[group]`). Raises ValueError if none remains."""

@@ -183,7 +183,7 @@ class VLLMServerEngine:
             self._ensure()
         samples = [sample for group in self._ask(bodies) for sample in group]
         responses = [(sample.tokens, sample.logp) for sample in samples]
-        rollout = assemble(responses, prompts, self._pad, version=self.version, device=self._device)
+        rollout = assemble(responses, prompts, self._pad, version=self.version, device=torch.device("cpu"))
         if rollout.logp_rollout.isnan().any():
             self._persist("clearing its cache", self._clear_cache)
         if self.sleep:
@@ -192,7 +192,7 @@ class VLLMServerEngine:
             return accept(rollout, keep_faulty=self.keep_faulty)
         shape, routes = (self._replay.layers, self._replay.top_k), [sample.routes for sample in samples]
         placed = place_routes(routes, rollout.inputs.cpu(), *shape, keep_faulty=self.keep_faulty)
-        rollout = dataclasses.replace(rollout, routes=placed.to(self._device))
+        rollout = dataclasses.replace(rollout, routes=placed)
         return accept(rollout, num_experts=self._replay.num_experts, keep_faulty=self.keep_faulty)
 
     def _ask(self, bodies: list[dict[str, Any]]) -> list[list["_Sample"]]:
@@ -324,7 +324,7 @@ class VLLMServerEngine:
         weights are gathered, which fills the memory that it needs."""
         self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
         self._suppressed = suppressed_tokens(model)
-        self._device, self._config = model.device, model.config.get_text_config()
+        self._config = model.config.get_text_config()
         self._architecture = architecture_name(model)
         self._syncs += 1
         self._label = f"{version}-{self._name}-{self._syncs}"
@@ -464,7 +464,8 @@ class VLLMServerEngine:
             raise ValueError(f"dtype: {self.url} computes in {server['dtype']}; restart it with --dtype {self.dtype}")
         if self._replay is not None and not (server["returns_routes"] or server["records_routes"]):
             raise ValueError(
-                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2"
+                f"routes: {self.url} gives none; restart it with --routes, or use algorithm.replay none or R2 with "
+                "rollout.measure_flips: false"
             )
         if self.sleep and not server["can_sleep"]:
             raise ValueError(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from minirl_edu.batches import Batcher
 from minirl_edu.config import Config, ConfigError
-from minirl_edu.logprobs import can_share_prompts
+from minirl_edu.logprobs import can_pack, can_share_prompts
 from minirl_edu.models import (
     adopt_tokenizer,
     load_model,
@@ -19,7 +19,9 @@ from minirl_edu.models import (
     max_positions,
     random_model,
     recompute_activations,
+    unloaded_model,
 )
+from minirl_edu.packing import allow_packing
 from minirl_edu.ranks import RankedBatcher, Ranks, make_accelerator, share_experts
 from minirl_edu.rollout import HFEngine, RolloutEngine, Sampling, VLLMServerEngine, make_engine
 from minirl_edu.rollout.hf import check_sampling, evaluating
@@ -52,8 +54,11 @@ def build_task(config: Config) -> Task:
         raise ConfigError(f"task: {error}") from error
 
 
-def build_model(config: Config, task: Task, given: PreTrainedModel | None = None) -> PreTrainedModel:
-    """The policy (`given`, or loaded, or drawn from the seed), with the end tokens of the task's tokenizer."""
+def build_model(
+    config: Config, task: Task, given: PreTrainedModel | None = None, *, load: bool = True
+) -> PreTrainedModel:
+    """The policy (`given`, or loaded, or drawn from the seed), with the end tokens of the task's tokenizer. Without
+    `load`, what would be loaded has no weights yet."""
     settings = config.model
     kind: dict[str, Any] = {
         "dtype": settings.dtype,
@@ -65,24 +70,36 @@ def build_model(config: Config, task: Task, given: PreTrainedModel | None = None
         if policy is None and settings.random:
             policy = random_model(settings.name, settings.overrides, seed=config.seed, **kind)
         elif policy is None:
-            policy = load_model(settings.name, **kind)
+            policy = (load_model if load else unloaded_model)(settings.name, **kind)
         adopt_tokenizer(policy, task.tokenizer)
         return policy
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def routing_replay(config: Config, model: PreTrainedModel) -> RoutingReplay | None:
-    """Replay for the model's routers; None for a model without any, which R2 and R3 refuse."""
+def receives_weights(config: Config, accelerator: Accelerator) -> bool:
+    """Whether accelerate sends this rank its part of rank 0's weights when it shards the model
+    (`fsdp_cpu_ram_efficient_loading`)."""
+    plugin: Any = accelerator.state.fsdp_plugin if accelerator.is_fsdp2 and config.model.expert_parallel == 1 else None
+    return plugin is not None and plugin.cpu_ram_efficient_loading and not accelerator.is_main_process
+
+
+def routing_replay(config: Config, model: PreTrainedModel, ranks: Ranks) -> RoutingReplay | None:
+    """Replay for the model's routers; None for a model without any, which R2 and R3 refuse. Tried on rank 0, which has
+    the weights."""
+    replay = refusal = None
     try:
         replay = RoutingReplay(model)
-        with torch.no_grad(), evaluating(model), replay.record():  # some refuse only when they run
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-        return replay
+        if ranks.is_main:
+            with torch.no_grad(), evaluating(model), replay.record():  # some refuse only when they run
+                model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     except UnsupportedRouter as error:
-        if config.algorithm.replay != "none":
-            raise ConfigError(f"algorithm.replay = {config.algorithm.replay!r}: {error}") from error
-        return None
+        refusal = error
+    if not ranks.any(refusal is not None):
+        return replay
+    if config.algorithm.replay != "none":
+        raise ConfigError(f"algorithm.replay = {config.algorithm.replay!r}: {refusal or 'see rank 0'}") from refusal
+    return None
 
 
 def build_sampling(config: Config, task: Task, model: PreTrainedModel) -> Sampling:
@@ -97,18 +114,34 @@ def build_sampling(config: Config, task: Task, model: PreTrainedModel) -> Sampli
 
 
 def build_batcher(config: Config, model: PreTrainedModel, replay: RoutingReplay | None, ranks: Ranks) -> Batcher:
-    """How rollouts are cut; on several ranks, a `RankedBatcher`."""
+    """How rollouts are cut; on several ranks, a `RankedBatcher`. Rank 0 tries what the model's attention allows."""
     settings: dict[str, Any] = {
         "group_size": config.train.group_size,
         "mini_batches": config.train.mini_batches,
         "tokens": config.train.tokens_per_micro_batch,
-        "share_prompts": can_share_prompts(model),
+        "share_prompts": ranks.any(ranks.is_main and can_share_prompts(model)),
+        "pack": ranks.any(ranks.is_main and can_pack(model)),
+        "attention": attention_cost(model, replay),
         "force_routes": config.algorithm.replay == "R3",
         "backward_all": config.train.zero_advantage_backward,
     }
     if ranks.size == 1:
         return Batcher(**settings)
     return RankedBatcher(ranks, () if replay is None else replay.layers, **settings)
+
+
+def attention_cost(model: PreTrainedModel, replay: RoutingReplay | None) -> float:
+    """Operations of attending to one token, over those of a token's products with the weights: by how much a long
+    response costs more than short ones of as many tokens."""
+    config, active = model.config.get_text_config(), 0.0
+    share = 1.0 if replay is None else replay.top_k / replay.num_experts
+    for name, parameter in model.named_parameters():
+        active += parameter.numel() * (share if ".experts." in name else 1.0)
+    if not model.config.tie_word_embeddings:
+        active -= model.get_input_embeddings().weight.numel()  # type: ignore[operator]
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return 2 * config.num_attention_heads * head_dim * kinds.count("full_attention") / active
 
 
 def build_engine(
@@ -135,9 +168,11 @@ def build_engine(
     return built
 
 
-def for_training(config: Config, model: PreTrainedModel) -> None:
-    """Set up how the model computes, in place."""
+def for_training(config: Config, model: PreTrainedModel, *, pack: bool) -> None:
+    """Set up how the model computes, in place; `pack`: it will be given packed rows."""
     settings = config.model
+    if pack:
+        allow_packing(model)
     if settings.experts_implementation:
         model.set_experts_implementation(settings.experts_implementation)
     model.eval()  # no dropout in RL: π_θ must be one function

@@ -91,8 +91,8 @@ class TrainingRun(ABC):
         config, is_main = self.config, self.ranks.is_main
         self.folder.open(resume=resume)
         self.task = task or build.build_task(config)
-        model = build.build_model(config, self.task, model)
-        self.replay = build.routing_replay(config, model)
+        model = build.build_model(config, self.task, model, load=not build.receives_weights(config, self.accelerator))
+        self.replay = build.routing_replay(config, model, self.ranks)
         self.sampling = build.build_sampling(config, self.task, model)
         self.objective = OBJECTIVES[config.algorithm.objective]
         self.compute_advantages = ADVANTAGES[config.algorithm.advantages or self.objective.advantages]
@@ -100,7 +100,8 @@ class TrainingRun(ABC):
         if is_main and config.rollout.engine == "hf":
             model.to(self.ranks.device)  # type: ignore[arg-type]
         if is_main or self._made_engine:  # from the model while it is whole
-            self.engine = build.build_engine(config, model, self.engine, self.ranks, routes=self.replay is not None)
+            routes = self.replay is not None and config.engine_routes
+            self.engine = build.build_engine(config, model, self.engine, self.ranks, routes=routes)
         self.prompts = Prompts(
             config,
             self.task,
@@ -109,7 +110,7 @@ class TrainingRun(ABC):
             vocabulary=vocabulary_size(model),
             max_new_tokens=self.sampling.max_new_tokens,
         )
-        build.for_training(config, model)
+        build.for_training(config, model, pack=self.batcher.pack)
         self.unsharded: PreTrainedModel | None = None  # to evaluate with, where parameters are spread
         scored = is_main and config.eval.every and config.eval.through_trainer
         if scored and build.is_sharding(config, self.accelerator):

@@ -10,7 +10,7 @@ import torch
 from minirl_edu.course import Exercise, Mistake, diagnose, exercise, exercises, find, heading, hint_ladder, pick
 
 ROOT = Path(__file__).resolve().parents[2]
-UNITS = [f"{number:02d}" for number in range(12)]
+UNITS = [f"{number:02d}" for number in range(13)]
 ALL = [exercise for unit in UNITS for exercise in exercises(unit).values()]
 
 each = pytest.mark.parametrize("exercise", ALL, ids=lambda exercise: exercise.id)
@@ -173,7 +173,7 @@ def test_what_a_lab_shows_above_and_below_an_exercise():
 
 
 def test_an_unknown_exercise_names_those_there_are():
-    with pytest.raises(KeyError, match=r"00\.1 to 11\.9"):
+    with pytest.raises(KeyError, match=r"00\.1 to 12\.9"):
         find("99.1")
     with pytest.raises(KeyError, match=r"01\.1, 01\.2"):
         find("01.77")

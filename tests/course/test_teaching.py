@@ -1,26 +1,33 @@
-"""`lessons/TEACHING.md`: its minutes are those of the exercises, its commands and names exist, its links lead on."""
+"""`lessons/TEACHING.md`: its minutes are those of the exercises, its commands and names exist, its links lead on.
+
+`python -m tests.course.test_teaching` writes the minutes anew, there and in README.md: the tables with their sums, and
+the sentences that quote them. Which exercises are in the plan of a day, and which units in which week, stays as it is.
+"""
 
 import ast
+import importlib
 import re
 import shlex
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from minirl_edu.archives import files_in
-from minirl_edu.course import exercises, mystery
+from minirl_edu.course import exercises, find, mystery
 
 ROOT = Path(__file__).resolve().parents[2]
 LESSONS = ROOT / "lessons"
-PAGE = (LESSONS / "TEACHING.md").read_text(encoding="utf-8")
-WORDS_A_MINUTE, PENCIL_MINUTES, IMPORTANT = 100, 5, 4
+TEACHING, README = LESSONS / "TEACHING.md", ROOT / "README.md"
+PAGE = TEACHING.read_text(encoding="utf-8")
+WORDS_A_MINUTE, PENCIL_MINUTES, IMPORTANT, ROUNDED = 100, 5, 4, 5
 UNITS = {path.name[:2]: path for path in sorted(LESSONS.glob("[0-9][0-9]_*.md"))}
 
 
-def section(title: str) -> str:
-    found = PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+def section(title: str, page: str = PAGE) -> str:
+    found = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     assert found, title
     return found
 
@@ -36,121 +43,156 @@ def block(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+# ------------------------------------------------------------------------------------------------------- the minutes
+
+
 def minutes(unit: str, least: int = 0) -> int:
     """Of the unit's exercises of this importance or more."""
     return sum(exercise.minutes for exercise in exercises(unit).values() if exercise.importance >= least)
 
 
 def reading(unit: str) -> int:
+    """Of the lesson and of the lab's Markdown, to five minutes: they are estimates, and a word changes often."""
     lesson = UNITS[unit].read_text(encoding="utf-8")
     lab = (ROOT / "notebooks" / "src" / f"{UNITS[unit].stem}.py").read_text(encoding="utf-8")
     cells = re.findall(r"^# %% \[markdown\]\n((?:#.*\n)*)", lab, re.MULTILINE)
     words = [word for line in "".join(cells).splitlines() for word in line[1:].split()]
-    return round((len(lesson.split()) + len(words)) / WORDS_A_MINUTE)
+    return ROUNDED * round((len(lesson.split()) + len(words)) / WORDS_A_MINUTE / ROUNDED)
 
 
-def shown() -> dict[str, list[str]]:
-    return {unit: cells for unit, *cells in table(section("Minutes"))}
+def pencil(unit: str) -> int:
+    return PENCIL_MINUTES * UNITS[unit].read_text(encoding="utf-8").count("<details>")
 
 
-def total(units: str, column: int) -> int:
-    return sum(int(shown()[unit][column]) for unit in units.split(", "))
+def total(count: Callable[[str], int], units: Iterable[str] = tuple(UNITS)) -> int:
+    return sum(map(count, units))
+
+
+def important(unit: str) -> int:
+    return minutes(unit, IMPORTANT)
+
+
+def hours(n: int) -> str:
+    return f"{n // 60} h {n % 60} min"
+
+
+def of_all_units() -> list[list[str]]:
+    """The table of minutes: unit, reading, exercises, those without the optional, the optional, pencil."""
+    rows, optional = [], 0
+    for unit in UNITS:
+        low = [exercise.id for exercise in exercises(unit).values() if exercise.importance < IMPORTANT]
+        optional += len(low)
+        numbers = [str(count(unit)) for count in (reading, minutes, important)]
+        rows.append([unit, *numbers, ", ".join(low), str(pencil(unit))])
+    sums = [str(total(count)) for count in (reading, minutes, important)]
+    count = total(lambda unit: len(exercises(unit)))
+    return [*rows, ["all", *sums, f"{optional} of {count}", str(total(pencil))]]
+
+
+def of_the_day(rows: list[list[str]]) -> list[list[str]]:
+    """Rows of unit, minutes of explanation, exercises: with the minutes of the exercises, and sums."""
+    asked = [[find(name) for name in ids.split(", ")] for _, _, ids, _ in rows[:-1]]
+    summed = [sum(exercise.minutes for exercise in found) for found in asked]
+    explained = sum(int(row[1]) for row in rows[:-1])
+    own = [[unit, told, ids, str(n)] for (unit, told, ids, _), n in zip(rows[:-1], summed, strict=True)]
+    return [*own, ["all", str(explained), f"{sum(map(len, asked))} exercises", str(sum(summed))]]
+
+
+def of_the_weeks(rows: list[list[str]]) -> list[list[str]]:
+    """Rows of week, units, …, what is done in class: with the minutes of these units."""
+    return [
+        [week, units, *(str(total(count, units.split(", "))) for count in (reading, minutes)), task]
+        for week, units, _, _, task in rows
+    ]
+
+
+def of_the_core(rows: list[list[str]]) -> list[list[str]]:
+    """The path for one weekend: reading, and exercises without the optional."""
+    ((path, units, *_),) = rows
+    return [[path, units, *(str(total(count, units.split(", "))) for count in (reading, important))]]
+
+
+def rewritten(page: str) -> str:
+    """The page of a teacher with all minutes computed anew."""
+    day = of_the_day(table(section("One day", page)))
+    weeks = of_the_weeks(table(section("Five weeks", page)))
+    core = of_the_core(table(section("Alone", page)))
+    tables = {"Minutes": of_all_units(), "One day": day, "Five weeks": weeks, "Alone": core}
+    for title, rows in tables.items():
+        text = section(title, page)
+        lines = re.search(r"^\|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+        assert lines is not None, title
+        body = "".join("| " + " | ".join(row).replace("|  |", "| |") + " |\n" for row in rows)
+        page = page.replace(text, text[: lines.start(1)] + body + text[lines.end(1) :])
+    end = 9 * 60 + int(day[-1][1]) + int(day[-1][3]) + 60 + 3 * 15  # lunch, breaks
+    homework = [int(read) + int(every) for _, _, read, every, _ in weeks]
+    both = total(reading) + total(minutes)
+    quoted = {
+        r"(That is ){}(, and ){}( with the)": (hours(both), hours(both + total(pencil))),
+        r"(lasts from 9:00 to )\d+:\d\d()": (f"{end // 60}:{end % 60:02d}",),
+        r"(Homework is between ){}( and ){}( a week)": (hours(min(homework)), hours(max(homework))),
+        r"(optional exercises saves ){}( over)": (hours(total(minutes) - total(important)),),
+        r"(leave out what is optional, ){}( in all)": (hours(int(core[0][2]) + int(core[0][3])),),
+    }
+    return _quote(page, quoted)
+
+
+def readme(text: str) -> str:
+    """README.md with its count of units, exercises and hours."""
+    count, every = total(lambda unit: len(exercises(unit))), total(minutes)
+    together = total(reading) + every
+    quoted = {
+        r"(It takes about )\S+( hours a unit)": (f"{round(together / 30 / len(UNITS)) / 2:g}",),
+        r"(of these )\d+( hours, the )\d+( exercises of the labs take )\d+()": (
+            *(f"{together / 60:.0f}", str(count), f"{every / 60:.0f}"),
+        ),
+    }
+    return _quote(text, quoted)
+
+
+def _quote(text: str, quoted: dict[str, tuple[str, ...]]) -> str:
+    """The text with new numbers between the words that each pattern keeps; a space in a pattern may be a line's end."""
+    for pattern, numbers in quoted.items():
+        sought = pattern.replace("{}", r"\d+ h \d+ min").replace(" ", r"\s+")
+        found = re.findall(sought, text)
+        assert len(found) == 1, f"{pattern}: expected once, found {len(found)} times"
+        words = [found[0]] if isinstance(found[0], str) else list(found[0])
+        new = words[0] + "".join(number + word for number, word in zip(numbers, words[1:], strict=True))
+        text = re.sub(sought, lambda _, new=new: new, text)
+    return text
+
+
+def main() -> None:
+    """Write both pages with the minutes as they are now."""
+    TEACHING.write_text(rewritten(PAGE), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+HOW = "write them anew: python -m tests.course.test_teaching"
 
 
 def test_the_minutes_are_those_of_the_exercises():
-    assert list(shown()) == [*UNITS, "all"]
-    for unit, lesson in UNITS.items():
-        read, every, important, optional, pencil = shown()[unit]
-        assert int(every) == minutes(unit), unit
-        assert int(important) == minutes(unit, IMPORTANT), unit
-        low = [exercise.id for exercise in exercises(unit).values() if exercise.importance < IMPORTANT]
-        assert optional == ", ".join(low), unit
-        assert int(pencil) == PENCIL_MINUTES * lesson.read_text(encoding="utf-8").count("<details>"), unit
-        assert abs(int(read) - reading(unit)) <= 5, unit  # a lesson may change by 500 words
+    assert rewritten(PAGE) == PAGE, HOW
+    text = README.read_text(encoding="utf-8")
+    assert readme(text) == text, HOW
 
 
-def test_the_totals_are_sums():
-    read, every, important, optional, pencil = shown()["all"]
-    for column, value in ((0, read), (1, every), (2, important), (4, pencil)):
-        assert int(value) == total(", ".join(UNITS), column)
-    low = sum(len(cells[3].split(", ")) for unit, cells in shown().items() if unit != "all" and cells[3])
-    assert optional == f"{low} of {sum(len(exercises(unit)) for unit in UNITS)}"
-    hours = [f"{n // 60} h {n % 60} min" for n in (int(read) + int(every), int(read) + int(every) + int(pencil))]
-    assert f"That is {hours[0]}, and {hours[1]} with the pencil exercises." in PAGE
+def test_a_change_of_minutes_is_noticed_and_corrected():
+    changed = PAGE.replace("| all | ", "| all | 9", 1)
+    assert changed != PAGE and rewritten(changed) == rewritten(PAGE)
+    assert table(section("Minutes"))[0][2] == str(sum(one.minutes for one in exercises("00").values()))
+    with pytest.raises(AssertionError, match="expected once, found 0 times"):
+        rewritten(PAGE.replace("That is", "It is"))
 
 
-def test_the_day_lists_exercises_with_their_minutes_and_says_when_it_ends():
-    *rows, (_, explained, count, summed) = table(section("One day"))
-    found = []
-    for unit, _, ids, stated in rows:
-        asked = [exercises(unit)[name] for name in ids.split(", ")]
-        assert int(stated) == sum(exercise.minutes for exercise in asked), unit
-        found += asked
-    assert int(explained) == sum(int(row[1]) for row in rows)
-    assert (count, int(summed)) == (f"{len(found)} exercises", sum(exercise.minutes for exercise in found))
-    end = 9 * 60 + int(explained) + int(summed) + 60 + 3 * 15  # lunch, breaks
-    assert f"from 9:00 to {end // 60}:{end % 60:02d}" in PAGE
-
-
-def test_the_weeks_hold_all_units_once_and_their_minutes():
-    weeks = table(section("Five weeks"))
-    assert ", ".join(row[1] for row in weeks) == ", ".join(UNITS)
-    for _, units, read, every, _ in weeks:
-        assert [int(read), int(every)] == [total(units, 0), total(units, 1)], units
-    homework = [int(read) + int(every) for _, _, read, every, _ in weeks]
-    saved = total(", ".join(UNITS), 1) - total(", ".join(UNITS), 2)
-    for number in (homework[0], homework[-1], saved):
-        assert f"{number // 60} h {number % 60} min" in " ".join(section("Five weeks").split())
-    ((_, units, read, important),) = table(section("Alone"))
-    assert [int(read), int(important)] == [total(units, 0), total(units, 2)]
-    assert f"{(n := int(read) + int(important)) // 60} h {n % 60} min in all" in section("Alone")
+def test_the_weeks_hold_all_units_once_and_in_order():
+    assert ", ".join(row[1] for row in table(section("Five weeks"))) == ", ".join(UNITS)
 
 
 def test_the_self_test_has_ten_questions_with_answers():
     text = section("Before the course")
     assert re.findall(r"^\*\*(\d+)\.\*\* ", text, re.MULTILINE) == [str(number) for number in range(1, 11)]
     assert text.count("<details><summary>Answer</summary>\n\n") == text.count("\n\n</details>") == 10
-
-
-def test_the_assignments_names_are_those_of_the_model_solution():
-    solution = ast.parse((LESSONS / "nano_minirl.py").read_text(encoding="utf-8"))
-    functions = {node.name: ast.dump(_bare(node)) for node in solution.body if isinstance(node, ast.FunctionDef)}
-    (rollout,) = [node for node in solution.body if isinstance(node, ast.ClassDef)]
-    (source,) = block(section("An assignment"), "python")
-    constants, *asked = ast.parse(source).body
-    for node in asked:
-        if isinstance(node, ast.FunctionDef):
-            assert ast.dump(_bare(node)) == functions[node.name], node.name
-        else:
-            assert isinstance(node, ast.ClassDef) and node.name == rollout.name
-            fields = [field.target for field in rollout.body if isinstance(field, ast.AnnAssign)]
-            assert ast.unparse(node.body[0]) == f"({', '.join(map(ast.unparse, fields))})"
-    assigned = {name.id for node in ast.walk(solution) if isinstance(node, ast.Assign) for name in ast.walk(node)
-                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}  # fmt: skip
-    assert {node.id for node in ast.walk(constants) if isinstance(node, ast.Name)} <= assigned
-    tests = (ROOT / "tests" / "lessons" / "test_nano_minirl.py").read_text(encoding="utf-8")
-    used = set(re.findall(r"\bnano\.(\w+)", tests)) - {"random"}
-    assert used <= {node.id for node in ast.walk(constants) if isinstance(node, ast.Name)} | {
-        node.name for node in asked if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    }
-
-
-def _bare(node: ast.FunctionDef) -> ast.arguments:
-    """Its arguments without annotations."""
-    for argument in ast.walk(node.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    return node.args
-
-
-def test_each_test_of_the_assignment_belongs_to_one_step():
-    tests = re.findall(r"^def (test_\w+)", (ROOT / "tests/lessons/test_nano_minirl.py").read_text("utf-8"), re.M)
-    lines = re.search(r"\| step \|.*\n\|[-|]+\n((?:\|.*\n)+)", section("An assignment"))
-    assert lines is not None
-    chosen = [cell.strip("` ") for line in lines[1].splitlines() for cell in [line.strip("|").split("|")[-1]]]
-    patterns = [word for cell in chosen if "by hand" not in cell for word in cell.split(" or ")]
-    assert [name for name in tests if sum(pattern in name for pattern in patterns) != 1] == []
-    assert [pattern for pattern in patterns if not any(pattern in name for name in tests)] == []
 
 
 def test_the_points_of_the_rubric_add_up_to_100():
@@ -200,12 +242,13 @@ def test_the_class_exercise_runs(tmp_path, monkeypatch):
 
 
 def test_what_the_cell_uses_is_in_lab_10():
-    lab = (ROOT / "notebooks" / "src" / "10_diagnosing_collapse.py").read_text(encoding="utf-8")
+    lab = ast.parse((ROOT / "notebooks" / "src" / "10_diagnosing_collapse.py").read_text(encoding="utf-8"))
     (cell,) = block(section("Diagnose your neighbour's run"), "python")
-    defined = {
-        alias.name for node in ast.walk(ast.parse(lab)) if isinstance(node, ast.ImportFrom) for alias in node.names
-    }
-    defined |= {node.name for node in ast.walk(ast.parse(lab)) if isinstance(node, ast.FunctionDef)}
+    imports = [node for node in ast.walk(lab) if isinstance(node, ast.ImportFrom)]
+    defined = {alias.name for node in imports for alias in node.names}
+    stars = [str(node.module) for node in imports if node.names[0].name == "*"]
+    defined |= {name for module in stars for name in importlib.import_module(module).__all__}
+    defined |= {node.name for node in ast.walk(lab) if isinstance(node, ast.FunctionDef)}
     called = set(re.findall(r"\b(\w+)\(", cell))
     assert called == {"read_charts", "checkout", "Image", "to_png", "chart_sheet"} and called <= defined
 
@@ -220,3 +263,7 @@ def test_the_links_lead_somewhere(page):
     assert [file for file, _, _ in links if file and not (LESSONS / file).exists()] == []
     assert {anchor for file, _, anchor in links if not file} <= anchors
     assert f"]({page})" in (LESSONS / "README.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

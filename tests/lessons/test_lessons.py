@@ -54,8 +54,60 @@ def equations(lesson: Path) -> list[tuple[str, str]]:
     return [(body, label) for body, label in EQUATION.findall(lesson.read_text(encoding="utf-8"))]
 
 
-def test_there_are_twelve_units():
-    assert [path.name[:2] for path in LESSONS] == [f"{number:02d}" for number in range(12)]
+def test_there_are_thirteen_units():
+    assert [path.name[:2] for path in LESSONS] == [f"{number:02d}" for number in range(13)]
+
+
+@each
+def test_a_lesson_is_short(lesson):
+    lines = lesson.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+
+
+def test_what_our_runs_say_is_in_unit_12_alone():
+    """No verdict stands in two places. The others link to it."""
+    pages = [*LESSONS[:12], *map(lab_of, LESSONS[:12]), *(ROOT / "minirl_edu" / "course").glob("*[01][0-9].py")]
+    others = [path for path in pages if "12" not in path.stem]
+    word = re.compile(r"CLAIMS|\*(?:reproduced|opposite|inconclusive)\*")
+    assert [path.name for path in others if word.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_the_table_of_lesson_12_is_that_of_the_claims():
+    """Row by row and column by column, without the links."""
+    mine = re.findall(r"^\| (F\d\w?) [^|]+\|(.+)\|$", LESSONS[12].read_text(encoding="utf-8"), re.MULTILINE)
+    page = (ROOT / "lessons" / "results" / "CLAIMS.md").read_text(encoding="utf-8")
+    side = re.search(r"^\| finding \| .*\n\|.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    assert side is not None and len(mine) == len(side[1].splitlines()) == 9
+    for (claim, cells), line in zip(mine, side[1].splitlines(), strict=True):
+        assert f"#{claim.lower()})" in line  # its first column
+        theirs = [re.sub(r"\*| \(\[.*", "", cell).strip() for cell in line.strip("|").split("|")[1:]]
+        assert [cell.strip() for cell in cells.split("|")] == theirs, claim
+
+
+def test_the_numbers_of_lesson_12_are_those_of_the_claims():
+    text = " ".join(LESSONS[12].read_text(encoding="utf-8").split())
+    page = (ROOT / "lessons" / "results" / "CLAIMS.md").read_text(encoding="utf-8")
+
+    def effect(claim: str, criterion: str) -> str:
+        rows = page.partition(f"\n### {claim}\n")[2].partition("\n### ")[0].splitlines()
+        (row,) = (line for line in rows if criterion in line)
+        return row.split(" | ")[2].replace("−", "").replace("+", "").replace(" points", "").removeprefix("× ")
+
+    for claim, criterion, quoted in (
+        ("F1a", "*MiniRL* above *− IS*", "ends {} points ({}) *below*"),
+        ("F1-longer", "*MiniRL* above *− IS*", "MiniRL ends {} points ({}) above − IS"),
+        ("F1b-longer", "*MiniRL* above *+ length norm*", "by {} points, {}; four seeds)"),
+        ("F1d-experts", "*R3* not above *MiniRL*", "({}, {})"),
+    ):
+        estimate, low, high = re.findall(r"[\d.]+", effect(claim, criterion))
+        low, high = sorted((low, high), key=float)
+        assert quoted.format(estimate, f"{low} to {high}") in text, claim
+    assert "6 of 8" in effect("F1-longer", "*− IS* collapse") and "6 of 8 runs collapsed" in text
+    estimate, low, high = re.findall(r"[\d.]+", effect("F1-longer", "entropy in the last third"))
+    assert f"ratio is {float(estimate):.2f} ({low} to {high})" in text
+    (count,) = re.findall(r"for all (\d+) criteria", page)
+    assert f"Our {count} criteria" in text
 
 
 @each

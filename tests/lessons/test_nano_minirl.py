@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +102,25 @@ def test_it_is_short_and_needs_torch_alone():
         elif isinstance(node, ast.ImportFrom):
             names.add(str(node.module))
     assert {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_the_page_about_it_names_the_right_lines():
+    page = (FILE.parent / "site" / "nano_minirl.md").read_text(encoding="utf-8")
+    lines = FILE.read_text(encoding="utf-8").splitlines()
+    quoted = re.findall(r"^\| (\d+) \| `(.+?)` \|", page, re.MULTILINE)
+    assert len(quoted) > 15
+    assert [(number, code) for number, code in quoted if code not in lines[int(number) - 1]] == []
+    parts = dict(re.findall(r"^\| `(\w+)` \| (\d+–\d+) \|", page, re.MULTILINE))
+    functions = {node.name: node for node in ast.parse("\n".join(lines)).body if isinstance(node, ast.FunctionDef)}
+    spans = {
+        name: f"{min([node.lineno, *(line.lineno for line in node.decorator_list)])}–{node.end_lineno}"
+        for name, node in functions.items()
+    }
+    assert parts == {name: spans[name] for name in spans if name not in ("norm", "rotate")}
+    printed = re.search(r"```text\n( 0  score.*?)```", page, re.DOTALL)
+    assert printed
+    words = re.findall(r"^\| ([a-zA-Z ]+) \| ", page.partition("## What it prints")[2], re.MULTILINE)[1:]
+    assert words == re.findall(r"([a-zA-Z]+(?: [a-z](?= ))?) +[-+\d]", printed[1].splitlines()[0])
 
 
 def test_its_task_is_the_librarys():

@@ -4,6 +4,7 @@ import ast
 import base64
 import contextlib
 import functools
+import importlib
 import importlib.util
 import io
 import re
@@ -70,10 +71,11 @@ def defined(tree: ast.Module) -> set[str]:
 
 
 @functools.cache
-def public_names() -> set[str]:
-    """Functions and classes that modules of the library define, methods left out, and answers to what the labs ask."""
-    found = set()
-    for path in set((ROOT / "minirl_edu").rglob("*.py")) - {ROOT / "minirl_edu" / "course" / "variants.py"}:
+def public_names(lab: str = "") -> set[str]:
+    """Functions and classes that modules of the library define, methods left out; of the labs' only this one's."""
+    found, course = set(), ROOT / "minirl_edu" / "course"
+    others = {course / "variants.py", *course.glob("lab[0-9][0-9].py")} - {course / f"lab{lab}.py"}
+    for path in set((ROOT / "minirl_edu").rglob("*.py")) - others:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         found |= {
             node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"
@@ -81,8 +83,33 @@ def public_names() -> set[str]:
     return found
 
 
-def test_there_are_twelve_labs():
-    assert [source.name[:2] for source in SOURCES] == [f"{number:02d}" for number in range(12)]
+def test_there_are_thirteen_labs():
+    assert [source.name[:2] for source in SOURCES] == [f"{number:02d}" for number in range(13)]
+
+
+def code_lines(cell: str) -> int:
+    """Lines of a code cell that a learner reads: not the blank ones, not the marks of a solution."""
+    return len([line for line in cell.splitlines() if line.strip() and not re.match(r" *# (?:solution\b|end$)", line)])
+
+
+@each
+def test_a_lab_is_short_and_its_cells_are(source):
+    text = source.read_text(encoding="utf-8").partition("\n# %%")[2]  # behind jupytext's header
+    assert len([line for line in text.splitlines() if line.strip() and not line.startswith("# %%")]) <= 350
+    cells = [cell.source for cell in build._parsed(source).cells if cell.cell_type == "code"]
+    assert [cell.splitlines()[0] for cell in cells if code_lines(cell) > 25] == []
+
+
+@each
+def test_a_lab_imports_the_names_of_its_own_module_and_nothing_else(source):
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    imports = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports == [f"from minirl_edu.course.lab{source.name[:2]} import *"]
+    assert importlib.import_module(f"minirl_edu.course.lab{source.name[:2]}").__all__
+
+
+def test_long_cells_are_really_found():
+    assert code_lines("a = 1\n\n# solution: a = ...\n# a comment\nb = 2\n# end\n") == 3
 
 
 def test_the_notebooks_are_those_of_their_sources():
@@ -257,7 +284,7 @@ def test_a_notebook_imports_only_the_library_and_scientific_packages(source):
 
 @each
 def test_a_notebook_redefines_no_public_name_of_the_library(source):
-    assert defined(ast.parse(source.read_text(encoding="utf-8"))) & public_names() == set()
+    assert defined(ast.parse(source.read_text(encoding="utf-8"))) & public_names(source.name[:2]) == set()
 
 
 def test_a_redefinition_would_be_found():
@@ -283,6 +310,14 @@ def test_the_quickstart_shows_what_its_text_says():
     assert min(rows[name][1] for name in ("fp8_e4m3", "int8")) >= 10  # percent of the KL that R3 removes
     assert max(abs(rows[name][1]) for name in ("int5", "int4", "int3")) < 10
     assert int(re.findall(r"flips in this response: (\d+)", text)[0]) > 0
+
+
+def test_lab_12_gives_the_verdicts_of_the_page():
+    """With the solutions of its exercises; and it says which one hangs on the choice of an interval."""
+    text = printed(read(FOLDER / "12_evidence.ipynb"))
+    agreed = re.search(r"(\d+) of (\d+) verdicts are those of CLAIMS.md", text)
+    assert agreed and agreed[1] == agreed[2] and int(agreed[1]) >= 25
+    assert re.findall(r"^(\S+): (\w+) → (\w+)\.", text, re.MULTILINE) == [("F3a-experts", "inconclusive", "reproduced")]
 
 
 RUNS = [

@@ -3,6 +3,7 @@ alone. Rank 0 leaves its findings in OUT."""
 
 import gc
 import json
+import os
 import sys
 import weakref
 from collections.abc import Iterable, Sequence
@@ -14,14 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from minirl_edu import streaming
-from minirl_edu.config import load_config
-from minirl_edu.models import random_model
+from minirl_edu.batches import MiniBatch
+from minirl_edu.config import Config, load_config
+from minirl_edu.models import load_model, random_model
+from minirl_edu.ranks import RankedBatcher
 from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling
 from minirl_edu.rollout import vllm as vllm_module
 from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
 from minirl_edu.rollout.vllm_server import VLLMServerEngine, _Wire
+from minirl_edu.run import build
 from minirl_edu.streaming import full_state, take_part, write_safetensors
 from minirl_edu.tasks import ChainTask, Problem
 from minirl_edu.trainer import MiniRLTrainer
@@ -72,6 +77,19 @@ def final_weights(run: MiniRLTrainer, file: Path) -> None:
 
 def train(out: Path, settings: Sequence[str]) -> None:
     """Each kind of replay, from the same start; and R3 with an environment that writes into the responses."""
+    torn = 0  # groups of whose responses each rank has some, which are packed
+
+    def watched(self: RankedBatcher, *args: Any) -> list[MiniBatch]:
+        nonlocal torn
+        cut = original(self, *args)
+        parts = [part for mini_batch in cut for part in mini_batch.parts if "segments" in part.layout.inputs]
+        for mini_batch in cut:
+            groups = [{int(row) // self.group_size for row in rows} for rows in mini_batch.shares]
+            torn += len(set.intersection(*groups)) if parts else 0
+        return cut
+
+    original = RankedBatcher.cut
+    RankedBatcher.cut = watched  # pyright: ignore[reportAttributeAccessIssue]
     for name, replay, task in (
         ("none", "none", None),
         ("R2", "R2", None),
@@ -85,6 +103,7 @@ def train(out: Path, settings: Sequence[str]) -> None:
     if run.ranks.is_main:
         kinds = {type(parameter).__name__ for parameter in run.model.parameters()}
         findings = {"parameters": sorted(kinds), "fsdp2": run.accelerator.is_fsdp2, "size": run.ranks.size}
+        findings["torn groups"] = torn
         (out / "findings.json").write_text(json.dumps(findings))
 
 
@@ -196,6 +215,34 @@ def nccl(out: Path, settings: Sequence[str]) -> None:
     (out / "findings.json").write_text(json.dumps(findings))
 
 
+def load(out: Path, settings: Sequence[str]) -> None:
+    """A model that rank 0 loads: which weights and buffers all have once it is sharded."""
+
+    def refused(*_: Any, **__: Any) -> PreTrainedModel:
+        raise AssertionError("a second rank loads the model")
+
+    def spoilt(config: Config, model: PreTrainedModel, *rest: Any) -> Any:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        return prepare(config, model, *rest)
+
+    prepare = build.prepare
+    if os.environ["RANK"] != "0":
+        build.load_model, build.prepare = refused, spoilt
+    run = trainer(out / "run", [*settings, "model={name: chain-steps}", "task={name: chain}"])
+    gathered = {name: tensor.clone() for name, tensor in full_state(run.unwrapped)}
+    buffers = all(bool(torch.isfinite(b).all() and b.any()) for _, b in run.unwrapped.named_buffers())
+    everywhere = not run.ranks.any(not buffers)
+    lines = run.global_step()
+    if run.ranks.is_main:
+        loaded = dict(load_model("chain-steps").named_parameters())
+        same = all(torch.equal(tensor, loaded[name]) for name, tensor in gathered.items())
+        findings = {"same": same, "buffers": everywhere, "steps": len(lines)}
+        (out / "findings.json").write_text(json.dumps(findings))
+    run.ranks.close()
+
+
 def resume(out: Path, settings: Sequence[str]) -> None:
     """Go on with the run in OUT/run to its end."""
     run = trainer(out / "run", settings, resume=(out / "run").exists())
@@ -235,5 +282,13 @@ def fail(out: Path, settings: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tasks = {"train": train, "stream": stream, "nccl": nccl, "resume": resume, "poison": poison, "fail": fail}
+    tasks = {
+        "train": train,
+        "stream": stream,
+        "nccl": nccl,
+        "load": load,
+        "resume": resume,
+        "poison": poison,
+        "fail": fail,
+    }
     tasks[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])

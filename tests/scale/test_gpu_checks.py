@@ -7,7 +7,7 @@ import pytest
 from minirl_edu import lm_head, logprobs
 from scale import gpu_checks
 
-CHEAP = ("env", "parity", "replay", "row32k", "gap", "fp8", "stream", "learn")
+CHEAP = ("env", "parity", "replay", "row32k", "packing", "gap", "fp8", "stream", "learn")
 """Those that need no process of their own. `fsdp2` and `memory` take two minutes: see the nightly test."""
 
 

@@ -93,7 +93,7 @@ def test_a_recipe_with_a_server_says_how_to_start_it(recipe):
     assert bool(servers) == (config.rollout.engine == "vllm_server")
     for line in servers:
         ours, theirs = serve.parse(line)
-        assert ours.routes  # every server here has a Mixture-of-Experts model
+        assert ours.routes == config.engine_routes  # every server here has a Mixture-of-Experts model
         assert config.rollout.max_new_tokens and ours.max_model_len > config.rollout.max_new_tokens
         # Colocated or not is said twice, and has to be said alike.
         assert ("--enable-sleep-mode" in theirs) == config.rollout.options.get("sleep", False)
@@ -165,7 +165,7 @@ def test_sharded_means_fsdp2_by_layers_without_a_second_checkpointing(path):
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
         "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
         "FSDP_ACTIVATION_CHECKPOINTING": "false",
         "FSDP_OFFLOAD_PARAMS": "false",
         "ACCELERATE_MIXED_PRECISION": "no" if path.stem.startswith("cpu") else "bf16",

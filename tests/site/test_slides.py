@@ -72,7 +72,10 @@ WALK = """async () => {
         for (const image of images) if (image.dataset.src) image.src = image.dataset.src;
         await Promise.all(images.map(image => image.decode().catch(() => null)));
         const where = `${h}/${v} ${slide.querySelector('h1, h2, h3')?.textContent}`;
-        if (slide.offsetHeight > 700 || slide.scrollWidth > slide.clientWidth + 1) bad.push(`${where}: too large`);
+        const right = slide.getBoundingClientRect().right + 1;
+        const seen = [...slide.querySelectorAll('*')].filter(e => !e.closest('mjx-assistive-mml'));
+        if (slide.offsetHeight > 700 || seen.some(e => e.getBoundingClientRect().right > right))
+            bad.push(`${where}: too large`);
         if (images.some(i => i.naturalWidth === 0)) bad.push(`${where}: no figure`);
         if (slide.querySelector('[data-mml-node="merror"]') || /\\$\\$|\\\\tag/.test(slide.innerText))
             bad.push(`${where}: an equation`);

@@ -56,6 +56,7 @@ class Fake:
             "config": json.loads(model.config.to_json_string(use_diff=False)),
             "architectures": [type(model).__name__],
             "dtype": "float32",
+            "fp32": [],
             "logprobs_mode": "processed_logprobs",
             "max_model_len": 64,
             "returns_routes": False,
@@ -67,7 +68,7 @@ class Fake:
         self.mend: Callable[[dict[str, Any]], None] = lambda answer: None
         self.lock = threading.Lock()
         self.served: list[tuple[str, dict[str, Any]]] = []
-        self.trustworthy = True
+        self.trustworthy, self.spoils = True, "dp0:tp0"
         self.restart()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -144,8 +145,6 @@ class Fake:
                 if method == "minirl_load_checkpoint":
                     self.weights = {}
                     return 200, {"results": [None]}
-                if method == "minirl_digests":
-                    return 200, {"results": [{"embedding": [len(self.weights)], "experts": [int(self.spoilt)]}]}
                 if method == "minirl_suppress":
                     (self.suppressed,) = args
                     return 200, {"results": [None]}
@@ -160,6 +159,9 @@ class Fake:
                 return 500, {"error": {"message": f"{method} failed"}}
             if path == "/weight_info":
                 return 200, {"weight_version": self.version}
+            if path == "/weight_checker":
+                checksums = {f"dp{dp}:tp{tp}:embedding": str(len(self.weights)) for dp in (0, 1) for tp in (0, 1)}
+                return 200, {"checksums": checksums | {f"{self.spoils}:experts": str(self.spoilt)}}
             if path == "/update_weight_version":
                 self.version = body["new_version"]
             self.paused = {"/pause?mode=abort": True, "/resume": False}.get(path, self.paused)
@@ -268,9 +270,9 @@ def test_weights_reach_the_server_whole_and_before_their_version(fake, connect, 
     assert isinstance(engine, RolloutEngine)
     order = [path for path in fake.paths() if path != "/health"]
     assert order == [
-        *("/weight_info", "/wake_up", "minirl_describe"),
-        *("/inference/v1/generate", "minirl_digests", "/update_weight_version", "minirl_load_file"),
-        *("minirl_load_checkpoint", "/reset_prefix_cache", "/inference/v1/generate", "minirl_digests"),
+        *("/wake_up", "minirl_describe", "/weight_info", "/wake_up", "minirl_describe"),
+        *("/inference/v1/generate", "/weight_checker", "/update_weight_version", "minirl_load_file"),
+        *("minirl_load_checkpoint", "/reset_prefix_cache", "/inference/v1/generate", "/weight_checker"),
         *("/pause?mode=abort", "minirl_load_file", "/reset_prefix_cache", "minirl_suppress", "minirl_record_routes"),
         *("/update_weight_version", "/resume"),
     ]
@@ -558,10 +560,49 @@ def test_a_wrong_server_is_refused_before_its_weights_are_touched(fake, connect,
     assert "minirl_load_file" not in fake.paths()
 
 
-def test_a_server_whose_reload_leaves_a_trace_is_refused(fake, connect):
-    fake.trustworthy = False
-    with pytest.raises(ValueError, match=r"cannot be trusted with new weights of a Qwen3Moe.* its experts differ"):
+@pytest.mark.parametrize("worker", ["dp0:tp0", "dp0:tp1", "dp1:tp0"])
+def test_a_server_whose_reload_leaves_a_trace_in_one_worker_is_refused(fake, connect, worker):
+    fake.trustworthy, fake.spoils = False, worker
+    refused = rf"cannot be trusted with new weights of a Qwen3Moe.* its {worker}:experts differ"
+    with pytest.raises(ValueError, match=refused):
         connect()
+
+
+def test_weights_travel_in_the_servers_number_formats(fake, connect, model):
+    """Matrices are rounded as the server would round them; what it holds in fp32, and vectors, are not."""
+    fake.description |= {"dtype": "bfloat16", "fp32": ["gate.weight"]}
+    engine = connect()
+    for name, tensor in checkpoint_weights(model):
+        kept = tensor.dim() < 2 or name.endswith("mlp.gate.weight")
+        expected = tensor if kept else tensor.bfloat16()
+        assert fake.weights[name].dtype == expected.dtype and torch.equal(fake.weights[name], expected), name
+    assert {tensor.dtype for tensor in fake.weights.values()} == {torch.float32, torch.bfloat16}
+    engine.sync(tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16).half(), version=1)
+    assert {tensor.dtype for tensor in fake.weights.values()} == {torch.float16}  # has no more bits than bf16
+
+    def comes_back_in_fp32() -> None:
+        fake.restart()
+        fake.description |= {"dtype": "float32", "fp32": []}
+
+    fake.fault = after(1, comes_back_in_fp32)
+    with pytest.raises(ValueError, match=r"dtype: .* holds other number formats \(float32\).*--dtype bfloat16"):
+        generate(engine)
+    engine.sync(model, version=2)
+    assert {tensor.dtype for tensor in fake.weights.values()} == {torch.float32}
+
+
+def test_every_sync_is_a_push_also_of_the_same_version(fake, connect):
+    engine = connect()
+    changed = tiny_moe(18, seed=9, eos_token_id=17, pad_token_id=16)
+    engine.sync(changed, version=0)
+    assert torch.equal(fake.weights["model.embed_tokens.weight"], changed.state_dict()["model.embed_tokens.weight"])
+
+
+def test_by_nccl_nothing_travels_before_the_first_sync(fake, connect):
+    engine = connect(transfer="nccl")
+    assert [path for path in fake.paths() if path != "/health"] == ["/wake_up", "minirl_describe"]
+    with pytest.raises(EngineError, match=r"transfer: .* only be sent at a sync.*transfer: file"):
+        generate(engine)
 
 
 def test_a_server_that_comes_back_with_another_model_is_refused(fake, connect):
@@ -809,7 +850,7 @@ def test_a_run_stops_at_a_faulty_response_or_leaves_out_its_group_and_counts_it(
         server.stop()
     lines = numbers(tmp_path / "drop")
     assert [(line["global_step"], line["grad_step"]) for line in lines] == [(1 + i // 2, 1 + i) for i in range(6)]
-    assert sum(line.get("dropped_groups", 0) for line in lines) == len(spoilt) > 4
+    assert 4 * sum(line.get("dropped_groups", 0) for line in lines) == len(spoilt) > 16  # all 4 of a group
 
 
 @pytest.mark.slow
@@ -847,7 +888,7 @@ def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(monkeypatch, tmp_path
 
 def test_something_else_that_listens_there(fake, connect):
     fake.fault = lambda path, body: (404, "nothing here") if path != "/health" else None
-    with pytest.raises(ValueError, match=r"has no /weight_info \(404 .*serve\.py"):
+    with pytest.raises(ValueError, match=r"has no /wake_up \(404 .*serve\.py"):
         connect()
 
 

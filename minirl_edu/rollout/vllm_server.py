@@ -23,14 +23,14 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -47,10 +47,10 @@ from minirl_edu.rollout.vllm import (
     place_routes,
     request_settings,
 )
-from minirl_edu.rollout.vllm_worker import decode_routes, request_key
+from minirl_edu.rollout.vllm_worker import decode_routes, kind_of, request_key
 from minirl_edu.routing import RoutingReplay
 from minirl_edu.seeding import derive_seed
-from minirl_edu.streaming import architecture_name, write_safetensors
+from minirl_edu.streaming import architecture_name, is_sharded, write_safetensors
 
 KEY_VARIABLE = "MINIRL_VLLM_API_KEY"
 """The environment variable that holds the server's API key."""
@@ -77,8 +77,11 @@ class VLLMServerEngine:
     Of several servers, all have to be there at the start. Later the engine goes on while one is left: see `Fleet`. One
     that comes back gets the current weights before it is asked anything.
 
-    A freshly started server is tried out first, as `VLLMEngine` does it: after a reload it must give the same numbers
-    as before, bit for bit. With "nccl" it is not.
+    A freshly started server is tried out first, as `VLLMEngine` does it: after a reload every one of its workers must
+    hold the same numbers as before, bit for bit. With "nccl" it is not.
+
+    Weights are rounded to the servers' number format before they travel, as a server would do it on arrival. What it
+    keeps in fp32, such as some families' routers, travels in fp32.
 
     With `sleep` the server can share GPUs with the trainer: it sleeps (vLLM's level 1: weights in the host's memory, no
     KV cache) from the end of a rollout to the next `sync` or `generate`. Level 2 would drop the weights, but an
@@ -99,8 +102,10 @@ class VLLMServerEngine:
         concurrency: responses in flight at once, over all servers. Each takes a thread and a connection here, and what
             waits at a server can go to no other; so no more than the servers sample at once.
         transfer: "file", through `weights`; or "nccl", vLLM's own weight-transfer API between GPUs, which needs vLLM in
-            this process too, and one server only. "nccl" has not been run by the project's tests, which have no GPU.
-            vLLM's third way, ipc, unpickles what comes over HTTP, and is not offered.
+            this process too, and one server only. "nccl" has not been run on GPUs by the project's tests. With it the
+            first weights travel at the first `sync`, when the model is on its GPUs, and a server that restarts during a
+            rollout ends a run whose model is sharded. vLLM's third way, ipc, unpickles what comes over HTTP, and is not
+            offered.
         nccl_address: host and port, on this machine, at which the server's workers meet this process for "nccl".
 
     Raises ValueError for a missing or wrong key, or a server that runs another model, another dtype, other
@@ -151,11 +156,18 @@ class VLLMServerEngine:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file: Path | None = None
         self._clean_up = weakref.finalize(self, _clean_up, self._folder, self._name, weights is None)
-        self._one_at_a_time = threading.Lock()
-        self._synced = self._closed = False
+        self._source: _Source | None = None
+        self._specs: dict[str, Tensor] = {}  # of the file
+        self._wire: _Wire | None = None
+        self._trials, self._agreement = threading.Lock(), threading.Lock()
+        self._syncs = 0
+        self._met = self._closed = False
         self.version = 0
         try:
-            self.sync(model, version=0)
+            if transfer == "file":
+                self.sync(model, version=0)
+            else:  # no weights yet: they are not on their GPUs
+                self._meet_for(model, 0)
         except BaseException:
             self.close()
             raise
@@ -238,27 +250,50 @@ class VLLMServerEngine:
 
         All servers get them, side by side; those that are gone, when they come back. The weights are kept for that: as
         a file, or, for "nccl", by a reference to `model`, which must not change between a sync and the generations that
-        follow it. Raises as `generate` does.
+        follow it. Of a sharded model every other rank calls `take_part`: the weights are gathered once, whatever
+        happens. Raises as `generate` does.
         """
         self._open()
+        self._meet_for(model, version)
+        assert self._wire is not None
+        if self.transfer == "file":
+            self._write(model, self._wire)
+        else:
+            self._source = _Source(model, self._wire)
+        self._fleet.everywhere(_Server.ensure)
+        self.version = version
+
+    def _meet_for(self, model: PreTrainedModel, version: int) -> None:
+        """Take what a rollout needs to know of `model` beside its weights, wait for the servers, and wake them: before
+        weights are gathered, which fills the memory that it needs."""
         self._ends, self._pad = end_tokens(model), model.config.pad_token_id or 0
         self._suppressed = suppressed_tokens(model)
         self._config = model.config.get_text_config()
         self._architecture = architecture_name(model)
-        self._label = f"{version}-{self._name}"
-        if self.transfer == "file":
-            self._write(model)
-        else:
-            self._source: Any = _Source(model)
-        self._fleet.everywhere(_Server.ensure, whole=not self._synced)
-        self.version, self._synced = version, True
+        self._syncs += 1
+        self._label = f"{version}-{self._name}-{self._syncs}"
+        self._wire = None
+        self._fleet.everywhere(_Server.meet, whole=not self._met)
+        self._met = True
 
-    def _write(self, model: PreTrainedModel) -> None:
+    def agree(self, url: str, wire: "_Wire") -> None:
+        """All servers have to hold weights in the same number formats, since they read one file."""
+        with self._agreement:
+            if self._wire is not None and wire != self._wire:
+                dtype, theirs = (str(each.dtype).removeprefix("torch.") for each in (self._wire, wire))
+                raise ValueError(
+                    f"dtype: {url} holds other number formats ({theirs}) than the weights were prepared for; restart "
+                    f"it with --dtype {dtype} and the options that it or the other servers had"
+                )
+            self._wire = wire
+
+    def _write(self, model: PreTrainedModel, wire: "_Wire") -> None:
         """The weights as vLLM reads them. Renamed when whole, so that no reader ever sees half a file."""
         before, self._file = self._file, self._folder / f"minirl-{self._label}.safetensors"
         partial = self._file.with_suffix(".partial")
         try:
-            write_safetensors(partial, checkpoint_specs(model), checkpoint_weights(model))
+            self._specs = dict(wire.cast(checkpoint_specs(model).items()))
+            write_safetensors(partial, self._specs, wire.cast(checkpoint_weights(model)))
             partial.replace(self._file)
         finally:
             partial.unlink(missing_ok=True)
@@ -357,6 +392,15 @@ class _Server(Member):
 
     # -------------------------------------------------------------------------------------------------- the weights
 
+    def meet(self, stop: threading.Event) -> None:
+        """Wait until the server is there, wake it, and refuse it if its answers would not be this model's rollouts."""
+        self._persist("asking what it runs", lambda _: self._meet(), stop)
+
+    def _meet(self) -> None:
+        self._request("POST", "/wake_up")  # whoever it was that let it sleep; without effect if it is awake
+        server = self._check_server()
+        self.agree(self.url, _Wire(getattr(torch, server["dtype"]), frozenset(server["fp32"])))
+
     def ensure(self, stop: threading.Event) -> None:
         """Wait until the server is there, awake, and has our weights: push them if it reports another version."""
         self._persist("pushing weights", self._bring_up, stop)
@@ -379,15 +423,15 @@ class _Server(Member):
 
     def _bring_up(self, trouble: str) -> None:
         seen = self._request("GET", "/weight_info")["weight_version"]
-        self._request("POST", "/wake_up")  # whoever it was that let it sleep; without effect if it is awake
         if seen == self._label:
+            self._request("POST", "/wake_up")
             return
-        self._check_server()
+        self._meet()
         if seen == _ON_TRIAL:
             cause = trouble or "by an earlier client"
             raise ValueError(f"url: the trial of {self.url}'s reload was broken off ({cause}); restart it")
         if seen == _NEVER_SYNCED and self.transfer == "file":
-            with self._one_at_a_time:  # it takes a copy of the weights in this process's memory
+            with self._trials:  # each writes a file as large as the weights
                 self._try_reload()
         self._push()
 
@@ -400,21 +444,24 @@ class _Server(Member):
         self._request("POST", "/update_weight_version", {"new_version": _ON_TRIAL})  # it is no fresh server any more
         other = self._folder / f"minirl-{self._name}-other.safetensors"
         try:
-            save_file({name: other_weights(tensor) for name, tensor in load_file(self._file).items()}, other)
+            with safe_open(self._file, framework="pt") as ours:
+                others = ((name, other_weights(ours.get_tensor(name))) for name in self._specs)
+                write_safetensors(other, self._specs, others)
             self._rpc("minirl_load_file", str(other))
         finally:
             other.unlink(missing_ok=True)
         self._rpc("minirl_load_checkpoint")
         self._reset_cache()
         reloaded = self._state()
-        if wrong := [name for name in fresh if fresh[name] != reloaded[name]]:
+        if wrong := [name for name in fresh if fresh[name] != reloaded.get(name)]:
             raise ValueError(
                 f"model: vLLM at {self.url} cannot be trusted with new weights of a {self._architecture}: after a "
                 f"reload, its {wrong[0]} differ from a fresh server's; use the engine hf"
             )
 
     def _state(self) -> dict[str, Any]:
-        """What tells two sets of weights in the server apart; see `VLLMEngine`."""
+        """What tells two sets of weights in the server apart; see `VLLMEngine`. The checksums are those of all workers,
+        whatever the parallelism, by names such as dp0:pp0:pcp0:tp1:model.norm.weight."""
         vocab = self._config.vocab_size
         length = min(_PROBE_TOKENS, self.max_model_len - 1)
         body = {
@@ -422,7 +469,8 @@ class _Server(Member):
             "sampling_params": {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 0, "detokenize": False},
         }
         probe = self._request("POST", "/inference/v1/generate", body)["prompt_logprobs"]
-        return {"log-probabilities": probe, **self._rpc("minirl_digests")}
+        checksums = self._request("POST", "/weight_checker", {"action": "checksum"})["checksums"]
+        return {"log-probabilities": probe, **checksums}
 
     def _reset_cache(self) -> None:
         if not self._request("POST", "/reset_prefix_cache")["success"]:
@@ -445,8 +493,8 @@ class _Server(Member):
         self._request("POST", "/update_weight_version", {"new_version": self._label})
         self._request("POST", "/resume")
 
-    def _check_server(self) -> None:
-        """Refuse a server whose answers would not be this model's rollouts."""
+    def _check_server(self) -> dict[str, Any]:
+        """Refuse a server whose answers would not be this model's rollouts; returns what it says of itself."""
         server = self._rpc("minirl_describe")
         self.max_model_len: int = server["max_model_len"]
         self.returns_routes: bool = server["returns_routes"]
@@ -475,20 +523,29 @@ class _Server(Member):
                 f"logprobs_mode: {self.url} returns {server['logprobs_mode']}, not those of the distribution sampled "
                 "from; start it with scale/serve.py"
             )
+        return server
 
     def _send_by_nccl(self) -> None:
-        """vLLM's own weight-transfer API. Its HTTP client sends no key, so this engine is the client."""
+        """vLLM's own weight-transfer API, as its sender: rank 0. What it asks of the other ranks, to iterate over the
+        weights once, `take_part` does. Its HTTP client sends no key, so this engine is the client."""
+        if self._source is None or self._source.spent:
+            raise EngineError(
+                f"transfer: {self.url} has not got this run's weights, and by nccl they can only be sent at a sync, in "
+                "which all ranks take part; if the server was restarted, go on with --resume, or use transfer: file"
+            )
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         # A version that is not from our last push means a new process, without our group.
         fresh = self._request("GET", "/weight_info")["weight_version"] != getattr(self.sender, "label", None)
         if self.sender is None or fresh:
+            if self.sender is not None:
+                self.sender.shutdown()
             host, _, port = self.nccl_address.rpartition(":")
             workers = self._request("GET", "/get_world_size")["world_size"]
             info = NCCLTrainerInitInfo(master_address=host, master_port=int(port), world_size=workers + 1, rank=0)
-            client = _SyncClient(self)
-            self.sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+            client, source = _SyncClient(self), cast(Any, self._source)
+            self.sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
         self.sender.source, self.sender.label = self._source, self._label
         self.sender.send_weights()
 
@@ -596,20 +653,42 @@ class _Sample:
     routes: np.ndarray | None
 
 
-class _Source:
-    """A model's weights in the form that vLLM's trainer side reads (its `WeightSource`)."""
+@dataclasses.dataclass(frozen=True)
+class _Wire:
+    """The number formats in which weights travel to a server: those in which it holds them."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    dtype: torch.dtype
+    fp32: frozenset[str]  # kinds of parameters (`kind_of`) that the server holds in fp32 whatever its dtype
+
+    def cast(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Matrices rounded to the server's dtype if that has fewer bits. Vectors (norms, biases, router corrections)
+        stay as they are: they are small, and some are held in fp32 under other names."""
+        for name, tensor in weights:
+            smaller = tensor.is_floating_point() and tensor.element_size() > self.dtype.itemsize
+            yield (
+                name,
+                tensor.to(self.dtype) if smaller and tensor.dim() > 1 and kind_of(name) not in self.fp32 else tensor,
+            )
+
+
+class _Source:
+    """A model's weights in the form that vLLM's trainer side reads (its `WeightSource`): what they are, without
+    gathering anything, and then themselves. `spent` once a sharded model's were asked for: the other ranks take part
+    in that once."""
+
+    def __init__(self, model: PreTrainedModel, wire: _Wire) -> None:
+        self.model, self.wire, self.spent = model, wire, False
 
     def metadata(self) -> list[Any]:
-        """Name, dtype and shape of each weight."""
+        """Name, dtype and shape of each weight, in the order of iteration."""
         from vllm.distributed.weight_transfer.base import ParamMeta
 
-        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+        specs = self.wire.cast(checkpoint_specs(self.model).items())
+        return [ParamMeta(name, spec.dtype, tuple(spec.shape)) for name, spec in specs]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return checkpoint_weights(self.model)
+        self.spent = is_sharded(self.model)
+        yield from self.wire.cast(checkpoint_weights(self.model))
 
 
 class _SyncClient:

@@ -1,6 +1,9 @@
 """The engine on several servers that pretend: what is lost with one of them is sampled by another."""
 
+import errno
+import http.client
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -214,6 +217,25 @@ def test_a_request_that_takes_too_long_is_given_to_another_server_once(fakes, co
     ):
         generate(engine)
     again.set()
+
+
+def test_a_machine_that_falls_silent_is_lost_long_before_the_timeout(fakes, connect, monkeypatch):
+    """The network's own timeout, which TCP's keep-alive brings about, is a loss: the request goes elsewhere at once."""
+    engine = connect(timeout=3600.0)
+    undisturbed = generate(engine)
+    kept: list[int] = []
+    response = http.client.HTTPConnection.getresponse
+
+    def silent(self: http.client.HTTPConnection) -> Any:
+        if self.port == fakes[1].port and not kept:
+            kept.append(self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")
+        return response(self)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "getresponse", silent)
+    with pytest.warns(RuntimeWarning, match=rf"{fakes[1].url} is lost .*Connection timed out"):
+        assert same(undisturbed, generate(engine))
+    assert set(kept) == {1}
 
 
 def test_all_servers_have_to_be_there_at_the_start(fakes, connect):

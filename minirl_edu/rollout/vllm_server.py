@@ -55,6 +55,7 @@ from minirl_edu.streaming import architecture_name, is_sharded, write_safetensor
 KEY_VARIABLE = "MINIRL_VLLM_API_KEY"
 """The environment variable that holds the server's API key."""
 _SECONDS_TO_CONNECT = 10.0
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}  # a machine that is gone is noticed in 60 s
 _NEVER_SYNCED = "default"  # vLLM's version of the weights that it started with
 _ON_TRIAL = "minirl-trial"
 _NO_LOGPROB = -9999.0  # what vLLM's HTTP answers say for NaN, −∞, and a token without an entry (seen in 0.32)
@@ -611,11 +612,17 @@ class _Server(Member):
             held = connection.sock
             assert held is not None
             held.settimeout(seconds or self.timeout)
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEP_ALIVE.items():
+                if hasattr(socket, name):  # Linux
+                    held.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
             self.sockets.add(held)
             connection.request(method, path, None if body is None else json.dumps(body).encode(), self._headers)
             response = connection.getresponse()
             status, content = response.status, response.read()
-        except TimeoutError:
+        except TimeoutError as error:
+            if error.errno is not None:  # the network's, not ours: the other machine is silent
+                raise Lost(_reason(error)) from None
             raise TimeoutError(
                 f"{self.url}{path}: no answer within timeout = {seconds or self.timeout:g} s; raise "
                 "rollout.options.timeout, or lower concurrency, max_new_tokens or group_size"

@@ -281,7 +281,7 @@ def test_a_model_whose_layers_cannot_be_recomputed_is_refused(tmp_path):
 def test_random_weights_do_not_pad_with_a_word(tmp_path):
     overrides = "model.overrides={num_hidden_layers: 1, hidden_size: 32, vocab_size: 18, pad_token_id: 0}"
     config = load_config(None, ["model.name=Qwen/Qwen3-0.6B", "model.random=true", overrides])
-    with pytest.raises(ConfigError, match=r"pad_token_id = 0: that is '0'.* set it to 16"):
+    with pytest.raises(ConfigError, match=r"pad_token_id = 0: that is '0' to the tokenizer.* set it to 16"):
         MiniRLTrainer(config, tmp_path / "run", progress=False)
 
 

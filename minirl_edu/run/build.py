@@ -83,9 +83,10 @@ def _check_padding(pad: int | None, task: Task) -> None:
     layer multiplies the gradient by up to 1e3: with Qwen3-0.6B's 28 layers it overflowed on an H200."""
     own = task.tokenizer.pad_token_id
     if pad is not None and own is not None and pad != own:
+        word = task.tokenizer.decode([pad])
         raise ValueError(
-            f"model.overrides.pad_token_id = {pad}: that is {task.tokenizer.decode([pad])!r} to the task's tokenizer, and a "
-            f"padding token has a zero embedding, through which gradients overflow; set it to {own}, the tokenizer's"
+            f"model.overrides.pad_token_id = {pad}: that is {word!r} to the tokenizer, and a padding token has a "
+            f"zero embedding, through which gradients overflow; set it to {own}, the tokenizer's"
         )
 
 

@@ -376,7 +376,7 @@ def memory() -> dict[str, Any]:
     from minirl_edu.trainer import MiniRLTrainer
 
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64} if MINI else {}
-    overrides = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0, **sizes}
+    overrides = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 16, **sizes}  # `chain` pads with 16
     config = load_config(
         ROOT / "scale/recipes/qwen3_0p6b_1gpu.yaml",
         [

@@ -194,7 +194,7 @@ def test_the_checks_of_the_gpu_are_those_that_are_kept():
     (kept,) = (ROOT / "scale" / "results").glob("gpu-*.jsonl")
     lines = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     failed = {line["check"] for line in lines if not line.get("ok", True)}
-    assert (len(lines), failed) == (10, {"memory", "learn"}) and "Two of the ten checks" in text
+    assert (len(lines), failed) == (11, {"memory"}) and "One of the eleven checks" in text
     assert {line["card"] for line in lines} == {"NVIDIA H200"} and "One H200 GPU" in text
 
 

@@ -280,6 +280,13 @@ def test_a_model_whose_layers_cannot_be_recomputed_is_refused(tmp_path):
         trainer(tmp_path / "run", "model.gradient_checkpointing=true", "eval.every=0", model=model, engine=engine)
 
 
+def test_random_weights_do_not_pad_with_a_word(tmp_path):
+    overrides = "model.overrides={num_hidden_layers: 1, hidden_size: 32, vocab_size: 18, pad_token_id: 0}"
+    config = load_config(None, ["model.name=Qwen/Qwen3-0.6B", "model.random=true", overrides])
+    with pytest.raises(ConfigError, match=r"pad_token_id = 0: that is '0' to the tokenizer.* set it to 16"):
+        MiniRLTrainer(config, tmp_path / "run", progress=False)
+
+
 def test_the_launchers_gradient_accumulation_does_not_scale_the_gradient(tmp_path, monkeypatch):
     """`accelerate launch` puts the number from its config into the environment; accelerate divides each loss by it."""
     norms = []

@@ -56,8 +56,9 @@ def train_size(size: str, seed: int, *, quick: bool = False) -> dict[str, Any]:
     started = time.perf_counter()
     problems = QUICK["problems"] if quick else 256
     task = ChainTask(**TASK)
-    words, eos, pad = len(task.tokenizer), task.tokenizer.eos_token_id, task.tokenizer.pad_token_id
-    model = tiny_dense(words, seed=seed, eos_token_id=eos, pad_token_id=pad, **SIZES[size])
+    ids = {"eos_token_id": task.tokenizer.eos_token_id, "pad_token_id": task.tokenizer.pad_token_id}
+    kind: dict[str, Any] = SIZES[size] | ids
+    model = tiny_dense(len(task.tokenizer), seed=seed, **kind)
     found: dict[str, Any] = {"size": size, "seed": seed}
     lessons = ("ceiling", CEILING_STEPS, 0.0, 2e-3), ("start", START_STEPS, ERROR_RATE, 1e-3)
     for i, (name, steps, error_rate, lr) in enumerate(lessons):

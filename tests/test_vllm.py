@@ -395,6 +395,16 @@ def test_weights_rounded_before_they_travel_are_those_that_vllm_rounds_on_arriva
         subject.close()
 
 
+def test_the_state_of_an_engine_is_that_of_all_its_workers(monkeypatch: pytest.MonkeyPatch):
+    subject: Any = VLLMEngine.__new__(VLLMEngine)
+    workers = [{"norm": [1], "experts": [2]}, {"norm": [1], "experts": [3]}]
+    subject._llm = SimpleNamespace(collective_rpc=lambda method: workers)
+    monkeypatch.setattr(subject, "_probe", lambda: torch.zeros(1))
+    state = subject._state()
+    assert state.keys() == {"log-probabilities", *(f"worker {i}'s {name}" for i in (0, 1) for name in workers[i])}
+    assert state["worker 1's experts"].tolist() == [3]
+
+
 @needs_vllm
 @pytest.mark.slow
 def test_a_family_whose_reload_is_wrong_generates_but_refuses_to_sync():

@@ -1228,6 +1228,7 @@ class TestRealServer:
         assert get("/health", None)[0] == 200
         routes = json.loads(get("/openapi.json", KEY)[1])["paths"]
         used = {"/collective_rpc", "/pause", "/inference/v1/generate", "/reset_prefix_cache", "/sleep", "/wake_up"}
+        used |= {"/weight_checker", "/init_weight_transfer_engine", "/update_weights", "/get_world_size"}
         assert used <= routes.keys()
         closed = {*routes, "/openapi.json", "/docs", "/metrics", "/no/such/path"} - {"/health"}
         assert {path: get(path, None)[0] for path in closed} == dict.fromkeys(closed, 401)

@@ -282,13 +282,5 @@ def fail(out: Path, settings: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    tasks = {
-        "train": train,
-        "stream": stream,
-        "nccl": nccl,
-        "load": load,
-        "resume": resume,
-        "poison": poison,
-        "fail": fail,
-    }
-    tasks[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])
+    tasks = (train, stream, nccl, load, resume, poison, fail)
+    {task.__name__: task for task in tasks}[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])

@@ -114,8 +114,8 @@ class RolloutConfig(_Section):
     `WEIGHTS/ACTIVATIONS`, such as `int3/int4`, or three as `WEIGHTS/ACTIVATIONS/ROUTERS`, such as `fp32/fp32/int4`.
     vLLM: bf16, fp16 or fp32; its other formats are among its options."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of the vLLM engines, such as `kv_cache_dtype: fp8` or `url: http://127.0.0.1:8000`; see
-    `minirl_edu.rollout`."""
+    """Keyword arguments of the vLLM engines, such as `kv_cache_dtype: fp8` or `url: http://127.0.0.1:8000` (or a
+    list of servers); see `minirl_edu.rollout`."""
     rounding: Literal["nearest", "stochastic", "frozen"] = "nearest"
     """How values reach that format. Nearest errs the same way each time, which training can learn to compensate;
     stochastic is unbiased, with other draws at every sync; frozen keeps the first draws, so that random errors come

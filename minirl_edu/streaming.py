@@ -4,16 +4,21 @@ What only one rank needs is made whole on all of them, tensor by tensor, because
 iterates in step, and nobody ever holds more than the tensor at hand.
 """
 
+import itertools
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from transformers import PreTrainedModel
+
+Runs = Sequence[Sequence[tuple[int, int]]]
+"""A part of a tensor: for each dimension the runs [start, end) that belong to it."""
 
 _DTYPES = {
     torch.float64: "F64",
@@ -77,17 +82,63 @@ def like(whole: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
+def runs_of(tensor: DTensor) -> Runs:
+    """Which part of a sharded tensor this rank has. `like` cuts the same part."""
+    mesh, found = tensor.device_mesh, []
+    for dim, size in enumerate(tensor.shape):
+        placements = [p if getattr(p, "dim", None) == dim else Replicate() for p in tensor.placements]
+        if all(isinstance(placement, Replicate) for placement in placements):
+            found.append([(0, size)])
+            continue
+        rows = torch.arange(size, device=mesh.device_type).view([-1 if d == dim else 1 for d in range(tensor.dim())])
+        held = distribute_tensor(rows, mesh, placements, src_data_rank=None).to_local().flatten().tolist()
+        starts = [i for i, row in enumerate(held) if i == 0 or row != held[i - 1] + 1]
+        found.append([(held[i], held[j - 1] + 1) for i, j in itertools.pairwise([*starts, len(held)])])
+    return found
+
+
+def is_first_copy(tensor: DTensor) -> bool:
+    """Whether this rank is the first of those that have the same part of a sharded tensor."""
+    at = tensor.device_mesh.get_coordinate() or []
+    return all(i == 0 for i, placement in zip(at, tensor.placements, strict=True) if isinstance(placement, Replicate))
+
+
+def overlaps(ours: Runs, theirs: Runs) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Where two parts of a tensor overlap, block by block: the block's place in `ours`, and in `theirs`."""
+    found = []
+    for our_runs, their_runs in zip(ours, theirs, strict=True):
+        shared, here = [], 0
+        for start, end in our_runs:
+            there = 0
+            for first, last in their_runs:
+                low, high = max(start, first), min(end, last)
+                if low < high:
+                    at, other = here + low - start, there + low - first
+                    shared.append((slice(at, at + high - low), slice(other, other + high - low)))
+                there += last - first
+            here += end - start
+        found.append(shared)
+    for blocks in itertools.product(*found):
+        yield tuple(ours for ours, _ in blocks), tuple(theirs for _, theirs in blocks)
+
+
 def architecture_name(model: PreTrainedModel) -> str:
     """The name of the model's class in transformers; FSDP2 puts one of its own in front."""
     return next(kind.__name__ for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
-def write_safetensors(path: Path, specs: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_safetensors(
+    path: Path,
+    specs: Mapping[str, Tensor],
+    tensors: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file while its tensors come; `specs` tells dtype and shape of each beforehand, in order.
 
     Raises ValueError for a tensor that is not what `specs` says, or a dtype that the format does not have.
     """
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, spec in specs.items():
         if spec.dtype not in _DTYPES:
             raise ValueError(f"{name}: safetensors files hold no {spec.dtype}")

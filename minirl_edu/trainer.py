@@ -19,8 +19,8 @@ number of ranks.
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -39,7 +39,7 @@ from minirl_edu.run.divergence import TrainingDiverged
 from minirl_edu.run.loop import TrainingRun, due
 from minirl_edu.seeding import derive_seed
 from minirl_edu.streaming import full_state, gather_full, is_sharded, reshard, take_part
-from minirl_edu.tasks import Episodic, Problem, verified_rewards, verifier_counts
+from minirl_edu.tasks import Episodic, Problem, VerifiedAhead, verified_rewards, verifier_counts
 
 __all__ = ["MiniRLTrainer", "TrainingDiverged"]
 
@@ -107,7 +107,7 @@ class MiniRLTrainer(TrainingRun):
         settings, model = self.config.train, self.unwrapped
         problems, prompts, overlong = self.prompts.draw(self.step)
         seed = derive_seed(self.config.seed, "rollout", self.step)
-        with self.blaming(prompts[0]):
+        with self.blaming(prompts[0]), self._verifying(problems, settings.group_size):
             rollout = play(
                 self.engine,
                 prompts,
@@ -139,6 +139,29 @@ class MiniRLTrainer(TrainingRun):
         """The task's, if it is `Episodic`."""
         task = self.task
         return (lambda i, response: task.respond(problems[i], response)) if isinstance(task, Episodic) else None
+
+    @contextmanager
+    def _verifying(self, problems: Sequence[Problem], group_size: int) -> Iterator[None]:
+        """Inside, responses are verified as they arrive, if the engine tells of them and the task can begin early.
+
+        `rewards` then waits for the last ones only, and returns the same. Turns of an episode are no whole responses.
+        """
+        engine, task = self.engine, self.task
+        if not hasattr(engine, "on_response") or not isinstance(task, VerifiedAhead) or isinstance(task, Episodic):
+            yield
+            return
+        before = engine.on_response
+
+        def begin(row: int, tokens: list[int]) -> None:
+            before(row, tokens)
+            (text,) = task.tokenizer.batch_decode([tokens], skip_special_tokens=True)
+            task.begin(problems[row // group_size], text)
+
+        engine.on_response = begin
+        try:
+            yield
+        finally:
+            engine.on_response = before
 
     def rewards(self, problems: Sequence[Problem], rollout: Rollout) -> Tensor:
         """The verifier's rewards [B] of the responses, in [0, 1]."""
@@ -321,7 +344,8 @@ class MiniRLTrainer(TrainingRun):
         environment, parts = self._environment(problems), []
         for i, size in enumerate(self.config.evaluation_rounds):
             seed = derive_seed(self.config.seed, "evaluation", i)
-            rollout = draw(group_size=size, sampling=self.sampling, seed=seed, environment=environment)
+            with self._verifying(problems, size):
+                rollout = draw(group_size=size, sampling=self.sampling, seed=seed, environment=environment)
             parts.append(self.rewards(problems, rollout).view(-1, size))
             if keep and i == 0:
                 first = rollout.responses[::size][:SAMPLES]

@@ -220,7 +220,7 @@ def replay() -> dict[str, Any]:
 def fsdp2() -> dict[str, Any]:
     """`accelerate launch` with the project's FSDP2 config, NCCL and one rank: in fp32 the weights of a run without
     sharding (within 1e-5), in bf16 with R3 and N = 8 an end, and a run that is resumed."""
-    import safetensors.torch
+    from minirl_edu.run.checkpoint import load_checkpoint
 
     folder = Path(tempfile.mkdtemp())
     tiny = [
@@ -242,7 +242,7 @@ def fsdp2() -> dict[str, Any]:
 
     def weights(out: str) -> dict[str, Any]:
         newest = sorted((folder / out / "checkpoints").glob("step-*"))[-1]
-        return safetensors.torch.load_file(newest / "model.safetensors")
+        return dict(load_checkpoint(newest)[0]["model"])
 
     plain = ["minirl_edu.cli"]
     exact = [*tiny, "train.mini_batches=2", "rollout.precision=fp32"]

@@ -32,6 +32,9 @@ from minirl_edu.rollout.vllm_server import KEY_VARIABLE
 OURS = ("--api-key", "--generation-config", "--logprobs-mode", "--middleware", "--worker-extension-cls")
 """Options of vLLM that this launcher sets, or that would show the key."""
 KV_CACHE_BYTES = 2**30
+FP8 = ("--quantization", "fp8_per_block", "--quantization-config", json.dumps({"ignore": ["*.gate", "*.router"]}))
+"""As MoE models are served in practice. vLLM's plain `--quantization fp8` has one scale for a whole matrix, and rounds
+the routers of Qwen3-MoE too."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -42,6 +45,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
     )
     parser.add_argument("--model", required=True, help="a shipped cold start, smollm2-135m-instruct, a path or hub id")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of weights and activations")
+    parser.add_argument(
+        "--fp8", action="store_true", help="matrix products in fp8, in blocks of 128 × 128; routers not"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
@@ -122,6 +128,8 @@ def command(path: str, ours: argparse.Namespace, rest: Sequence[str], *, cpu: bo
     kv_cache_bytes = ours.kv_cache_bytes or (KV_CACHE_BYTES if cpu else None)
     if kv_cache_bytes is not None:
         options += ["--kv-cache-memory-bytes", str(kv_cache_bytes)]
+    if ours.fp8:
+        options += FP8
     if ours.max_model_len is not None:
         options += ["--max-model-len", str(ours.max_model_len)]
     if cpu:

@@ -1,23 +1,31 @@
+import contextlib
 import json
 import os
 import pickle
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.functional import mse_loss
 
 from minirl_edu.run import checkpoint
 from minirl_edu.run.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
     unflatten_optimizer,
 )
+from minirl_edu.streaming import local_part
 
 TENSORS = {"model": {"w": torch.arange(6.0).view(2, 3), "b": torch.tensor([0.1, float("nan")], dtype=torch.bfloat16)}}
 
@@ -389,3 +397,166 @@ def test_a_manifest_cannot_have_files_read_outside_of_its_folder(tmp_path, name,
     with pytest.raises(CheckpointError, match="missing"):
         load_checkpoint(path)
     assert read == []
+
+
+# -------------------------------------------------------------------------------------- in the background, and in parts
+
+
+@pytest.fixture
+def slowly(monkeypatch):
+    """Files are only written after `slowly.set()`."""
+    go, write = threading.Event(), checkpoint.write_safetensors
+
+    def when_told(*arguments):
+        assert go.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", when_told)
+    return go
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written(tmp_path, slowly):
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    model, optimizer = model_and_optimizer()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    path = writer.save(1, tensors={"model": model.state_dict()}, state={})
+    train(model, optimizer, range(3))
+    writer.check()  # nothing to say yet
+    assert latest_checkpoint(tmp_path) is None
+    slowly.set()
+    writer.wait()
+    assert latest_checkpoint(tmp_path) == path
+    loaded = load_checkpoint(path)[0]["model"]
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in before.items())
+    assert not torch.equal(loaded["weight"], model.weight)
+    writer.close()
+
+
+def test_checkpoints_are_written_one_at_a_time(tmp_path, slowly):
+    writer = CheckpointWriter(tmp_path, keep_last=5)
+    writer.save(1, tensors=TENSORS, state={})
+    threading.Timer(0.2, slowly.set).start()
+    writer.save(2, tensors=TENSORS, state={})
+    assert (tmp_path / "step-000001").exists()  # the second save has waited for it
+    writer.close()
+    assert steps(tmp_path) == ["step-000001", "step-000002"]
+
+
+def test_a_failure_in_the_background_is_told_by_the_next_call_and_harms_nothing(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, keep_last=1)
+    path = writer.save(1, tensors=TENSORS, state={}, wait=True)
+    for tell in (writer.wait, lambda: writer.save(3, tensors=TENSORS, state={})):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", lambda *_: run_out_of_space())
+            writer.save(2, tensors=TENSORS, state={})
+            writer.settle()
+        with pytest.raises(OSError, match="No space left"):
+            tell()
+        writer.check()  # told once
+        assert steps(tmp_path) == ["step-000001"] and latest_checkpoint(tmp_path) == path
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", lambda *_: run_out_of_space())
+        writer.save(2, tensors=TENSORS, state={})
+        with pytest.warns(UserWarning, match="a checkpoint was not written: .*No space left"):
+            writer.close()
+
+
+def laid_out(whole, placements, rank, ranks):
+    """A rank's part of a tensor, under a process group that only pretends."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    size = ranks if len(placements) == 1 else (2, ranks // 2)
+    mesh = init_device_mesh("cpu", (size,) if isinstance(size, int) else size)
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def pretend(rank, ranks):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+WHOLE = {
+    "even": (torch.arange(48.0).view(8, 6), [Shard(0)]),
+    "uneven": (torch.arange(15.0).view(5, 3), [Shard(0)]),  # four ranks: 2, 2, 1 and 0 rows
+    "columns": (torch.arange(28, dtype=torch.int32).view(4, 7), [Shard(1)]),
+    "twice": (torch.arange(54.0).view(9, 6), [Shard(0), Shard(0)]),
+    "strided": (torch.arange(64.0).view(16, 4), [_StridedShard(0, split_factor=2), Shard(0)]),
+    "both": (torch.arange(40.0).view(5, 8).bfloat16(), [Shard(0), Shard(1)]),
+    "copied": (torch.arange(12.0).view(6, 2), [Replicate(), Shard(0)]),
+    "whole": (torch.arange(6.0).view(2, 3), None),
+    "number": (torch.tensor(7.0), None),
+}
+
+
+def part(name, rank, ranks):
+    whole, placements = WHOLE[name]
+    return whole.clone() if placements is None else laid_out(whole, placements, rank, ranks)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, about the pretended process group
+def test_parts_of_several_processes_are_read_by_any_number(tmp_path):
+    """Every process writes what it has, each number once; another number of them reads it, and so does one alone."""
+    path, writers = tmp_path / "step-000003", []
+    for rank in range(4):
+        with pretend(rank, 4):
+            writer = CheckpointWriter(tmp_path, keep_last=1, rank=rank, size=4)
+            group = {name: part(name, rank, 4) for name in WHOLE}
+            tensors = {"model": group, "empty": {}}
+            assert writer.save(3, tensors=tensors, state={"x": 1}, aliases={"model": {"alias": "even"}}) == path
+            writers.append(writer)
+    for writer in reversed(writers):
+        writer.wait()
+        writer.close()
+    names = {f"{group}-{rank:05d}.safetensors" for group in ("model", "empty") for rank in range(4)}
+    assert {file.name for file in path.iterdir()} == names | {"state.json", "manifest.json"}
+    stored = sum(load_file(path / name)[key].numel() for name in names for key in load_file(path / name))
+    assert stored == sum(whole.numel() for whole, _ in WHOLE.values())
+
+    tensors, state = load_checkpoint(path)
+    assert state == {"x": 1} and dict(tensors["empty"]) == {} and latest_checkpoint(tmp_path) == path
+    assert tensors["model"].keys() == WHOLE.keys() | {"alias"}
+    for name, (whole, _) in WHOLE.items():
+        assert torch.equal(tensors["model"][name], whole) and tensors["model"][name].dtype == whole.dtype
+    assert torch.equal(tensors["model"]["alias"], WHOLE["even"][0])
+    for ranks in (2, 4, 6):
+        for rank in range(ranks):
+            with pretend(rank, ranks):
+                for name in WHOLE:
+                    expected = part(name, rank, ranks)
+                    read = checkpoint._own(tensors["model"], name, expected)
+                    assert type(read) is type(expected) and read.shape == expected.shape
+                    assert torch.equal(local_part(read), local_part(expected)), (name, rank, ranks)
+
+    forged(path, "model-00002.safetensors", b"")
+    with pytest.raises(CheckpointError, match="not written by save_checkpoint"):
+        load_checkpoint(path)
+    (path / "model-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-00001\.safetensors: missing"):
+        load_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("how", ["fails", "is gone"])
+def test_without_the_part_of_each_process_there_is_no_checkpoint(tmp_path, how, monkeypatch):
+    first, second = (CheckpointWriter(tmp_path, keep_last=1, rank=rank, size=2) for rank in range(2))
+    monkeypatch.setattr(CheckpointWriter, "GRACE", 0.2)
+    with pretend(0, 2):
+        first.save(1, tensors={"model": {"even": part("even", 0, 2)}}, state={})
+    if how == "fails":
+        with pretend(1, 2), monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "write_safetensors", lambda *_: run_out_of_space())
+            second.save(1, tensors={"model": {"even": part("even", 1, 2)}}, state={})
+            with pytest.raises(OSError, match="No space left"):
+                second.wait()
+        with pytest.raises(CheckpointError, match=r"rank 1 could not write its part: OSError.*No space left"):
+            first.wait()
+    else:
+        with pytest.warns(UserWarning, match="given up, because rank 1 has not written its part"):
+            first.close()
+    assert steps(tmp_path) == []

@@ -34,6 +34,7 @@ from minirl_edu.tasks import (
     ReasoningGymTask,
     RewardError,
     Task,
+    VerifiedAhead,
     brings_tokenizer,
     make_task,
     verified_rewards,
@@ -444,6 +445,51 @@ def make(imports=0.0):
 def broken():
     raise ImportError("no such solver")
 """
+
+
+def test_what_was_begun_ahead_is_scored_once_and_what_nobody_asks_for_is_forgotten(tmp_path: Path):
+    log, file = tmp_path / "log", tmp_path / "logged.py"
+    file.write_text(
+        "def make(log):\n"
+        "    def verify(response, answer):\n"
+        "        print(response, file=open(log, 'a'))\n"
+        "        if response == 'raise': raise KeyError('oops')\n"
+        "        return response == answer\n"
+        "    return verify\n"
+    )
+    verifier = VerifierPool(f"{file}:make", str(log), time_limit=5.0, size=1)
+    try:
+        for response in ("7", "7", "raise", "8", "raise"):
+            verifier.begin(response, "7")
+        replies = [verifier.submit(response, "7") for response in ("8", "9", "7", "raise", "7")]
+        with pytest.warns(RuntimeWarning, match="oops"):
+            assert verifier.collect(replies) == [0.0, 0.0, 1.0, 0.0, 1.0]
+        assert (verifier.failures, verifier.restarts) == (1, 0)  # of two, one was asked for
+        asked = log.read_text().split()
+        assert [asked.count(response) for response in "789"] == [2, 1, 1]
+        assert verifier("8", "7") == 0.0
+        assert log.read_text().split().count("8") == 2
+    finally:
+        verifier.close()
+
+
+@pytest.mark.parametrize("kind", ["math_jsonl", "reasoning_gym"])
+def test_rewards_begun_ahead_are_the_same(kind: str, tmp_path: Path):
+    pytest.importorskip("reasoning_gym" if kind == "reasoning_gym" else "math_verify")
+    options: dict[str, Any] = {"dataset": "chain_sum"}
+    if kind == "math_jsonl":
+        (tmp_path / "sums.jsonl").write_text(
+            "".join(json.dumps({"problem": f"{i}+{i}", "answer": str(2 * i)}) + "\n" for i in range(40))
+        )
+        options = {"path": str(tmp_path / "sums.jsonl")}
+    task = make_task(kind, tokenizer=byte_tokenizer(), **options)
+    assert isinstance(task, VerifiedAhead)
+    problems = [problem for problem in task.sample(3, seed=0) for _ in range(2)]
+    answers = [text.format(p.answer) for p, text in zip(problems, ["<answer>{0}</answer> {0}", "no"] * 3, strict=True)]
+    expected = verified_rewards(task, problems, answers)
+    for problem, answer in zip(problems, answers, strict=True):
+        task.begin(problem, answer)
+    assert verified_rewards(task, problems, answers) == expected and 0 < sum(expected) < 6
 
 
 @pytest.fixture

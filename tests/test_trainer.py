@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from minirl_edu.models import tiny_dense, tiny_moe
 from minirl_edu.objectives import OBJECTIVES, Objective, PolicyLoss
 from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling, sample
 from minirl_edu.routing import RoutingReplay
+from minirl_edu.run import checkpoint
 from minirl_edu.run.checkpoint import latest_checkpoint
 from minirl_edu.run.folder import LENGTHLESS
 from minirl_edu.seeding import derive_seed
@@ -692,6 +694,31 @@ def test_every_schedule_is_known_to_depend_on_the_length_or_not(tmp_path):
             scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=2, num_training_steps=steps)
             curves.append([(scheduler.get_last_lr()[0], optimizer.step(), scheduler.step())[0] for _ in range(10)])
         assert (curves[0] == curves[1]) == (schedule in LENGTHLESS), schedule
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_next_step_is_made_while_a_checkpoint_is_written_and_tells_what_went_wrong(tmp_path, monkeypatch, fails):
+    made, write = threading.Event(), checkpoint.write_safetensors
+
+    def when_step_2_is_made(*arguments):
+        assert made.wait(60)
+        if fails:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    def on_step(lines: list[dict]) -> None:
+        if run.step == 2:
+            assert latest_checkpoint(run.folder.checkpoints) is None
+            made.set()
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", when_step_2_is_made)
+    steps = ("train.global_steps=3", "output.save_every=1", "output.keep_last=5", "eval.every=0")
+    run = trainer(tmp_path / "run", *steps, on_step=on_step)
+    with pytest.raises(OSError, match="No space left") if fails else nullcontext():
+        run.train()
+    assert run.step == (2 if fails else 3)
+    kept = [] if fails else ["step-000001", "step-000002", "step-000003"]
+    assert sorted(path.name for path in run.folder.checkpoints.iterdir()) == kept
 
 
 def test_nan_stops_the_run_with_step_cause_and_checkpoint(tmp_path):

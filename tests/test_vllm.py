@@ -21,7 +21,8 @@ from minirl_edu.precision import Precision
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, play
 from minirl_edu.rollout import vllm as module
 from minirl_edu.rollout.vllm import VLLMEngine, check_vllm, checkpoint_weights, place_routes
-from minirl_edu.rollout.vllm_worker import WorkerExtension, decode_routes, request_key
+from minirl_edu.rollout.vllm_server import _Wire
+from minirl_edu.rollout.vllm_worker import WorkerExtension, decode_routes, kinds_in_fp32, request_key
 from minirl_edu.routing import UnsupportedRouter
 from minirl_edu.trainer import MiniRLTrainer
 from tests import routing_families
@@ -367,6 +368,41 @@ def test_other_families_are_synced_bit_for_bit(name: str):
     assert_is(new, rollouts[0], close=1e-4)
     assert rollouts[0].routes is not None
     assert rollouts[0].routes.layers == ((1, 2) if name == "glm4_moe" else (0, 1, 2))
+
+
+@needs_vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["moe", "glm4_moe"])
+def test_weights_rounded_before_they_travel_are_those_that_vllm_rounds_on_arrival(name: str, trusted: None):
+    """bf16 engines, fp32 weights. One of the families keeps its routers in fp32, and sees a router that was rounded."""
+    shut()
+    model = lively("moe") if name == "moe" else family(name, 0)
+    subject = VLLMEngine(model, dtype="bfloat16", max_model_len=64)
+    try:
+        (kinds,) = subject._llm.collective_rpc(lambda worker: kinds_in_fp32(worker.model_runner.get_model()))
+        assert kinds == ([] if name == "moe" else ["gate.e_score_correction_bias", "gate.weight"])
+        states = []
+        for fp32 in (None, kinds, []):  # on arrival, before, and the routers too
+            weights = checkpoint_weights(model)
+            subject._load(model, weights if fp32 is None else _Wire(torch.bfloat16, frozenset(fp32)).cast(weights))
+            states.append(subject._state())
+        on_arrival, before, all_of_them = states
+        assert on_arrival.keys() == before.keys()
+        assert all(torch.equal(before[part], on_arrival[part]) for part in before)
+        differ = not torch.equal(all_of_them["log-probabilities"], before["log-probabilities"])
+        assert differ == (name == "glm4_moe")
+    finally:
+        subject.close()
+
+
+def test_the_state_of_an_engine_is_that_of_all_its_workers(monkeypatch: pytest.MonkeyPatch):
+    subject: Any = VLLMEngine.__new__(VLLMEngine)
+    workers = [{"norm": [1], "experts": [2]}, {"norm": [1], "experts": [3]}]
+    subject._llm = SimpleNamespace(collective_rpc=lambda method: workers)
+    monkeypatch.setattr(subject, "_probe", lambda: torch.zeros(1))
+    state = subject._state()
+    assert state.keys() == {"log-probabilities", *(f"worker {i}'s {name}" for i in (0, 1) for name in workers[i])}
+    assert state["worker 1's experts"].tolist() == [3]
 
 
 @needs_vllm

@@ -31,6 +31,7 @@ from minirl_edu.config import load_config
 from minirl_edu.logprobs import lay_out, response_logprobs
 from minirl_edu.models import load_model, tiny_moe
 from minirl_edu.rollout import EngineError, Rollout, RolloutEngine, Sampling, make_engine
+from minirl_edu.rollout import fleet as fleet_module
 from minirl_edu.rollout import vllm_server as module
 from minirl_edu.rollout.vllm import checkpoint_weights
 from minirl_edu.rollout.vllm_server import KEY_VARIABLE, VLLMServerEngine
@@ -55,6 +56,7 @@ class Fake:
             "config": json.loads(model.config.to_json_string(use_diff=False)),
             "architectures": [type(model).__name__],
             "dtype": "float32",
+            "fp32": [],
             "logprobs_mode": "processed_logprobs",
             "max_model_len": 64,
             "returns_routes": False,
@@ -66,7 +68,7 @@ class Fake:
         self.mend: Callable[[dict[str, Any]], None] = lambda answer: None
         self.lock = threading.Lock()
         self.served: list[tuple[str, dict[str, Any]]] = []
-        self.trustworthy = True
+        self.trustworthy, self.spoils = True, "dp0:tp0"
         self.restart()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -143,8 +145,6 @@ class Fake:
                 if method == "minirl_load_checkpoint":
                     self.weights = {}
                     return 200, {"results": [None]}
-                if method == "minirl_digests":
-                    return 200, {"results": [{"embedding": [len(self.weights)], "experts": [int(self.spoilt)]}]}
                 if method == "minirl_suppress":
                     (self.suppressed,) = args
                     return 200, {"results": [None]}
@@ -159,6 +159,9 @@ class Fake:
                 return 500, {"error": {"message": f"{method} failed"}}
             if path == "/weight_info":
                 return 200, {"weight_version": self.version}
+            if path == "/weight_checker":
+                checksums = {f"dp{dp}:tp{tp}:embedding": str(len(self.weights)) for dp in (0, 1) for tp in (0, 1)}
+                return 200, {"checksums": checksums | {f"{self.spoils}:experts": str(self.spoilt)}}
             if path == "/update_weight_version":
                 self.version = body["new_version"]
             self.paused = {"/pause?mode=abort": True, "/resume": False}.get(path, self.paused)
@@ -197,8 +200,7 @@ class Fake:
                     ),
                 }
             )
-        # The order of samples is not promised.
-        answer = {"request_id": request, "prompt_token_ids": prompt, "choices": choices[::-1]}
+        answer = {"request_id": request, "prompt_token_ids": prompt, "choices": choices, "seed": settings["seed"]}
         self.mend(answer)
         return answer
 
@@ -211,7 +213,8 @@ def model() -> Any:
 @pytest.fixture
 def fake(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(module, "_pause", lambda attempt: 0.01)
+    monkeypatch.setattr(module, "pause", lambda attempt: 0.01)
+    monkeypatch.setattr(fleet_module, "pause", lambda attempt: 0.01)
     server = Fake(model)
     server.start()
     yield server
@@ -267,9 +270,9 @@ def test_weights_reach_the_server_whole_and_before_their_version(fake, connect, 
     assert isinstance(engine, RolloutEngine)
     order = [path for path in fake.paths() if path != "/health"]
     assert order == [
-        *("/weight_info", "/wake_up", "minirl_describe"),
-        *("/inference/v1/generate", "minirl_digests", "/update_weight_version", "minirl_load_file"),
-        *("minirl_load_checkpoint", "/reset_prefix_cache", "/inference/v1/generate", "minirl_digests"),
+        *("/wake_up", "minirl_describe", "/weight_info", "/wake_up", "minirl_describe"),
+        *("/inference/v1/generate", "/weight_checker", "/update_weight_version", "minirl_load_file"),
+        *("minirl_load_checkpoint", "/reset_prefix_cache", "/inference/v1/generate", "/weight_checker"),
         *("/pause?mode=abort", "minirl_load_file", "/reset_prefix_cache", "minirl_suppress", "minirl_record_routes"),
         *("/update_weight_version", "/resume"),
     ]
@@ -316,20 +319,21 @@ def test_a_half_written_file_is_never_seen(fake, connect, model, tmp_path, monke
 
 
 def test_the_rollout_is_what_the_server_sampled(fake, connect):
-    engine, answered = connect(), threading.Semaphore(0)
-    engine.on_answer = answered.release
+    engine = connect()
+    arrived: dict[int, list[int]] = {}
+    engine.on_response = arrived.__setitem__
     engine.sync(tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16), version=3)
     rollout = generate(engine)
-    assert all(answered.acquire(timeout=10) for _ in PROMPTS) and not answered.acquire(blocking=False)
+    assert [arrived[row] for row in range(15)] == rollout.responses
     assert (rollout.weight_version, rollout.prompts, rollout.group_size) == (3, PROMPTS, 3)
-    bodies = {tuple(b["token_ids"]): b for path, b in fake.served if is_sampling(path, b)}
+    bodies = {(*b["token_ids"], b["sampling_params"]["seed"]): b for path, b in fake.served if is_sampling(path, b)}
     for row, response in enumerate(rollout.responses):
         prompt = PROMPTS[row // 3]
-        settings = bodies[tuple(prompt)]["sampling_params"]
-        assert settings["seed"] == derive_seed(4, "rollout", row // 3) >> 1  # as VLLMEngine's
-        assert (settings["temperature"], settings["max_tokens"], settings["n"]) == (0.7, 6, 3)
+        seed = (derive_seed(4, "rollout", row // 3) >> 1) + row % 3  # as VLLMEngine's
+        settings = bodies[*prompt, seed]["sampling_params"]
+        assert (settings["temperature"], settings["max_tokens"], settings["n"]) == (0.7, 6, 1)
         assert settings["stop_token_ids"] == [17]
-        choice = fake.generate({**bodies[tuple(prompt)]})["choices"][::-1][row % 3]
+        (choice,) = fake.generate(bodies[*prompt, seed])["choices"]
         assert response == choice["token_ids"]
         assert rollout.tokens[row][rollout.attention_mask[row]].tolist() == prompt + response
         logp = [at["logprob"] for at in choice["logprobs"]["content"]]
@@ -397,7 +401,7 @@ def test_routes_that_died_with_the_server_are_sampled_again(fake, connect):
     fake.fault = fault
     fake.served.clear()
     assert same(undisturbed, generate(engine))
-    assert sum(is_sampling(*request) for request in fake.served) == 2 * len(PROMPTS)
+    assert sum(is_sampling(*request) for request in fake.served) == 2 * 15
 
 
 def test_a_restart_during_a_sync_is_waited_for(fake, connect, model):
@@ -556,10 +560,49 @@ def test_a_wrong_server_is_refused_before_its_weights_are_touched(fake, connect,
     assert "minirl_load_file" not in fake.paths()
 
 
-def test_a_server_whose_reload_leaves_a_trace_is_refused(fake, connect):
-    fake.trustworthy = False
-    with pytest.raises(ValueError, match=r"cannot be trusted with new weights of a Qwen3Moe.* its experts differ"):
+@pytest.mark.parametrize("worker", ["dp0:tp0", "dp0:tp1", "dp1:tp0"])
+def test_a_server_whose_reload_leaves_a_trace_in_one_worker_is_refused(fake, connect, worker):
+    fake.trustworthy, fake.spoils = False, worker
+    refused = rf"cannot be trusted with new weights of a Qwen3Moe.* its {worker}:experts differ"
+    with pytest.raises(ValueError, match=refused):
         connect()
+
+
+def test_weights_travel_in_the_servers_number_formats(fake, connect, model):
+    """Matrices are rounded as the server would round them; what it holds in fp32, and vectors, are not."""
+    fake.description |= {"dtype": "bfloat16", "fp32": ["gate.weight"]}
+    engine = connect()
+    for name, tensor in checkpoint_weights(model):
+        kept = tensor.dim() < 2 or name.endswith("mlp.gate.weight")
+        expected = tensor if kept else tensor.bfloat16()
+        assert fake.weights[name].dtype == expected.dtype and torch.equal(fake.weights[name], expected), name
+    assert {tensor.dtype for tensor in fake.weights.values()} == {torch.float32, torch.bfloat16}
+    engine.sync(tiny_moe(18, seed=0, eos_token_id=17, pad_token_id=16).half(), version=1)
+    assert {tensor.dtype for tensor in fake.weights.values()} == {torch.float16}  # has no more bits than bf16
+
+    def comes_back_in_fp32() -> None:
+        fake.restart()
+        fake.description |= {"dtype": "float32", "fp32": []}
+
+    fake.fault = after(1, comes_back_in_fp32)
+    with pytest.raises(ValueError, match=r"dtype: .* holds other number formats \(float32\).*--dtype bfloat16"):
+        generate(engine)
+    engine.sync(model, version=2)
+    assert {tensor.dtype for tensor in fake.weights.values()} == {torch.float32}
+
+
+def test_every_sync_is_a_push_also_of_the_same_version(fake, connect):
+    engine = connect()
+    changed = tiny_moe(18, seed=9, eos_token_id=17, pad_token_id=16)
+    engine.sync(changed, version=0)
+    assert torch.equal(fake.weights["model.embed_tokens.weight"], changed.state_dict()["model.embed_tokens.weight"])
+
+
+def test_by_nccl_nothing_travels_before_the_first_sync(fake, connect):
+    engine = connect(transfer="nccl")
+    assert [path for path in fake.paths() if path != "/health"] == ["/wake_up", "minirl_describe"]
+    with pytest.raises(EngineError, match=r"transfer: .* only be sent at a sync.*transfer: file"):
+        generate(engine)
 
 
 def test_a_server_that_comes_back_with_another_model_is_refused(fake, connect):
@@ -585,7 +628,7 @@ def test_experts_at_other_layers(fake, connect):
         ),
         (lambda answer: answer["choices"][0]["logprobs"]["content"].pop(), "logp_rollout: "),
         (lambda answer: answer["choices"][0].update(weight_versions=None), "weight_version: .* returned none"),
-        (lambda answer: answer["choices"].pop(), "2 samples for a request of 3"),
+        (lambda answer: answer["choices"].pop(), "0 samples for a request of one"),
     ],
 )
 def test_incomplete_answers(fake, connect, mend, message):
@@ -607,7 +650,7 @@ def test_missing_routes(fake, connect, returns_routes):
 
     fake.mend = lose
     verb = "returned" if returns_routes else "recorded"
-    with pytest.raises(EngineError, match=f"routes: {fake.url} {verb} none for row 0"):
+    with pytest.raises(EngineError, match=rf"routes: {fake.url} {verb} none for row \d+"):
         generate(engine)
     with pytest.raises(EngineError, match=r"routes: none for row 14, .* as little for the other responses"):
         generate(connect(keep_faulty=True))  # that is not the fault of single responses
@@ -661,10 +704,15 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 }
 
 
+def is_faulty(answer: dict[str, Any]) -> bool:
+    seed = (derive_seed(4, "rollout", FAULTY // 3) >> 1) + FAULTY % 3
+    return answer["prompt_token_ids"] == PROMPTS[FAULTY // 3] and answer["seed"] == seed
+
+
 def spoil(fake: Fake, fault: Callable[[dict[str, Any]], Any]) -> None:
     def mend(answer: dict[str, Any]) -> None:
-        if answer["prompt_token_ids"] == PROMPTS[FAULTY // 3]:
-            fault(next(choice for choice in answer["choices"] if choice["index"] == FAULTY % 3))
+        if is_faulty(answer):
+            fault(answer["choices"][0])
 
     fake.mend = mend
 
@@ -692,8 +740,8 @@ def test_a_response_whose_routes_the_worker_lost(fake, connect, fault):
     undisturbed = generate(engine)
 
     def lose(answer: dict[str, Any]) -> None:
-        if answer["prompt_token_ids"] == PROMPTS[FAULTY // 3]:
-            name = f"{FAULTY % 3}_{answer['request_id']}-0123abcd"
+        if is_faulty(answer):
+            name = f"0_{answer['request_id']}-0123abcd"
             routes = fake.routes.pop(name)
             if fault == "cut":
                 tokens, *rest = routes["shape"]
@@ -802,14 +850,15 @@ def test_a_run_stops_at_a_faulty_response_or_leaves_out_its_group_and_counts_it(
         server.stop()
     lines = numbers(tmp_path / "drop")
     assert [(line["global_step"], line["grad_step"]) for line in lines] == [(1 + i // 2, 1 + i) for i in range(6)]
-    assert sum(line.get("dropped_groups", 0) for line in lines) == len(spoilt) > 4
+    assert 4 * sum(line.get("dropped_groups", 0) for line in lines) == len(spoilt) > 16  # all 4 of a group
 
 
 @pytest.mark.slow
 def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(monkeypatch, tmp_path, capfd):
     """Two runs: one that ends well, and one whose server breaks down."""
     monkeypatch.setenv(KEY_VARIABLE, KEY)
-    monkeypatch.setattr(module, "_pause", lambda attempt: 0.01)
+    monkeypatch.setattr(module, "pause", lambda attempt: 0.01)
+    monkeypatch.setattr(fleet_module, "pause", lambda attempt: 0.01)
     server = Fake(load_model("chain-steps"))
     server.start()
     options = f"rollout.options={{url: '{server.url}'}}"
@@ -839,7 +888,7 @@ def test_the_key_is_in_nothing_that_a_run_leaves_or_prints(monkeypatch, tmp_path
 
 def test_something_else_that_listens_there(fake, connect):
     fake.fault = lambda path, body: (404, "nothing here") if path != "/health" else None
-    with pytest.raises(ValueError, match=r"has no /weight_info \(404 .*serve\.py"):
+    with pytest.raises(ValueError, match=r"has no /wake_up \(404 .*serve\.py"):
         connect()
 
 
@@ -860,7 +909,7 @@ def test_bad_arguments(fake, connect, model):
 
 def test_vllms_weight_transfer_calls_carry_the_key(fake, connect, model):
     """The shape of the four calls; the transfer itself needs GPUs."""
-    client = module._SyncClient(connect())
+    client = module._SyncClient(connect().servers[0])
     fake.served.clear()
     client.init_weight_transfer_engine({"rank_offset": 1})
     client.start_weight_update()
@@ -1179,6 +1228,7 @@ class TestRealServer:
         assert get("/health", None)[0] == 200
         routes = json.loads(get("/openapi.json", KEY)[1])["paths"]
         used = {"/collective_rpc", "/pause", "/inference/v1/generate", "/reset_prefix_cache", "/sleep", "/wake_up"}
+        used |= {"/weight_checker", "/init_weight_transfer_engine", "/update_weights", "/get_world_size"}
         assert used <= routes.keys()
         closed = {*routes, "/openapi.json", "/docs", "/metrics", "/no/such/path"} - {"/health"}
         assert {path: get(path, None)[0] for path in closed} == dict.fromkeys(closed, 401)
@@ -1213,19 +1263,20 @@ class TestRealServer:
         engine = VLLMServerEngine(model, url=real.url, api_key=KEY, **settings)
         try:
             undisturbed = generate(engine)
-            rpc = engine._rpc
+            (server,) = engine.servers
+            rpc = server._rpc
 
             def able(method: str, *args: Any) -> Any:
                 answer = rpc(method, *args)
                 return answer | {"can_sleep": True} if method == "minirl_describe" else answer
 
-            monkeypatch.setattr(engine, "_rpc", able)
+            monkeypatch.setattr(server, "_rpc", able)
             engine.sleep = True
             for _ in range(2):
                 assert same(undisturbed, generate(engine))
-                assert engine._request("GET", "/is_sleeping") == {"is_sleeping": True}
+                assert server._request("GET", "/is_sleeping") == {"is_sleeping": True}
             engine.sync(model, version=1)
-            assert engine._request("GET", "/is_sleeping") == {"is_sleeping": False}
+            assert server._request("GET", "/is_sleeping") == {"is_sleeping": False}
             assert same(undisturbed, generate(engine))
         finally:
             engine.close()
@@ -1239,7 +1290,8 @@ class TestRealServer:
 
         run = train(real, tmp_path / "run")
         engine: Any = run.engine
-        request, lock = engine._request, threading.Lock()
+        (server,) = engine.servers
+        request, lock = server._request, threading.Lock()
         answered: list[str] = []
         killed: list[psutil.Process] = []
 
@@ -1248,13 +1300,13 @@ class TestRealServer:
             with lock:
                 if run.step == 1 and path == "/inference/v1/generate" and not killed:
                     answered.append(path)
-                    if len(answered) == 6:  # of 16 prompts
+                    if len(answered) == 24:  # of 64 responses
                         killed.extend(real.tree())
                         real.kill()
                         real.start()
             return result
 
-        engine._request = kill_in_the_middle
+        server._request = kill_in_the_middle
         run.train()
         engine.close()
         assert len(killed) >= 3  # launcher, API server, engine

@@ -321,7 +321,9 @@ class VLLMEngine:
         The probe sees what parameters don't show (packed copies inside of kernels), the digests see the experts that
         no token of the probe visits.
         """
-        digests = {name: torch.tensor(digest) for name, digest in self._rpc("minirl_digests").items()}
+        digests = {}
+        for rank, worker in enumerate(self._open().collective_rpc("minirl_digests")):
+            digests |= {f"worker {rank}'s {name}": torch.tensor(digest) for name, digest in worker.items()}
         return {"log-probabilities": self._probe(), **digests}
 
     def _probe(self) -> Tensor:

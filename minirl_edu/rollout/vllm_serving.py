@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from minirl_edu.rollout.vllm import clear_kv_cache
-from minirl_edu.rollout.vllm_worker import WorkerExtension
+from minirl_edu.rollout.vllm_worker import WorkerExtension, kinds_in_fp32
 
 OPEN_PATHS = ("/health",)
 
@@ -58,6 +58,7 @@ class ServerExtension(WorkerExtension):
             "config": json.loads(model.hf_text_config.to_json_string(use_diff=False)),
             "architectures": list(model.architectures),
             "dtype": str(model.dtype).removeprefix("torch."),
+            "fp32": kinds_in_fp32(self.model_runner.get_model()),
             "logprobs_mode": model.logprobs_mode,
             "max_model_len": model.max_model_len,
             "returns_routes": self.vllm_config.aux_output_config.enable_return_routed_experts,

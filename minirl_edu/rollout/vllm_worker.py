@@ -38,6 +38,16 @@ def request_key(internal: str) -> tuple[str, int]:
     return (match[2], int(match[1] or 0)) if match else (internal, 0)
 
 
+def kind_of(name: str) -> str:
+    """What a weight is, alike in all layers, in checkpoints and in vLLM: the end of its name, such as gate.weight."""
+    return ".".join(name.split(".")[-2:])
+
+
+def kinds_in_fp32(model: nn.Module) -> list[str]:
+    """The kinds of parameters that vLLM holds in fp32, whatever its dtype; some families' routers are among them."""
+    return sorted({kind_of(name) for name, parameter in model.named_parameters() if parameter.dtype == torch.float32})
+
+
 def decode_routes(coded: dict[str, Any]) -> np.ndarray:
     """What `minirl_take_routes` returned for one request, as an array `[tokens, L, k]`."""
     return np.frombuffer(base64.b64decode(coded["base64"]), coded["dtype"]).reshape(coded["shape"])

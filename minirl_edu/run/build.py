@@ -170,7 +170,7 @@ def build_engine(
         return None
     built = given if given is not None else make_engine(model, config.rollout, seed=config.seed, routes=routes)
     if isinstance(built, VLLMServerEngine):
-        built.on_answer = lambda: ranks.reached("sampling")
+        built.on_response = lambda row, tokens: ranks.reached("sampling")
     if config.eval.every and config.eval.through_trainer and not isinstance(built, HFEngine):
         try:  # an HFEngine did it itself
             check_sampling(model)

@@ -22,6 +22,7 @@ from minirl_edu.ranks import Ranks
 from minirl_edu.rollout import RolloutEngine
 from minirl_edu.run import build
 from minirl_edu.run.checkpoint import (
+    CheckpointWriter,
     checkpoint_path,
     checkpoint_step,
     latest_checkpoint,
@@ -64,6 +65,13 @@ class TrainingRun(ABC):
         self.accelerator = build.build_accelerator(config, self.out)
         self.ranks = Ranks(self.accelerator, silent=config.ranks.silent, stalled=config.ranks.stalled)
         self.folder = RunFolder(self.out, config, self.accelerator)
+        self.writer = CheckpointWriter(
+            self.folder.checkpoints,
+            keep_last=config.output.keep_last,
+            rank=self.ranks.rank,
+            size=self.ranks.size,
+            barrier=self.ranks.barrier,
+        )
         self.progress = progress and self.ranks.is_main
         self.engine: Any = engine
         self._made_engine, self._closed = engine is None, False
@@ -162,13 +170,14 @@ class TrainingRun(ABC):
             stopping = False
             while self.step < total and not stopping:
                 lines = self.global_step()
+                self.writer.check()
                 if self.on_step is not None:
                     self.on_step(lines)
                 self.folder.write(lines, self.samples)
                 # Asked once: a request that comes after the save waits for the next step's.
                 stopping = self.ranks.any(stop.is_set())
                 if self.step == total or due(self.step, every) or stopping:
-                    self.save()
+                    self.save(wait=self.step == total or stopping)
                 for warning in (w for line in lines for w in line.get("warnings", [])):
                     bar.write(f"warning: {warning}")
                 if lines:
@@ -226,6 +235,7 @@ class TrainingRun(ABC):
 
     def diverged(self, cause: str) -> TrainingDiverged:
         """The error to raise, after a line in metrics.jsonl that says the same."""
+        self.writer.settle()
         path = latest_checkpoint(self.folder.checkpoints)
         remedy = f"the last good checkpoint is {path}" if path else "no checkpoint was saved yet"
         message = f"global step {self.step + 1}, gradient step {self.grad_step + 1}: {cause}; {remedy}"
@@ -236,17 +246,11 @@ class TrainingRun(ABC):
 
     # ------------------------------------------------------------------------------------------------ saving, closing
 
-    def save(self) -> Path:
-        """Write a checkpoint of everything that the remaining steps depend on, from whatever number of ranks."""
+    def save(self, *, wait: bool = True) -> Path:
+        """Write a checkpoint of everything that the remaining steps depend on, from whatever number of ranks. Without
+        `wait` the files are written while the run goes on, and the end of the next step tells what went wrong."""
         self.reached("saving")
-        return save_training(
-            self.folder.checkpoints,
-            step=self.step,
-            grad_step=self.grad_step,
-            **self._state,
-            keep_last=self.config.output.keep_last,
-            is_main=self.ranks.is_main,
-        )
+        return save_training(self.writer, step=self.step, grad_step=self.grad_step, **self._state, wait=wait)
 
     def _restore(self) -> None:
         """Take up the newest intact checkpoint, which rank 0 chooses."""
@@ -276,6 +280,7 @@ class TrainingRun(ABC):
             self._closed = True
             if self.engine is not None:
                 self.engine.close()
+        self.writer.close()
         self.folder.close()
 
 

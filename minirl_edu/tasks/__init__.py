@@ -13,6 +13,7 @@ from minirl_edu.tasks.base import (
     Problem,
     RewardError,
     Task,
+    VerifiedAhead,
     verified_rewards,
     verifier_counts,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "RewardError",
     "Task",
     "TrailTask",
+    "VerifiedAhead",
     "brings_tokenizer",
     "make_task",
     "task_class",

@@ -75,6 +75,15 @@ class BatchVerified(Task, Protocol):
 
 
 @runtime_checkable
+class VerifiedAhead(Task, Protocol):
+    """A task that can verify a response while others are still being sampled, in processes of its own."""
+
+    def begin(self, problem: Problem, response: str) -> None:
+        """Start verifying the response. Its reward is asked for later, and is what it would be without this."""
+        ...
+
+
+@runtime_checkable
 class Episodic(Task, Protocol):
     """A task whose environment has a say while a response is written, such as a game, or a tool that answers."""
 

@@ -133,6 +133,10 @@ class MathTask:
         """The prompt's token ids: the chat template if the tokenizer has one, else `[system_prompt]⏎problem⏎`."""
         return encode_chat(self.tokenizer, problem.prompt, self.system_prompt, self.chat_template_args)
 
+    def begin(self, problem: Problem, response: str) -> None:
+        """Start verifying the response."""
+        self.verifier.begin(self._opening + response, problem.answer)
+
     def reward(self, problem: Problem, response: str) -> float:
         """1.0 if the verifier accepts the response, else 0.0."""
         return self.rewards([problem], [response])[0]

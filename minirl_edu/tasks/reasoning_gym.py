@@ -133,6 +133,11 @@ class ReasoningGymTask:
         """The prompt's token ids: the chat template if the tokenizer has one, else `[system_prompt]⏎question⏎`."""
         return encode_chat(self.tokenizer, problem.prompt, self.system_prompt, self.chat_template_args)
 
+    def begin(self, problem: Problem, response: str) -> None:
+        """Start verifying the response."""
+        if answer := extract_answer(self._opening + response, self.answer):
+            self.verifier.begin(answer, problem.data)
+
     def reward(self, problem: Problem, response: str) -> float:
         """The verifier's score of the response's answer, in [0, 1]; 0.0 without an answer or if the verifier fails."""
         return self.rewards([problem], [response])[0]

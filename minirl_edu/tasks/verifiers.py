@@ -58,14 +58,26 @@ class VerifierPool:
         self._idle: queue.LifoQueue[_Process] = queue.LifoQueue()  # the last one used is the first to be used again
         for process in processes:
             self._idle.put(process)
+        self._begun: dict[str, list[Future[Reply]]] = {}
+
+    def begin(self, *arguments: Any) -> None:
+        """Have `arguments` scored ahead: the next `submit` of them finds it under way, or done."""
+        self._begun.setdefault(repr(arguments), []).append(self._threads.submit(self._ask, arguments))
 
     def submit(self, *arguments: Any) -> "Future[Reply]":
         """Have `arguments` scored as soon as a process is free; `collect` turns the reply into a score."""
-        return self._threads.submit(self._ask, arguments)
+        begun = self._begun.get(repr(arguments))
+        return begun.pop(0) if begun else self._threads.submit(self._ask, arguments)
 
     def collect(self, replies: "Sequence[Future[Reply]]") -> list[float]:
-        """The scores of submitted answers, in the order of `replies`, when all are there; counts the failures."""
+        """The scores of submitted answers, in the order of `replies`, when all are there; counts the failures.
+
+        What was begun, but not submitted by now, is given up.
+        """
         scores = []
+        for future in (future for begun in self._begun.values() for future in begun):
+            future.cancel()
+        self._begun.clear()
         try:
             for future in replies:
                 reply = future.result()

@@ -6,13 +6,15 @@ import json
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from minirl_edu import streaming
@@ -20,9 +22,10 @@ from minirl_edu.batches import MiniBatch
 from minirl_edu.config import Config, load_config
 from minirl_edu.models import load_model, random_model
 from minirl_edu.ranks import RankedBatcher
-from minirl_edu.rollout import HFEngine, Rollout
+from minirl_edu.rollout import EngineError, HFEngine, Rollout, Sampling
 from minirl_edu.rollout import vllm as vllm_module
 from minirl_edu.rollout.vllm import checkpoint_specs, checkpoint_weights
+from minirl_edu.rollout.vllm_server import VLLMServerEngine, _Wire
 from minirl_edu.run import build
 from minirl_edu.streaming import full_state, take_part, write_safetensors
 from minirl_edu.tasks import ChainTask, Problem
@@ -148,6 +151,70 @@ def stream(out: Path, settings: Sequence[str]) -> None:
     (out / "findings.json").write_text(json.dumps(findings))
 
 
+def nccl(out: Path, settings: Sequence[str]) -> None:
+    """Three syncs by vLLM's weight transfer, to a server and through a broadcast that pretend: what vLLM was told, what
+    it got, and how many tensors each rank gathered. Then the server restarts, and rank 0 alone is asked for weights."""
+    from vllm.distributed.weight_transfer import nccl_engine as transfer
+
+    from tests.test_vllm_server import KEY, PROMPTS, Fake
+
+    run = trainer(out / "run", settings)
+    model, first = run.unwrapped, run.ranks.is_main
+    gathered, received = 0, {}
+    gather = DTensor.full_tensor
+
+    def counted(self: DTensor, **options: Any) -> torch.Tensor:
+        nonlocal gathered
+        gathered += 1
+        return gather(self, **options)
+
+    def broadcast(*, iterator: Iterable[tuple[str, torch.Tensor]], **_: Any) -> None:
+        received.update((name, tensor.clone()) for name, tensor in iterator)
+
+    DTensor.full_tensor = counted
+    transfer.open_trainer_endpoint = lambda info: SimpleNamespace(destroy=lambda: None)  # pyright: ignore
+    transfer.packed_nccl_broadcast_producer = broadcast  # pyright: ignore
+    plain = random_model("Qwen3-30B-A3B", run.config.model.overrides, seed=0)
+    if first:
+        server = Fake(plain)
+        server.description |= {"dtype": "bfloat16", "fp32": ["gate.weight"]}
+        server.fault = lambda path, body: (200, {"world_size": 4}) if path == "/get_world_size" else None
+        server.start()
+        engine = VLLMServerEngine(plain, url=server.url, api_key=KEY, transfer="nccl")
+    for version in (0, 0, 1):
+        if first:
+            engine.sync(model, version=version)
+        else:
+            take_part(model)
+    each = [0] * run.ranks.size
+    each[run.ranks.rank] = gathered
+    each = run.ranks.all_reduce(each, "sum")
+    weights = {name: tensor.clone() for name, tensor in full_state(model)}
+    run.ranks.close()
+    if not first:
+        return
+    told = next(body["update_info"] for path, body in reversed(server.served) if path == "/update_weights")
+    server.restart()
+    try:
+        engine.generate(PROMPTS, group_size=2, sampling=Sampling(4), seed=0)
+        refused = ""
+    except EngineError as error:
+        refused = str(error)
+    plain.load_state_dict(weights, strict=False)
+    wire = _Wire(torch.bfloat16, frozenset(["gate.weight"]))
+    expected = dict(wire.cast(checkpoint_weights(plain)))
+    announced = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in received.items()]
+    findings = {
+        "gathers": each,
+        "announced": announced == list(zip(told["names"], told["dtype_names"], told["shapes"], strict=True)),
+        "received": list(received) == list(expected) and all(torch.equal(received[n], expected[n]) for n in expected),
+        "dtypes": sorted({dtype for _, dtype, _ in announced}),
+        "meetings": sum(path == "/init_weight_transfer_engine" for path, _ in server.served),
+        "refused": refused,
+    }
+    (out / "findings.json").write_text(json.dumps(findings))
+
+
 def load(out: Path, settings: Sequence[str]) -> None:
     """A model that rank 0 loads: which weights and buffers all have once it is sharded."""
 
@@ -215,6 +282,5 @@ def fail(out: Path, settings: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"train": train, "stream": stream, "load": load, "resume": resume, "poison": poison, "fail": fail}[sys.argv[2]](
-        Path(sys.argv[1]), sys.argv[3:]
-    )
+    tasks = (train, stream, nccl, load, resume, poison, fail)
+    {task.__name__: task for task in tasks}[sys.argv[2]](Path(sys.argv[1]), sys.argv[3:])

@@ -22,10 +22,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from safetensors.torch import load_file
 
 from minirl_edu.rollout.vllm_server import KEY_VARIABLE
-from minirl_edu.run.checkpoint import latest_checkpoint
+from minirl_edu.run.checkpoint import latest_checkpoint, load_checkpoint
 from tests.scale.launch import ROOT, TRAIN, command, environment
 
 VICTIMS = ("server", "rank 0", "rank 1", "launcher")
@@ -154,7 +153,7 @@ def differences(seen: Run, expected: Run) -> dict[str, float]:
     for run in (seen, expected):
         checkpoint = latest_checkpoint(run.folder / "checkpoints")
         assert checkpoint is not None and checkpoint.name == f"step-{expected.steps:06d}"
-        weights.append(load_file(checkpoint / "model.safetensors"))
+        weights.append(load_checkpoint(checkpoint, verify=False)[0]["model"])
     found["weights"] = max((weights[0][n] - weights[1][n]).abs().max().item() for n in weights[1])
     return found
 

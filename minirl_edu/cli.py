@@ -404,7 +404,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         arguments.server_gpus,
     )
     lengths = {"prompt_tokens": arguments.prompt_tokens, "response_tokens": arguments.response_tokens}
-    found = plan(config, cluster, **lengths)
+    found = plan(config, cluster, **lengths, **({} if arguments.mfu is None else {"mfu": arguments.mfu}))
     suggested = remedies(config, cluster, **lengths)
     print(table(found, suggested))
     if arguments.json:
@@ -570,6 +570,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--server-gpus", type=int, help="of a vLLM server (default: the trainer's, of one machine)")
     command.add_argument("--prompt-tokens", type=int, help="default: the longest of 256 prompts of the task")
     command.add_argument("--response-tokens", type=float, help="mean length, for times (default: the longest allowed)")
+    command.add_argument(
+        "--mfu", type=float, help="share of the peak that training reaches, for the expected time (0.1)"
+    )
     command.add_argument("--json", metavar="FILE", help="write everything there, too")
     command.add_argument("--out", metavar="FIGURE", help="draw the memory into this file, such as memory.png")
 

@@ -433,6 +433,29 @@ def test_decoding_is_bound_by_memory_and_old_logprobs_are_needed_off_policy_only
     assert short.peak() == slow.peak()  # memory is for the longest
 
 
+def test_at_the_published_utilisation_training_has_the_published_speed():
+    """prime-rl's RL of Qwen3-30B-A3B on 8 H100 at 16k tokens: 6.1k tokens/s at an MFU of 2.9 %."""
+    whole = large("model.overrides={}", "rollout.max_new_tokens=15872", "train.tokens_per_micro_batch=16384")
+    found = plan(whole, Cluster(H100, gpus=8), **LENGTHS, mfu=0.029)
+    tokens = 64 * 8 * (512 + 15871)
+    assert tokens / found.expected["update"] == pytest.approx(6100, rel=0.05)
+
+
+def test_what_is_expected_is_never_below_the_bound_and_its_parts_follow_the_settings():
+    def expected(*settings: str, **options: Any) -> dict[str, Any]:
+        found = plan(large("train.mini_batches=4", *settings), Cluster(H100, gpus=8), **LENGTHS, **options)
+        assert found.expected["global step"] > found.seconds["global step"]
+        return found.expected
+
+    plain = expected("rollout.measure_flips=false")
+    assert plain["rollout"] > 0 and plain["answers as JSON"] == 0
+    assert plain["π_old"] == pytest.approx(plain["update"] / 4)  # three of four mini-batches, a third of the FLOPs
+    assert expected(mfu=0.05)["update"] == pytest.approx(2 * plain["update"])
+    assert expected("algorithm.replay=R3")["answers as JSON"] == pytest.approx(4 * 64 * 8 * 512 * 0.9 / 32768)
+    nccl = expected("rollout.options.transfer=nccl")
+    assert nccl["sync"] < plain["sync"] == pytest.approx(2 * 2 * COUNTS.total / 1.56e9)
+
+
 def test_an_evaluation_takes_the_time_of_its_samples():
     def seconds(*settings: str) -> dict[str, Any]:
         return plan(large("eval.every=1", *settings), Cluster(H100, gpus=8), **LENGTHS).seconds

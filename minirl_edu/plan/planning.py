@@ -9,7 +9,7 @@ from minirl_edu.config import Config
 from minirl_edu.plan.memory import PHASES, PLACES, Item, engine_memory, host_memory, trainer_memory
 from minirl_edu.plan.setting import Cluster, Setting, complete
 from minirl_edu.plan.sizes import Number, kv_cache_bytes
-from minirl_edu.plan.time import seconds_of, traffic_of
+from minirl_edu.plan.time import MFU, expected_seconds, seconds_of, traffic_of
 from minirl_edu.rollout import NOT_EMULATED, VLLM_DTYPES
 
 
@@ -20,13 +20,14 @@ class Plan:
     setting  what was planned for, completed     memory   see `Item` and `peak`
     sizes    counts and bytes per token          seconds  lower bounds
     traffic  bytes received (by rank 0: sent)    host     bytes of a machine's own memory
-    notes    what to know beside the numbers
+    notes    what to know beside the numbers     expected seconds, by measured and assumed efficiencies
     """
 
     setting: dict[str, Any]
     sizes: dict[str, Number]
     memory: tuple[Item, ...]
     seconds: dict[str, Number]
+    expected: dict[str, Number]
     traffic: dict[str, Number]
     host: dict[str, Number]
     notes: tuple[str, ...]
@@ -58,7 +59,12 @@ class Plan:
 
 
 def plan(
-    config: Config, cluster: Cluster, *, prompt_tokens: int | None = None, response_tokens: Number | None = None
+    config: Config,
+    cluster: Cluster,
+    *,
+    prompt_tokens: int | None = None,
+    response_tokens: Number | None = None,
+    mfu: float = MFU,
 ) -> Plan:
     """What a run of `config` on `cluster` will need.
 
@@ -66,12 +72,14 @@ def plan(
                      of `models.ARCHITECTURES` whose tokenizer the task needs from the hub
     response_tokens  mean length of the responses, for times and traffic; memory is planned for the longest that are
                      allowed. None: that, too
+    mfu              of training, for the expected times, see `time.MFU`
 
     Raises ConfigError for settings that exclude each other, and for a model, tokenizer or task that is not at hand.
     """
     s = complete(config, cluster, prompt_tokens, response_tokens)
     engine, at_once = engine_memory(s, trainer := trainer_memory(s))
     traffic = traffic_of(s)
+    bounds = seconds_of(s, traffic, at_once)
     per_token = s.rollout_bytes
     return Plan(
         setting={
@@ -79,7 +87,7 @@ def plan(
             **{"sharding": s.sharding, "mixed_precision": s.mixed_precision, "placement": s.placement},
             **{"server_gpus": s.server_gpus, "prompt_tokens": s.prompt_tokens, "max_new_tokens": s.max_new_tokens},
             **{"response_tokens": s.response_tokens, "at_once": at_once, "micro_batch": s.batch._asdict()},
-            "keeps_freed": cluster.hardware.keeps_freed,
+            **{"keeps_freed": cluster.hardware.keeps_freed, "mfu": mfu},
         },
         sizes={
             "parameters": s.model.total,
@@ -90,7 +98,8 @@ def plan(
             **{f"bytes per token of a rollout, {name}": size for name, size in per_token.items()},
         },
         memory=(*trainer, *engine),
-        seconds=seconds_of(s, traffic, at_once),
+        seconds=bounds,
+        expected=expected_seconds(s, bounds, mfu),
         traffic=traffic,
         host=host_memory(s),
         notes=tuple(_notes(s, at_once)),

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from minirl_edu.plan.memory import PHASES, PLACES
 from minirl_edu.plan.planning import Plan, Remedy, fullest
 from minirl_edu.plan.sizes import duration_text, size_text
+from minirl_edu.plan.time import SAMPLING
 
 
 def _rows(rows: Iterable[tuple[str, str, str]]) -> list[str]:
@@ -45,6 +46,9 @@ def table(plan: Plan, suggested: Iterable[Remedy] = ()) -> str:
         "",
         "time of a global step and of an evaluation, at least",
         *_rows((n, duration_text(t), "") for n, t in plan.seconds.items()),
+        "",
+        f"time of a global step, expected: training at {s['mfu']:.1%} of the peak (--mfu), sampling at {SAMPLING:.0%}",
+        *_rows((n, duration_text(t), "") for n, t in plan.expected.items() if t),
     ]
     lines += ["", "traffic of a global step, per GPU", *_rows((n, size_text(b), "") for n, b in plan.traffic.items())]
     lines += ["", *_rows((name, f"{size:,.0f}", "") for name, size in list(sizes.items())[4:])]

@@ -7,6 +7,21 @@ from transformers import PreTrainedConfig
 from minirl_edu.plan.setting import Setting
 from minirl_edu.plan.sizes import Number, attention_spans, heads_of, kv_cache_bytes
 
+MFU = 0.1
+"""Model FLOPs that training makes over what the chips could make meanwhile, if nobody says better.
+
+Model FLOPs count 6 a parameter and token, attention as well, and nothing twice for recomputed activations. prime-rl
+reports 0.029 for RL of Qwen3-30B-A3B on 8 H100 at 16k tokens (6.1k tokens/s), and 35k tokens/s for fine-tuning on 8
+H200. One H200 reached 0.28 on four layers of that model, alone and without sharding (`row32k` of
+`scale/results/gpu-h200-2026-11-26.jsonl`: 370 TFLOP/s with recomputation).
+"""
+SAMPLING = 0.5
+"""Share of the roofline that a rollout engine reaches: an assumption."""
+FILE_RATE = 1.56e9
+"""Bytes/s of weights into a file, and of a file into an engine (`stream` of the same results)."""
+JSON_SECONDS = 0.9 / 32768
+"""Of rank 0's Python for a token with its experts that a vLLM server sends as JSON, measured on a CPU."""
+
 
 def token_slots(s: Setting) -> Number:
     """Tokens that a GPU feeds through the model in one pass over its share of a global step."""
@@ -84,6 +99,26 @@ def seconds_of(s: Setting, traffic: dict[str, Number], at_once: int) -> dict[str
     }
     hidden = min(found["communication"], found["π_old"] + found["update"])  # at best behind the computation
     return {**found, "global step": sum(found.values()) - hidden, **evaluation_seconds(s, at_once)}
+
+
+def expected_seconds(s: Setting, bounds: dict[str, Number], mfu: float) -> dict[str, Number]:
+    """What a global step is likely to take. The trainer's parts by `mfu`, which holds imbalance and communication;
+    sampling by `SAMPLING`; answers with routes as JSON, which one process reads; weights through a file or by NCCL."""
+    config, model, hardware = s.config, s.model, s.hardware
+    fed = (s.prompt_tokens + s.response_tokens) / 2
+    forward = token_slots(s) * (2 * model.multiplied + attention_flops(model.config, fed))
+    peak = mfu * {2: hardware.bf16, 4: hardware.fp32}[s.compute]
+    server = config.rollout.engine == "vllm_server"
+    by_file = config.rollout.options.get("transfer", "file") == "file"
+    found = {
+        "rollout": (bounds["rollout: prompts"] + bounds["rollout: tokens"]) / SAMPLING,
+        "answers as JSON": s.responses * s.response_tokens * JSON_SECONDS if server and config.engine_routes else 0.0,
+        "π_old": old_passes(s) * forward / peak,
+        "update": 3 * forward / peak,
+        "optimizer": bounds["optimizer"],
+        "sync": 2 * model.total * s.engine / FILE_RATE if server and by_file else bounds["sync"],
+    }
+    return {**found, "global step": sum(found.values())}
 
 
 def sampling_seconds(

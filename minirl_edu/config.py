@@ -83,6 +83,9 @@ class ModelConfig(_Section):
     """As in transformers' `from_pretrained`."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    offload_activations: bool = False
+    """Hold what `gradient_checkpointing` keeps of each layer in pinned host memory: less memory of the GPU, and two
+    copies for each layer."""
     experts_implementation: Literal["eager", "batched_mm", "grouped_mm"] | None = None
     """How experts multiply, as in transformers' `set_experts_implementation`; None: its default."""
     expert_parallel: _Count = 1
@@ -100,6 +103,11 @@ class ModelConfig(_Section):
         if self.overrides and not self.random:
             raise ConfigError(
                 f"model.overrides = {self.overrides!r}: weights that are loaded fix the sizes; set model.random: true"
+            )
+        if self.offload_activations and not self.gradient_checkpointing:
+            raise ConfigError(
+                "model.offload_activations = True: it is for what gradient checkpointing keeps; set "
+                "model.gradient_checkpointing: true"
             )
 
 

@@ -240,17 +240,18 @@ def random_model(
     return _seeded(config, seed, dtype=dtype, attn_implementation=attn_implementation)
 
 
-def recompute_activations(model: PreTrainedModel) -> None:
+def recompute_activations(model: PreTrainedModel, *, offload: bool = False) -> None:
     """Turn gradient checkpointing on, and everything random (dropout, router jitter, layer drop) off.
 
     transformers recomputes a layer only if that layer is in training mode. Each layer is put in it alone, without what
     it contains, and leaves it for the time of its own forward. `model.eval()` turns recomputation off again.
+    `offload`: each layer's input, which is all that is kept, waits in pinned host memory.
     Raises ValueError for a model whose layers transformers cannot recompute.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers or not model.supports_gradient_checkpointing:
         raise ValueError(f"transformers cannot recompute the layers of a {type(model).__name__}; leave it off")
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable(offload=offload)
     model.eval()
     for layer in layers:
         layer.training = True

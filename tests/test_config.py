@@ -20,6 +20,7 @@ EVERY_FIELD = {  # a value other than the default for each field, as YAML would 
         "dtype": "bfloat16",
         "attn_implementation": "eager",
         "gradient_checkpointing": True,
+        "offload_activations": True,
         "experts_implementation": "grouped_mm",
         "expert_parallel": 2,
         "random": True,

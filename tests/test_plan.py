@@ -420,6 +420,17 @@ def test_an_update_takes_six_flops_per_active_parameter_and_eight_under_checkpoi
     assert kept == pytest.approx(tokens * (6 * model.multiplied + attention) / 989e12)
 
 
+def test_offloading_takes_the_layers_inputs_from_the_gpu_to_the_host():
+    kept, off = (
+        plan(large(f"model.offload_activations={on}"), Cluster(H100, gpus=8), **LENGTHS) for on in ("false", "true")
+    )
+    rows, columns = (off.setting["micro_batch"][key] for key in ("rows", "columns"))
+    inputs = 4 * rows * columns * 2048 * 2
+    before, after = (next(i.bytes for i in p.memory if i.name == "activations") for p in (kept, off))
+    assert 0 <= after < before and before - after <= setting.SLACK * inputs * 1.001
+    assert off.host["layers' inputs, of all processes"] == 8 * inputs and len(kept.host) == len(off.host) - 1
+
+
 def test_decoding_is_bound_by_memory_and_old_logprobs_are_needed_off_policy_only():
     slow = plan(large(), Cluster(H100, gpus=8), **LENGTHS)
     fast = plan(large(), Cluster(replace(H100, bandwidth=2 * H100.bandwidth), gpus=8), **LENGTHS)

@@ -273,6 +273,22 @@ def test_recomputed_activations_are_those_of_a_model_without_dropout(tmp_path, f
     assert calls["layer"] == 2 * calls["embeddings"] > 0
 
 
+def test_offloaded_activations_give_the_same_step(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        "transformers.modeling_utils.save_on_cpu", lambda **kw: calls.append(kw) or torch.autograd.graph.save_on_cpu()
+    )
+    lines = []
+    for offload in ("false", "true"):
+        settings = ("model.gradient_checkpointing=true", f"model.offload_activations={offload}", "eval.every=0")
+        run = trainer(tmp_path / offload, *settings, "train.global_steps=1")
+        lines.append({k: v for k, v in run.global_step()[0].items() if k != "seconds"})
+        assert bool(calls) is (offload == "true")
+    assert lines[0] == lines[1] and lines[0]["grad_norm"] > 0
+    with pytest.raises(ConfigError, match=r"model\.offload_activations.*gradient_checkpointing: true"):
+        trainer(tmp_path / "other", "model.offload_activations=true")
+
+
 def test_a_model_whose_layers_cannot_be_recomputed_is_refused(tmp_path):
     model = tiny("xlnet", vocab_size=18, eos_token_id=17, pad_token_id=16)
     engine = Plain(None)  # pyright: ignore[reportArgumentType] # an HFEngine refuses this model already

@@ -243,7 +243,8 @@ def trainer_memory(s: Setting) -> list[Item]:
     taken = pass_memory(s, batch, train=True)
     recomputed = config.model.gradient_checkpointing
     how = f"{batch.rows} × {batch.columns} tokens ({batch.kind}), " + ("layers recomputed" if recomputed else "kept")
-    items.append(Item("activations", "update", slack * taken.kept, how))
+    how += ", their inputs in host memory" if config.model.offload_activations else ""
+    items.append(Item("activations", "update", slack * max(0, taken.kept - offloaded(s)), how))
     items.append(Item("working memory", "update", s.hardware.gaps * taken.working, "of a layer, forward and backward"))
     whole = size_text(4 * batch.predicted * model.config.vocab_size)
     items.append(Item("logits", "update", slack * taken.logits, f"in chunks, at that moment; all at once: {whole}"))
@@ -267,6 +268,14 @@ def trainer_memory(s: Setting) -> list[Item]:
     if s.evaluation_copy and (config.rollout.engine == "hf" or s.hardware.name == "cpu"):
         items.append(Item("copy for evaluation", "always", model.total * s.loaded, "eval.through_trainer, on rank 0"))
     return items
+
+
+def offloaded(s: Setting) -> int:
+    """Bytes of the layers' inputs that `model.offload_activations` keeps off a GPU: layers × tokens × hidden."""
+    config = s.model.config
+    if not s.config.model.offload_activations:
+        return 0
+    return config.num_hidden_layers * s.batch.rows * s.batch.columns * config.hidden_size * s.compute
 
 
 def _laid_out(s: Setting) -> int:
@@ -371,6 +380,8 @@ def host_memory(s: Setting) -> dict[str, Number]:
         "model, as it is loaded": whole * (1 if alone else processes),
         "rollout, on rank 0's machine": rollout + share * processes,
     }
+    if inputs := offloaded(s):
+        found["layers' inputs, of all processes"] = inputs * processes
     if s.config.rollout.engine == "vllm_server" and s.placement == "colocated":
         found["weights of the sleeping server"] = s.model.total * s.engine
     if s.evaluation_copy and s.config.rollout.engine != "hf":

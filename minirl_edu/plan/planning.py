@@ -201,6 +201,11 @@ def _changes(config: Config, cluster: Cluster, now: Plan) -> Iterator[tuple[str,
     while budget > row:
         budget = max(budget // 2, row)
         yield f"train.tokens_per_micro_batch: {budget}", change("train", tokens_per_micro_batch=budget)
+    if not config.model.offload_activations:
+        yield (
+            "model.offload_activations: true",
+            change("model", gradient_checkpointing=True, offload_activations=True),
+        )
     if config.eval.every and config.eval.through_trainer:
         yield "eval.through_trainer: false", change("eval", through_trainer=False)
     if config.model.dtype == "float32":

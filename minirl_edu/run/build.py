@@ -191,7 +191,7 @@ def for_training(config: Config, model: PreTrainedModel, *, pack: bool) -> None:
     model.eval()  # no dropout in RL: π_θ must be one function
     if settings.gradient_checkpointing:
         try:
-            recompute_activations(model)
+            recompute_activations(model, offload=settings.offload_activations)
         except ValueError as error:
             raise ConfigError(f"model.gradient_checkpointing = true: {error}") from error
 

@@ -104,10 +104,16 @@ class Forked:
         self.send_signal(signal.SIGTERM)
 
 
+_SEEN: dict[int, float] = {}
+"""Processor time of the children of each server: a server that was lost has another after it, which counts from 0."""
+
+
 def cpu_seconds() -> float:
     """Processor time of all processes that were forked here and have ended, in seconds."""
-    times = psutil.Process(forkserver._forkserver._forkserver_pid).cpu_times()  # pyright: ignore[reportAttributeAccessIssue]
-    return times.children_user + times.children_system
+    pid: int = forkserver._forkserver._forkserver_pid  # pyright: ignore[reportAttributeAccessIssue]
+    times = psutil.Process(pid).cpu_times()
+    _SEEN[pid] = times.children_user + times.children_system
+    return sum(_SEEN.values())
 
 
 def _run(words: list[str], environment: dict[str, str], output: str, limit: int | None) -> None:

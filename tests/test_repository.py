@@ -318,8 +318,8 @@ def test_hooks_use_the_tools_of_the_environment():
 
 
 def test_continuous_integration_can_be_executed():
-    assert os.access(ROOT / ".binder", ".ci" / "run", os.X_OK)
-    subprocess.run(["bash", "-n", ROOT / ".binder", ".ci" / "run"], check=True)
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / ".ci" / "run"], check=True)
 
 
 def test_a_clone_stays_small():

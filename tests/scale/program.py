@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -121,7 +122,11 @@ def stream(out: Path, settings: Sequence[str]) -> None:
         whole = gather(tensor)
         gc.collect()
         alive.append(weakref.ref(whole.untyped_storage()))
-        most = max(most, sum(ref() is not None for ref in alive))
+        # On a busy machine gloo's thread may hold the result of the gather before for a moment.
+        until = time.monotonic() + 2
+        while (count := sum(ref() is not None for ref in alive)) > 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        most = max(most, count)
         return whole
 
     streaming.gather_full = vllm_module.gather_full = watched

@@ -20,8 +20,8 @@ SAMPLING = 0.5
 FILE_RATE = 1.56e9
 """Bytes/s of weights into a file, and of a file into an engine (`stream` of the same results)."""
 JSON_SECONDS = 0.9 / 32768
-"""Of rank 0's Python for a token with its experts that a vLLM server sends as JSON: an assumption on the safe side. It was
-seen once, for the whole client; to parse and decode such an answer alone took 0.1 to 0.3 s for 32,768 tokens."""
+"""Of rank 0's Python for a token with its experts that a vLLM server sends as JSON: an assumption on the safe side. It
+was seen once, for the whole client; to parse and decode such an answer alone took 0.1 to 0.3 s for 32,768 tokens."""
 
 
 def token_slots(s: Setting) -> Number:
